@@ -1,0 +1,1 @@
+//! The specification: plain loops over f64, one file per stage.
