@@ -1,0 +1,32 @@
+use crate::backend::{Backend, In, Out};
+use std::ops::Range;
+
+/// Groups the R = T*K slots by expert: a stable counting sort, as [`Permutation`](crate::Permutation) pictures it.
+///
+/// Slots of `NO_EXPERT` and of experts outside `local` get no row; ids of `experts_total` and above raise the status too.
+pub struct Permute<'a, B: Backend> {
+    /// u32 `[T, K]`.
+    pub experts: In<'a, B>,
+    /// E.
+    pub experts_total: usize,
+    /// The experts whose slots get rows.
+    pub local: Range<usize>,
+    /// Written: u32 `[R]`.
+    pub row_slot: Out<'a, B>,
+    /// Written: u32 `[R]`.
+    pub slot_row: Out<'a, B>,
+    /// Written: u32 `[E+1]`.
+    pub offsets: Out<'a, B>,
+}
+
+/// The rows of each expert in tiles of at most `tile_rows`, expert by expert; no tile crosses experts.
+pub struct TileSchedule<'a, B: Backend> {
+    /// u32 `[E+1]`, of a permutation.
+    pub offsets: In<'a, B>,
+    /// Rows a tile, at least 1.
+    pub tile_rows: usize,
+    /// Written: u32 `[M, 3]`: expert, first row, rows. M must suffice: `R / tile_rows + min(E, R)`; more is left alone.
+    pub tiles: Out<'a, B>,
+    /// Written: u32 `[1]`, how many tiles there are.
+    pub count: Out<'a, B>,
+}

@@ -1,0 +1,234 @@
+use super::routes::{BIAS_REASONS, SCALE_REASONS, TABLE_REASONS};
+use super::rows::tail;
+use super::{Check, MAX_EXPERTS};
+use crate::backend::{Backend, Options};
+use crate::config::{Activation, LayerConfig, Selection};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::operation::{Forward, Source};
+use crate::tensor::{HostView, Shape};
+use crate::weights::{ExpertMatrices, ExpertWeights, LayerWeights, Matrix};
+use std::ops::Range;
+
+/// A checked layer: description and weights fit each other.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerProblem {
+    /// The description.
+    pub config: LayerConfig,
+    /// Format of the gate_up matrices.
+    pub gate_up: DType,
+    /// Format of the down matrices.
+    pub down: DType,
+    /// Format of the router, if there is one.
+    pub router: Option<DType>,
+    /// Format of the shared expert's matrices, if there is one.
+    pub shared: Option<DType>,
+    /// The experts that live here.
+    pub local: Range<usize>,
+}
+
+/// A checked call of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ForwardProblem {
+    /// T.
+    pub tokens: usize,
+    /// Format of x.
+    pub x: DType,
+    /// Format of y.
+    pub y: DType,
+}
+
+impl LayerProblem {
+    /// Checks a description, its weights and the options.
+    pub fn new(config: &LayerConfig, weights: &LayerWeights<'_>, options: &Options) -> Result<Self> {
+        let check = Check("layer");
+        check.config(config)?;
+        let (hidden, experts) = (config.hidden, config.experts);
+        let router = match &weights.router {
+            Some(view) => {
+                check.shape("router", view, "[E, H]", [experts, hidden])?;
+                Some(check.float("router", view)?)
+            }
+            None => None,
+        };
+        vector(check, "router_bias", &weights.router_bias, "[E]", experts)?;
+        vector(check, "router_norm", &weights.router_norm, "[H]", hidden)?;
+        vector(check, "correction_bias", &weights.correction_bias, "[E]", experts)?;
+        vector(check, "expert_scale", &weights.expert_scale, "[E]", experts)?;
+        if config.gate.norm.is_none() {
+            check.absent("router_norm", &weights.router_norm, "the gate has no norm")?;
+        }
+        let biased = matches!(config.routing.selection, Selection::TopK { bias: true, .. });
+        check.matches("correction_bias", &weights.correction_bias, biased, BIAS_REASONS)?;
+        let scaled = config.routing.weights.expert_scale.is_some();
+        check.matches("expert_scale", &weights.expert_scale, scaled, SCALE_REASONS)?;
+        check.matches("table", &weights.table, config.routing.selection == Selection::Table, TABLE_REASONS)?;
+        if let Some(table) = &weights.table {
+            let entries = table.vocabulary.saturating_mul(config.top_k);
+            check.value(table.experts.len() == entries, "table", "[V, K]", table.experts.len())?;
+        }
+        let local = options.local_experts.clone().unwrap_or(0..experts);
+        check.value(
+            local.start <= local.end && local.end <= experts,
+            "local_experts",
+            "a range within 0..E",
+            format!("{}..{}", local.start, local.end),
+        )?;
+        check.value(
+            weights.experts.len() == experts,
+            "experts",
+            "matrices for every one of the E experts",
+            format!("{} of {experts}", weights.experts.len()),
+        )?;
+        let (gate_up, down) =
+            experts_formats(check, &weights.experts, [config.intermediate, hidden], config.activation)?;
+        let shared = match (&config.shared, &weights.shared) {
+            (None, None) => None,
+            (config, weights) => {
+                let config = check.present("shared", config.as_ref(), "weights of a shared expert are given")?;
+                let weights = check.present("shared", weights.as_ref(), "the layer has a shared expert")?;
+                let reasons = ["the shared expert is gated", "the shared expert is not gated"];
+                check.matches("shared.gate", &weights.gate, config.gated, reasons)?;
+                vector(check, "shared.gate", &weights.gate, "[H]", hidden)?;
+                let sizes = [config.intermediate, hidden];
+                let (up, down) = expert_formats(check, &weights.matrices, sizes, config.activation)?;
+                check.value(up == down, "shared", "one format for up and down", format!("{up} and {down}"))?;
+                Some(up)
+            }
+        };
+        Ok(Self { config: config.clone(), gate_up, down, router, shared, local })
+    }
+
+    /// Checks one call.
+    pub fn forward<B: Backend>(&self, call: &Forward<'_, B>) -> Result<ForwardProblem> {
+        let check = Check("forward");
+        let config = &self.config;
+        let tokens = call.x.rows();
+        check.slots(tokens, config.top_k)?;
+        let x = check.float("x", &call.x)?;
+        check.rows("x", &call.x, "[T, H]", [tokens, config.hidden])?;
+        let y = check.float("y", &call.y)?;
+        check.rows("y", &call.y, "[T, H]", [tokens, config.hidden])?;
+        match &call.source {
+            Source::Router => {
+                check.present("router", self.router, "the routes come from the layer's router")?;
+            }
+            Source::Logits(logits) => {
+                check.float("logits", logits)?;
+                check.rows("logits", logits, "[T, E]", [tokens, config.experts])?;
+            }
+            Source::Routes(routing) => {
+                check.only("experts", &routing.experts, DType::U32)?;
+                check.rows("experts", &routing.experts, "[T, K]", [tokens, config.top_k])?;
+                check.only("weights", &routing.weights, DType::F32)?;
+                check.rows("weights", &routing.weights, "[T, K]", [tokens, config.top_k])?;
+            }
+        }
+        let by_id = config.routing.selection == Selection::Table && !matches!(call.source, Source::Routes(_));
+        check.matches("token_ids", &call.token_ids, by_id, TABLE_REASONS)?;
+        if let Some(ids) = &call.token_ids {
+            check.only("token_ids", ids, DType::U32)?;
+            check.shape("token_ids", ids, "[T]", [tokens])?;
+        }
+        tail(check, call.residual.as_ref(), call.norm.as_ref(), [tokens, config.hidden])?;
+        if let Some(routes) = &call.routes {
+            check.only("routes.experts", &routes.experts, DType::U32)?;
+            check.rows("routes.experts", &routes.experts, "[T, K]", [tokens, config.top_k])?;
+            check.only("routes.weights", &routes.weights, DType::F32)?;
+            check.rows("routes.weights", &routes.weights, "[T, K]", [tokens, config.top_k])?;
+        }
+        if let Some(counts) = &call.counts {
+            check.only("counts", counts, DType::U32)?;
+            check.shape("counts", counts, "[E]", [config.experts])?;
+        }
+        Ok(ForwardProblem { tokens, x, y })
+    }
+}
+
+impl ExpertWeights<'_> {
+    /// Checks that the experts fit each other and an activation; returns `[E, I, H]`.
+    ///
+    /// Errors: `Shape`, `DType`, `Missing` or `Unexpected`, for the first expert that does not fit.
+    pub fn problem(&self, activation: Activation) -> Result<Shape> {
+        let check = Check("experts");
+        check.value((1..=MAX_EXPERTS).contains(&self.len()), "E", "1 to 4096 experts", self.len())?;
+        let sizes = self.iter().next().map_or([0, 0], |expert| [expert.up.rows(), expert.up.cols()]);
+        check.value(sizes[0] > 0 && sizes[1] > 0, "up", "sizes above zero", Shape::from(sizes))?;
+        experts_formats(check, self, sizes, activation)?;
+        Ok(Shape::from([self.len(), sizes[0], sizes[1]]))
+    }
+}
+
+fn vector(
+    check: Check,
+    operand: &'static str,
+    view: &Option<HostView<'_>>,
+    layout: &'static str,
+    n: usize,
+) -> Result<()> {
+    match view {
+        Some(view) => check.vector(operand, view, layout, n),
+        None => Ok(()),
+    }
+}
+
+/// The formats of gate_up and down, the same for all experts.
+fn experts_formats(
+    check: Check,
+    experts: &ExpertWeights<'_>,
+    sizes: [usize; 2],
+    activation: Activation,
+) -> Result<(DType, DType)> {
+    let mut formats = None;
+    for expert in experts.iter() {
+        let found = expert_formats(check, expert, sizes, activation)?;
+        let first = *formats.get_or_insert(found);
+        check.value(
+            found == first,
+            "experts",
+            "one format for all experts",
+            format!("{} and {}, {} and {}", first.0, first.1, found.0, found.1),
+        )?;
+    }
+    check.present("experts", formats, "a layer has at least one")
+}
+
+/// The formats of one expert's gate_up and down.
+fn expert_formats(
+    check: Check,
+    expert: &ExpertMatrices<'_>,
+    [intermediate, hidden]: [usize; 2],
+    activation: Activation,
+) -> Result<(DType, DType)> {
+    let matrix = |operand, matrix: &Matrix<'_>, layout, dims: [usize; 2]| -> Result<DType> {
+        let float = matrix.dtype().is_float();
+        if !float {
+            return check.dtype(operand, matrix.dtype(), "f32, f16 or bf16");
+        }
+        if matrix.shape() == Shape::from(dims) {
+            return Ok(matrix.dtype());
+        }
+        Err(crate::Error::Shape { operation: check.0, operand, layout, expected: dims.into(), actual: matrix.shape() })
+    };
+    let gated = ["the activation is gated", "the activation has no gate"];
+    check.matches("gate", &expert.gate, activation.is_gated(), gated)?;
+    let up = matrix("up", &expert.up, "[I, H]", [intermediate, hidden])?;
+    if let Some(gate) = &expert.gate {
+        let format = matrix("gate", gate, "[I, H]", [intermediate, hidden])?;
+        check.value(format == up, "gate", "the format of up", format)?;
+    }
+    let down = matrix("down", &expert.down, "[H, I]", [hidden, intermediate])?;
+    check.matches("gate_bias", &expert.gate_bias, activation.is_gated() && expert.up_bias.is_some(), BOTH)?;
+    for (operand, bias, n) in [
+        ("gate_bias", &expert.gate_bias, intermediate),
+        ("up_bias", &expert.up_bias, intermediate),
+        ("down_bias", &expert.down_bias, hidden),
+    ] {
+        if let Some(bias) = bias {
+            matrix(operand, bias, "[N, 1]", [n, 1])?;
+        }
+    }
+    Ok((up, down))
+}
+
+const BOTH: [&str; 2] = ["up has a bias", "up has none, or there is no gate"];

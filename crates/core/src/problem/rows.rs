@@ -1,0 +1,124 @@
+use super::Check;
+use crate::backend::Backend;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::operation::{Accumulate, Combine, Factor, NextNorm, Residual, SlotRows};
+
+/// A checked [`Combine`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CombineProblem {
+    /// T.
+    pub tokens: usize,
+    /// K.
+    pub top_k: usize,
+    /// H.
+    pub hidden: usize,
+    /// Format of the experts' outputs.
+    pub y: DType,
+    /// Format of the result.
+    pub out: DType,
+}
+
+/// A checked [`Accumulate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AccumulateProblem {
+    /// T.
+    pub rows: usize,
+    /// H.
+    pub hidden: usize,
+    /// Format of the sum.
+    pub acc: DType,
+    /// Format of what is added.
+    pub y: DType,
+}
+
+impl<B: Backend> Combine<'_, B> {
+    /// Checks shapes, formats and numbers.
+    pub fn problem(&self) -> Result<CombineProblem> {
+        let check = Check("combine");
+        let (tokens, hidden) = (self.out.rows(), self.out.cols());
+        let out = check.float("out", &self.out)?;
+        let (y, slots) = match &self.rows {
+            SlotRows::Slots(y) => {
+                check.float("y", y)?;
+                check.value(y.cols() == hidden, "y", "rows of H elements", y.shape())?;
+                (y.dtype(), y.rows())
+            }
+            SlotRows::Permuted { y, slot_row } => {
+                check.float("y", y)?;
+                check.only("slot_row", slot_row, DType::U32)?;
+                check.shape("slot_row", slot_row, "[R]", [slot_row.cols()])?;
+                check.rows("y", y, "[R, H]", [slot_row.cols(), hidden])?;
+                (y.dtype(), slot_row.cols())
+            }
+        };
+        let top_k = match &self.weights {
+            Some(weights) => weights.cols(),
+            None => slots.checked_div(tokens).unwrap_or(0),
+        };
+        check.value(
+            check.slots(tokens, top_k)? == slots,
+            "y",
+            "T*K rows",
+            format!("{slots} for T = {tokens}, K = {top_k}"),
+        )?;
+        if let Some(weights) = &self.weights {
+            check.only("weights", weights, DType::F32)?;
+            check.rows("weights", weights, "[T, K]", [tokens, top_k])?;
+        }
+        check.finite("routed_scale", self.routed_scale)?;
+        if let Some(shared) = &self.shared {
+            check.float("shared.y", &shared.y)?;
+            check.rows("shared.y", &shared.y, "[T, H]", [tokens, hidden])?;
+            check.finite("shared.scale", shared.scale)?;
+            if shared.factor.is_some() {
+                check.absent("shared.logit", &shared.logit, "shared.factor is given already")?;
+            }
+            for (operand, view) in [("shared.factor", &shared.factor), ("shared.logit", &shared.logit)] {
+                if let Some(view) = view {
+                    check.column(operand, view, "[T]", tokens)?;
+                }
+            }
+        }
+        tail(check, self.residual.as_ref(), self.norm.as_ref(), [tokens, hidden])?;
+        Ok(CombineProblem { tokens, top_k, hidden, y, out })
+    }
+}
+
+/// What combine and a whole layer end with.
+pub(super) fn tail<B: Backend>(
+    check: Check,
+    residual: Option<&Residual<'_, B>>,
+    norm: Option<&NextNorm<'_, B>>,
+    [tokens, hidden]: [usize; 2],
+) -> Result<()> {
+    if let Some(Residual::Of(residual)) = residual {
+        check.float("residual", residual)?;
+        check.rows("residual", residual, "[T, H]", [tokens, hidden])?;
+    }
+    if let Some(norm) = norm {
+        check.eps(norm.eps)?;
+        check.float("norm.out", &norm.out)?;
+        check.rows("norm.out", &norm.out, "[T, H]", [tokens, hidden])?;
+        if let Some(weight) = &norm.weight {
+            check.vector("norm.weight", weight, "[H]", hidden)?;
+        }
+    }
+    Ok(())
+}
+
+impl<B: Backend> Accumulate<'_, B> {
+    /// Checks shapes and formats.
+    pub fn problem(&self) -> Result<AccumulateProblem> {
+        let check = Check("accumulate");
+        let (rows, hidden) = (self.acc.rows(), self.acc.cols());
+        let acc = check.float("acc", &self.acc)?;
+        let y = check.float("y", &self.y)?;
+        check.rows("y", &self.y, "[T, H]", [rows, hidden])?;
+        if let Factor::PerRow(weights) = &self.weight {
+            check.only("weight", weights, DType::F32)?;
+            check.column("weight", weights, "[T]", rows)?;
+        }
+        Ok(AccumulateProblem { rows, hidden, acc, y })
+    }
+}
