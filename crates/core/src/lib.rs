@@ -4,8 +4,10 @@
 pub mod config;
 pub mod dtype;
 pub mod reference;
+mod statistics;
 mod status;
 
+pub use statistics::Statistics;
 pub use status::Status;
 
 /// In place of an expert id: this slot goes nowhere, on purpose. It contributes nothing and raises no status.
