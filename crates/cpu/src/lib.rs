@@ -22,6 +22,7 @@ mod permute;
 mod plan;
 mod pool;
 mod route;
+mod rows;
 mod table;
 mod workspace;
 
