@@ -20,6 +20,7 @@ mod pack;
 mod permute;
 mod pool;
 mod route;
+mod rows;
 
 pub use error::{Error, Result};
 pub use layer::{CpuLayer, Workspace};
