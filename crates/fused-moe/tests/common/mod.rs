@@ -1,6 +1,8 @@
 //! Goldens, and a checkpoint's layer through the specification.
 #![allow(dead_code)]
 
+pub(crate) mod model;
+
 use fused_moe::checkpoint::{Checkpoint, CheckpointLayer, write_safetensors};
 use fused_moe::cpu::Cpu;
 use fused_moe::operation::{Forward, RoutesOut};
