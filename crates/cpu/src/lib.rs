@@ -1,1 +1,223 @@
-//! The CPU backend.
+//! The CPU backend: operations and layers on host memory, multi-threaded and vectorised.
+//!
+//! The stages are called in order by [`layer`]; each is public as a method of [`Cpu`] through
+//! [`Backend`](fused_moe_core::Backend).
+#![deny(unsafe_code)]
+
+mod activation;
+mod combine;
+mod down;
+mod error;
+mod gate;
+mod gate_up;
+mod layer;
+mod linear;
+mod memory;
+mod pack;
+mod permute;
+mod pool;
+mod route;
+
+pub use error::{Error, Result};
+pub use layer::{CpuLayer, Workspace};
+pub use memory::Memory;
+pub use pack::Experts;
+
+use fused_moe_core::config::LayerConfig;
+use fused_moe_core::operation::*;
+use fused_moe_core::weights::{ExpertWeights, LayerWeights};
+use fused_moe_core::{Backend, Options, Status, Stream};
+use pool::Pool;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The processor this program runs on, and the threads to use of it.
+///
+/// Cheap to clone. Operations run on the caller's thread and the pool's, and have finished when they return.
+///
+/// ```
+/// use fused_moe_core::{View, operation::Gate, Backend};
+/// use fused_moe_cpu::Cpu;
+/// let cpu = Cpu::new();
+/// let stream = cpu.stream()?;
+/// let (x, router) = ([1.0f32, 2.0], [0.5f32, 0.0, 0.0, 0.5, 1.0, 1.0]);
+/// let mut logits = [0.0f32; 3];
+/// cpu.gate(&stream, Gate::new(View::of(&x, [1, 2])?, View::of(&router, [3, 2])?, View::of_mut(&mut logits, [1, 3])?))?;
+/// assert_eq!(logits, [0.5, 1.0, 3.0]);
+/// # Ok::<(), fused_moe_cpu::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Cpu {
+    pool: Pool,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Cpu {
+    /// On rayon's global pool.
+    pub fn new() -> Self {
+        Self { pool: Pool::global() }
+    }
+
+    /// On a pool of the caller's.
+    pub fn with_pool(pool: Arc<rayon::ThreadPool>) -> Self {
+        Self { pool: Pool::of(pool) }
+    }
+
+    /// On a pool of its own with so many threads; 0 means one for each processor.
+    ///
+    /// Errors: `Threads` when they cannot be started.
+    pub fn with_threads(threads: usize) -> Result<Self> {
+        Ok(Self { pool: Pool::with_threads(threads)? })
+    }
+
+    /// How many threads work on a call.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+}
+
+/// A caller's sequence of operations. Work has finished when a call returns; the stream keeps the status.
+#[derive(Debug, Default)]
+pub struct CpuStream {
+    status: AtomicU32,
+}
+
+impl CpuStream {
+    pub(crate) fn raise(&self, status: Status) {
+        if !status.is_ok() {
+            self.status.fetch_or(status.bits(), Ordering::Relaxed);
+        }
+    }
+}
+
+impl Stream for CpuStream {
+    type Error = Error;
+
+    fn status(&self) -> Result<Status> {
+        Ok(Status::from_bits(self.status.swap(0, Ordering::Relaxed)))
+    }
+}
+
+impl Backend for Cpu {
+    type Ref<'a> = &'a [u8];
+    type Mut<'a> = &'a mut [u8];
+    type Memory = Memory;
+    type Stream = CpuStream;
+    type Workspace = Workspace;
+    type Experts = Experts;
+    type Layer = CpuLayer;
+    type Error = Error;
+
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn describe(&self) -> String {
+        format!("{} threads", self.threads())
+    }
+
+    fn stream(&self) -> Result<CpuStream> {
+        Ok(CpuStream::default())
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory> {
+        Memory::new(bytes)
+    }
+
+    fn upload(&self, data: &[u8], memory: &mut Memory) -> Result<()> {
+        memory.copy_in(data)
+    }
+
+    fn download(&self, _stream: &CpuStream, memory: &Memory, data: &mut [u8]) -> Result<()> {
+        memory.copy_out(data)
+    }
+
+    fn read(memory: &Memory) -> &[u8] {
+        memory
+    }
+
+    fn write(memory: &mut Memory) -> &mut [u8] {
+        memory
+    }
+
+    fn shorten<'short, 'long: 'short>(storage: &'long [u8]) -> &'short [u8] {
+        storage
+    }
+
+    fn shorten_mut<'short, 'long: 'short>(storage: &'long mut [u8]) -> &'short mut [u8] {
+        storage
+    }
+
+    fn share<'b>(storage: &'b &mut [u8]) -> &'b [u8] {
+        storage
+    }
+
+    fn reborrow<'b>(storage: &'b mut &mut [u8]) -> &'b mut [u8] {
+        storage
+    }
+
+    fn gate(&self, stream: &CpuStream, operands: Gate<'_, Self>) -> Result<()> {
+        gate::gate(self, stream, operands)
+    }
+
+    fn route(&self, stream: &CpuStream, operands: Route<'_, Self>) -> Result<()> {
+        route::route(self, stream, operands)
+    }
+
+    fn gate_route(&self, stream: &CpuStream, operands: GateRoute<'_, Self>) -> Result<()> {
+        gate::gate_route(self, stream, operands)
+    }
+
+    fn gather_weights(&self, stream: &CpuStream, operands: GatherWeights<'_, Self>) -> Result<()> {
+        route::gather_weights(self, stream, operands)
+    }
+
+    fn permute(&self, stream: &CpuStream, operands: Permute<'_, Self>) -> Result<()> {
+        permute::permute(self, stream, operands)
+    }
+
+    fn tile_schedule(&self, _stream: &CpuStream, operands: TileSchedule<'_, Self>) -> Result<()> {
+        permute::tile_schedule(operands)
+    }
+
+    fn gate_up(&self, stream: &CpuStream, operands: GateUp<'_, Self>) -> Result<()> {
+        gate_up::gate_up(self, stream, operands)
+    }
+
+    fn activation(&self, _stream: &CpuStream, operands: Activate<'_, Self>) -> Result<()> {
+        activation::activation(self, operands)
+    }
+
+    fn down(&self, _stream: &CpuStream, operands: Down<'_, Self>) -> Result<()> {
+        down::down(self, operands)
+    }
+
+    fn combine(&self, _stream: &CpuStream, operands: Combine<'_, Self>) -> Result<()> {
+        combine::combine(self, operands)
+    }
+
+    fn linear(&self, _stream: &CpuStream, operands: Linear<'_, Self>) -> Result<()> {
+        linear::linear(self, operands)
+    }
+
+    fn zero(&self, _stream: &CpuStream, operands: Zero<'_, Self>) -> Result<()> {
+        combine::zero(self, operands)
+    }
+
+    fn accumulate(&self, _stream: &CpuStream, operands: Accumulate<'_, Self>) -> Result<()> {
+        combine::accumulate(self, operands)
+    }
+
+    fn pack(&self, weights: &ExpertWeights<'_>) -> Result<Experts> {
+        Experts::new(self, weights)
+    }
+
+    fn prepare(&self, config: &LayerConfig, weights: &LayerWeights<'_>, options: &Options) -> Result<CpuLayer> {
+        CpuLayer::new(self, config, weights, options)
+    }
+}

@@ -1,0 +1,43 @@
+use crate::error::Result;
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// The threads that share a call's work.
+#[derive(Clone, Debug)]
+pub(crate) struct Pool(Option<Arc<rayon::ThreadPool>>);
+
+impl Pool {
+    pub(crate) fn global() -> Self {
+        Self(None)
+    }
+
+    pub(crate) fn of(pool: Arc<rayon::ThreadPool>) -> Self {
+        Self(Some(pool))
+    }
+
+    pub(crate) fn with_threads(threads: usize) -> Result<Self> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        Ok(Self(Some(Arc::new(pool))))
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.0.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
+    }
+
+    /// Runs `work` where [`for_each`](Self::for_each) needs no hand-over to the pool.
+    pub(crate) fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        match &self.0 {
+            Some(pool) => pool.install(work),
+            None => work(),
+        }
+    }
+
+    /// `work(i)` for every i below `count`, in any order, some at once; at least `grain` successive ones on a thread.
+    pub(crate) fn for_each(&self, count: usize, grain: usize, work: impl Fn(usize) + Send + Sync) {
+        if count <= grain.max(1) || self.threads() == 1 {
+            (0..count).for_each(work);
+        } else {
+            self.install(|| (0..count).into_par_iter().with_min_len(grain.max(1)).for_each(work));
+        }
+    }
+}
