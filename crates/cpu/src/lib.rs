@@ -13,18 +13,24 @@ mod down;
 mod error;
 mod gate;
 mod gate_up;
+mod grouped;
 mod layer;
 mod linear;
 mod memory;
 mod pack;
 mod permute;
+mod plan;
 mod pool;
 mod route;
+mod rows;
+mod table;
+mod workspace;
 
 pub use error::{Error, Result};
-pub use layer::{CpuLayer, Workspace};
+pub use layer::CpuLayer;
 pub use memory::Memory;
 pub use pack::Experts;
+pub use workspace::Workspace;
 
 use arch::{Isa, Kernels};
 use device::Caches;
@@ -101,6 +107,10 @@ impl Cpu {
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.kernels.isa()
+    }
+
+    pub(crate) fn device(&self) -> plan::Device {
+        plan::Device { threads: self.threads(), isa: self.isa(), caches: self.caches }
     }
 }
 
@@ -209,8 +219,8 @@ impl Backend for Cpu {
         permute::tile_schedule(operands)
     }
 
-    fn gate_up(&self, stream: &CpuStream, operands: GateUp<'_, Self>) -> Result<()> {
-        gate_up::gate_up(self, stream, operands)
+    fn gate_up(&self, _stream: &CpuStream, operands: GateUp<'_, Self>) -> Result<()> {
+        gate_up::gate_up(self, operands)
     }
 
     fn activation(&self, _stream: &CpuStream, operands: Activate<'_, Self>) -> Result<()> {

@@ -10,7 +10,8 @@ const TOKENS: usize = 4;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let path = arguments.next().unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/qwen3_moe").into());
+    let path =
+        arguments.next().unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/qwen3_moe").into());
     let checkpoint = Checkpoint::open(path)?;
     let index = match arguments.next() {
         Some(text) => text.parse()?,

@@ -161,7 +161,7 @@ pub enum Error {
         moe: Vec<usize>,
     },
     /// Tensors of a layer are not as they should be.
-    #[error("{}: layer {layer}: {} tensors do not fit config.json:{}", path.display(), problems.len(), lines(problems))]
+    #[error("{}: layer {layer}: tensors missing or unlike what config.json says:{}", path.display(), lines(problems))]
     Tensors {
         /// The checkpoint.
         path: PathBuf,

@@ -4,6 +4,7 @@
 
 use fused_moe_core::config::{GroupScore, Masked, Score, SelectBy, WeightOn, WeightValue};
 use fused_moe_core::weights::StackLayout;
+use std::fmt;
 
 /// Names of one number in config.json, tried in order; dots lead into nested objects.
 /// A value that is a list has one entry a layer.
@@ -53,6 +54,12 @@ pub(super) struct Family {
     pub(super) shared: Option<Shared>,
 }
 
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
 /// A number.
 #[derive(Clone, Copy)]
 pub(super) enum Number {
@@ -73,17 +80,32 @@ pub(super) enum Flag {
 pub(super) enum Sparse {
     Every,
     /// The layer's entry in a list of kinds is one of these.
-    Kind { field: Field, moe: &'static [&'static str] },
+    Kind {
+        field: Field,
+        moe: &'static [&'static str],
+    },
     /// The layer's number is in a list.
     Listed(Field),
     /// `l >= n`.
-    From { first: Field, default: Option<usize> },
+    From {
+        first: Field,
+    },
     /// `(l + 1) % step == 0`, and not in the list of exceptions.
-    Step { step: Field, except: Field },
+    Step {
+        step: Field,
+        except: Field,
+    },
     /// `first <= l <= last` and `(l + 1) % interval == 0`.
-    Range { first: Field, last: Field, interval: Field },
+    Range {
+        first: Field,
+        last: Field,
+        interval: Field,
+    },
     /// `l % period == offset`.
-    Period { period: Field, offset: Field },
+    Period {
+        period: Field,
+        offset: Field,
+    },
 }
 
 /// How logits become routes.
@@ -117,20 +139,35 @@ pub(super) struct GroupFields {
 pub(super) enum Norm {
     Never,
     /// By their sum plus eps, if the flag says so.
-    Sum { when: Flag, eps: f32 },
+    Sum {
+        when: Flag,
+        eps: f32,
+    },
     AtLeast(Number),
     /// The L_p norm; null means nothing.
-    Lp { p: Field, default: f32 },
+    Lp {
+        p: Field,
+        default: f32,
+    },
 }
 
 /// An activation; `named` fields hold a function's name.
 #[derive(Clone, Copy)]
 pub(super) enum Act {
-    Gated { named: Field },
-    ClampedSilu { limit: Number },
-    ClampedSwish { alpha: Number, limit: Number },
+    Gated {
+        named: Field,
+    },
+    ClampedSilu {
+        limit: Number,
+    },
+    ClampedSwish {
+        alpha: Number,
+        limit: Number,
+    },
     /// A limit of 0, null or none is gated SiLU.
-    SiluThenClamp { limit: Field },
+    SiluThenClamp {
+        limit: Field,
+    },
 }
 
 /// How matrices lie in tensors. Of a shared expert, stacks may lack their first dimension.

@@ -144,11 +144,7 @@ impl<'a, 'n> Tensors<'a, 'n> {
         Ok(None)
     }
 
-    fn layout(
-        &mut self,
-        layout: Layout,
-        [experts, inner, hidden]: [usize; 3],
-    ) -> Contract<Option<ExpertWeights<'a>>> {
+    fn layout(&mut self, layout: Layout, [experts, inner, hidden]: [usize; 3]) -> Contract<Option<ExpertWeights<'a>>> {
         match layout {
             Layout::Apart { gate, up, down } => {
                 let mut all = Vec::new();
@@ -193,13 +189,7 @@ impl<'a, 'n> Tensors<'a, 'n> {
     }
 
     /// `[experts, rows, cols]`; flat: `[experts * rows, cols]`; a stack of one may be a matrix.
-    fn stack(
-        &mut self,
-        name: &str,
-        experts: usize,
-        [rows, cols]: [usize; 2],
-        flat: bool,
-    ) -> Option<HostView<'a>> {
+    fn stack(&mut self, name: &str, experts: usize, [rows, cols]: [usize; 2], flat: bool) -> Option<HostView<'a>> {
         let matrix = [Shape::from([experts.saturating_mul(rows), cols])];
         let also: &[Shape] = if flat || experts == 1 { &matrix } else { &[] };
         self.named(&[name], Shape::from([experts, rows, cols]), also)

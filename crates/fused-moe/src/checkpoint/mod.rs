@@ -12,13 +12,14 @@ mod file;
 mod inspect;
 mod layer;
 mod model_config;
+mod parts;
 mod resolve;
 mod write;
 
 pub use error::{Error, HeaderError, Result, TensorProblem};
 pub use inspect::{LayerSummary, Sizes, Summary};
 pub use layer::CheckpointLayer;
-pub use model_config::known_model_types;
+pub use model_config::{known_families, known_model_types};
 pub use write::{WriteError, write_safetensors};
 
 use directory::Files;

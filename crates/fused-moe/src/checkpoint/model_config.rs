@@ -56,11 +56,9 @@ impl ModelConfig {
 
     /// The value of a field for a layer, null included, and the name it was found under.
     pub(super) fn lookup(&self, field: Field, layer: usize) -> Option<(String, &Value)> {
-        field.iter().find_map(|&name| {
-            match self.value(name)? {
-                Value::Array(list) => list.get(layer).map(|value| (format!("{name}[{layer}]"), value)),
-                value => Some((name.to_owned(), value)),
-            }
+        field.iter().find_map(|&name| match self.value(name)? {
+            Value::Array(list) => list.get(layer).map(|value| (format!("{name}[{layer}]"), value)),
+            value => Some((name.to_owned(), value)),
         })
     }
 
@@ -163,6 +161,11 @@ impl ModelConfig {
 /// The `model_type`s that [`Checkpoint::open`](super::Checkpoint::open) understands.
 pub fn known_model_types() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().flat_map(|family| family.model_types).copied()
+}
+
+/// The entries of the table of families.
+pub fn known_families() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(|family| family.name)
 }
 
 fn nearest(name: &str, known: &[&'static str]) -> Vec<&'static str> {

@@ -25,8 +25,10 @@ pub(super) fn layer_count(config: &ModelConfig, family: &Family) -> Result<usize
 pub(super) fn moe_layers(config: &ModelConfig, family: &Family, count: usize) -> Result<Vec<usize>> {
     let decides = |rule: &&Sparse| match **rule {
         Sparse::Every => true,
-        Sparse::Kind { field, .. } | Sparse::Listed(field) => config.lookup(field, 0).is_some_and(|(_, v)| !v.is_null()),
-        Sparse::From { first, default } => default.is_some() || config.lookup(first, 0).is_some(),
+        Sparse::Kind { field, .. } | Sparse::Listed(field) => {
+            config.lookup(field, 0).is_some_and(|(_, v)| !v.is_null())
+        }
+        Sparse::From { first } => config.lookup(first, 0).is_some_and(|(_, v)| !v.is_null()),
         Sparse::Step { .. } | Sparse::Range { .. } | Sparse::Period { .. } => true,
     };
     let Some(rule) = family.sparse.iter().find(decides) else { return Ok((0..count).collect()) };
@@ -43,10 +45,8 @@ pub(super) fn moe_layers(config: &ModelConfig, family: &Family, count: usize) ->
                 moe.contains(&kind)
             }
             Sparse::Listed(_) => is_listed(layer),
-            Sparse::From { first, default } => layer >= config.optional_size(first, layer)?.or(default).unwrap_or(0),
-            Sparse::Step { step, .. } => {
-                (layer + 1).is_multiple_of(divisor(config, step)?) && !is_listed(layer)
-            }
+            Sparse::From { first } => layer >= config.optional_size(first, layer)?.unwrap_or(0),
+            Sparse::Step { step, .. } => (layer + 1).is_multiple_of(divisor(config, step)?) && !is_listed(layer),
             Sparse::Range { first, last, interval } => {
                 layer >= config.optional_size(first, layer)?.unwrap_or(0)
                     && config.optional_last(last, layer)?.is_none_or(|last| layer <= last)

@@ -1,6 +1,6 @@
 //! Tensors to a file, all of them or none.
 
-use fused_moe_core::{DType, HostView, Storage};
+use fused_moe_core::{DType, HostView};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use std::fs::{self, File, OpenOptions};
@@ -66,7 +66,7 @@ pub fn write_safetensors<'a>(
 fn header(path: &Path, tensors: &[(&str, HostView<'_>)]) -> Result<Vec<u8>, WriteError> {
     let mut names: Vec<&str> = tensors.iter().map(|(name, _)| *name).collect();
     names.sort_unstable();
-    if let Some([name, _]) = names.array_windows().find(|[a, b]| a == b) {
+    if let Some((name, _)) = names.iter().zip(names.iter().skip(1)).find(|(a, b)| a == b) {
         return Err(WriteError::Duplicate { path: path.into(), name: (*name).into() });
     }
     let mut end = 0;
