@@ -217,7 +217,7 @@ impl Run<'_> {
             "{BOLD}{}{BOLD:#}: H {hidden}, I {intermediate}, E {experts}, K {top_k}; {dtype}; routing {routing}",
             self.name
         )?;
-        writeln!(out, "device   {device}; {}", setting.device)?;
+        writeln!(out, "device   {device}")?;
         writeln!(
             out,
             "weights  {layers} layers of {} take turns; the largest cache has {}",

@@ -57,7 +57,7 @@ pub(crate) fn run(arguments: &args::Run) -> Result<ExitCode> {
             let golden = |name| Tensor::parse(Path::new("(built in)"), GOLDEN, Some(name));
             let (input, expected) = match arguments.tokens {
                 Some(_) => (random(arguments, &layer)?, None),
-                None => (golden("input.0")?, Some(golden("output.0")?)),
+                None => (golden("input.0")?, Some(golden("output_f64.0")?)),
             };
             writeln!(output::stdout(), "a small qwen3_moe layer that comes with fmoe")?;
             Run { arguments, device, layers: vec![layer], input, expected }.run()

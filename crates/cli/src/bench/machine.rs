@@ -19,6 +19,9 @@ pub(crate) struct Ceilings {
     pub(crate) buffer: usize,
 }
 
+/// Passes of each measurement.
+pub(crate) const PASSES: usize = 6;
+
 /// Measures both with so many threads. The best of a few passes counts: a ceiling is what nothing should beat.
 pub(crate) fn measure(threads: usize, cache: u64, available: u64) -> Result<Ceilings> {
     let buffer = cache.saturating_mul(4).clamp(1 << 28, 1 << 32).min(available / 4).max(1 << 22) as usize;
@@ -27,7 +30,6 @@ pub(crate) fn measure(threads: usize, cache: u64, available: u64) -> Result<Ceil
 
 /// A buffer of f32, cut between the threads, each adding up the squares of its part.
 fn bandwidth(threads: usize, bytes: usize) -> Result<f64> {
-    const PASSES: usize = 6;
     let mut memory = Memory::new(bytes).context("memory to measure the bandwidth with")?;
     let floats: &mut [f32] = bytemuck::try_cast_slice_mut(&mut memory).map_err(|error| anyhow::anyhow!("{error}"))?;
     let part = floats.len().div_ceil(threads).max(1);
@@ -38,16 +40,12 @@ fn bandwidth(threads: usize, bytes: usize) -> Result<f64> {
     });
     let floats: &[f32] = floats;
     let kernels = Kernels::best();
-    let mut best = Duration::MAX;
-    for _ in 0..PASSES {
-        let time = together(threads, |thread| {
-            let first = (thread * part).min(floats.len());
-            let last = (first + part).min(floats.len());
-            black_box(kernels.sum_squares(&floats[first..last]));
-        });
-        best = best.min(time);
-    }
-    Ok(std::mem::size_of_val(floats) as f64 / best.as_secs_f64())
+    let best = best_of_passes(threads, |thread| {
+        let first = (thread * part).min(floats.len());
+        let last = (first + part).min(floats.len());
+        black_box(kernels.sum_squares(&floats[first..last]));
+    });
+    Ok(size_of_val(floats) as f64 / best.as_secs_f64())
 }
 
 /// The dot kernel on rows and tokens that stay in the innermost caches.
@@ -56,23 +54,33 @@ fn arithmetic(threads: usize) -> f64 {
     const TOKENS: usize = 12;
     const LENGTH: usize = 512;
     const CALLS: usize = 2000;
-    const PASSES: usize = 6;
     let kernels = Kernels::best();
-    let flops = (threads * CALLS * 2 * ROWS * TOKENS * LENGTH) as f64;
-    let best = (0..PASSES).map(|_| {
-        together(threads, |_| {
-            let floats = vec![0.5f32; (ROWS + TOKENS) * LENGTH];
-            let (weights, tokens) = floats.split_at(ROWS * LENGTH);
-            let weights: Vec<&[f32]> = weights.chunks(LENGTH).collect();
-            let tokens: Vec<&[f32]> = tokens.chunks(LENGTH).collect();
-            let mut out = [0f32; ROWS * TOKENS];
-            for _ in 0..CALLS {
-                kernels.dot_tile(black_box(&weights), black_box(&tokens), &mut out);
-            }
-            black_box(out);
-        })
+    let best = best_of_passes(threads, |_| {
+        let floats = vec![0.5f32; (ROWS + TOKENS) * LENGTH];
+        let (weights, tokens) = floats.split_at(ROWS * LENGTH);
+        let weights: Vec<&[f32]> = weights.chunks(LENGTH).collect();
+        let tokens: Vec<&[f32]> = tokens.chunks(LENGTH).collect();
+        let mut out = [0f32; ROWS * TOKENS];
+        for _ in 0..CALLS {
+            kernels.dot_tile(black_box(&weights), black_box(&tokens), &mut out);
+        }
+        black_box(out);
     });
-    flops / best.min().unwrap_or(Duration::MAX).as_secs_f64()
+    (threads * CALLS * 2 * ROWS * TOKENS * LENGTH) as f64 / best.as_secs_f64()
+}
+
+/// The shortest of a few passes of `work` on so many threads; fewer where they take long.
+fn best_of_passes(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
+    const ENOUGH: Duration = Duration::from_secs(2);
+    let begin = Instant::now();
+    let mut best = together(threads, &work);
+    for _ in 1..PASSES {
+        if begin.elapsed() > ENOUGH {
+            break;
+        }
+        best = best.min(together(threads, &work));
+    }
+    best
 }
 
 /// How long `work` takes on so many threads that begin at once.
