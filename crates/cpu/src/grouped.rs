@@ -13,7 +13,8 @@ use crate::Cpu;
 use crate::arch::Kernels;
 use crate::error::Result;
 use crate::plan::{GroupedPlan, MAX_BLOCK_ROWS, MAX_SUMS, MAX_TILE};
-use crate::table::{ExpertRows, OutRows, RowOrder, Table, TypedTable, with_float};
+use crate::rows::{Floats, each_format};
+use crate::table::{ExpertRows, OutRows, RowOrder, Table, TypedTable};
 use fused_moe_core::config::Activation;
 use fused_moe_core::dtype::Float;
 use fused_moe_core::problem::MAX_EXPERTS;
@@ -70,17 +71,25 @@ pub(crate) enum Epilogue {
 
 /// Carries out a [`Grouped`].
 pub(crate) fn grouped(cpu: &Cpu, plan: &GroupedPlan, operands: Grouped<'_>) -> Result<()> {
-    let dtypes = (operands.table.dtype(), operands.x.dtype());
-    with_float!(dtypes.0, W => with_float!(dtypes.1, X => typed::<W, X>(cpu, plan, operands)))
+    let (weights, x) = (Floats::new(&operands.table.matrices)?, Floats::new(&operands.x)?);
+    each_format!(Floats, weights, weights => each_format!(Floats, x, x => {
+        typed(cpu, plan, operands.table.typed(weights)?, x, operands)
+    }))
 }
 
-fn typed<W: Float, X: Float>(cpu: &Cpu, plan: &GroupedPlan, operands: Grouped<'_>) -> Result<()> {
-    let Grouped { rows, groups, x, gather, input_weights, table, epilogue, out } = operands;
-    let product = Product::<W, X> {
+fn typed<'a, W: Float, X: Float>(
+    cpu: &Cpu,
+    plan: &GroupedPlan,
+    table: TypedTable<'a, W>,
+    x: Rows<'a, X>,
+    operands: Grouped<'a>,
+) -> Result<()> {
+    let Grouped { rows, groups, gather, input_weights, epilogue, out, .. } = operands;
+    let product = Product {
         kernels: cpu.kernels,
         tile: plan.tile,
-        inputs: Inputs { x: x.typed()?, rows, gather, weights: input_weights.map(|w| w.typed()).transpose()? },
-        table: table.typed()?,
+        inputs: Inputs { x, rows, gather, weights: input_weights.map(|weights| weights.typed()).transpose()? },
+        table,
         epilogue,
         out: OutRows::new(out)?,
     };

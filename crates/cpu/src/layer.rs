@@ -2,7 +2,7 @@ use crate::error::Result;
 use crate::memory::Memory;
 use crate::pack::Experts;
 use crate::plan::LayerPlan;
-use crate::table::with_float;
+use crate::rows::{Floats, Part, norm_factor, share_rows};
 use crate::workspace::{Buffer, PermutationScratch, RoutingScratch, Scratch, SharedScratch, Workspace};
 use crate::{Cpu, CpuStream};
 use fused_moe_core::DType::{F32, U32};
@@ -11,7 +11,9 @@ use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::weights::{LayerWeights, SharedWeights};
 use fused_moe_core::{Backend, DType, Element, HostView, HostViewMut, Layer, Options, Permutation, Routing, View};
-use rayon::prelude::*;
+
+/// Elements that are worth a thread of their own.
+const GRAIN: usize = 1 << 15;
 
 /// A layer prepared for this backend: its weights, copied once in the format that they came in.
 ///
@@ -284,17 +286,17 @@ impl CpuLayer {
             return Ok(x);
         }
         let (shape, kernels) = ([x.rows(), x.cols()], self.cpu.kernels);
-        let weight = self.router_norm.as_deref();
-        let out = tokens.view_mut(F32, shape)?.typed_mut::<f32>()?.into_data();
-        with_float!(x.dtype(), X => {
-            let rows = x.typed::<X>()?;
-            out.par_chunks_exact_mut(x.cols()).enumerate().for_each(|(t, out)| match norm {
-                None => kernels.to_f32(rows.row(t), out),
-                Some(norm) => {
-                    let squares = kernels.sum_squares(rows.row(t)) / x.cols() as f32;
-                    kernels.scale(rows.row(t), 1.0 / (squares + norm.eps).sqrt(), weight, out);
+        let (x, out) = (Floats::new(&x)?, Part::<f32>::new(tokens.view_mut(F32, shape)?)?);
+        share_rows(&self.cpu.pool, out, shape[0], GRAIN / shape[1], |range, mut out| {
+            for (i, t) in range.enumerate() {
+                match norm {
+                    None => x.load(kernels, t, 0, out.row(i)),
+                    Some(norm) => {
+                        let factor = norm_factor(x.sum_squares(kernels, t), shape[1], norm.eps);
+                        x.scale(kernels, [t, 0], factor, self.router_norm.as_deref(), out.row(i));
+                    }
                 }
-            });
+            }
         });
         tokens.view(F32, shape)
     }
@@ -360,7 +362,7 @@ fn vector_bytes<T>(vector: &Option<Vec<T>>) -> usize {
 /// A vector of any float format.
 fn floats(cpu: &Cpu, view: HostView<'_>) -> Result<Vec<f32>> {
     let mut vector = vec![0.0; view.cols()];
-    with_float!(view.dtype(), X => cpu.kernels.to_f32(view.typed::<X>()?.row(0), &mut vector));
+    Floats::new(&view)?.load(cpu.kernels, 0, 0, &mut vector);
     Ok(vector)
 }
 

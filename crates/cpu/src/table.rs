@@ -2,31 +2,10 @@
 
 use crate::arch::{Kernels, SharedSlice};
 use crate::error::Result;
+use crate::rows::Floats;
 use fused_moe_core::dtype::Float;
 use fused_moe_core::{DType, HostView, HostViewMut, Rows};
 use half::{bf16, f16};
-
-/// `$body` with `$float` as the Rust type of a format. Any format but the 16-bit ones is taken for f32: making a typed
-/// view of it is what tells whether it is.
-macro_rules! with_float {
-    ($dtype:expr, $float:ident => $body:expr) => {
-        match $dtype {
-            fused_moe_core::DType::F16 => {
-                type $float = half::f16;
-                $body
-            }
-            fused_moe_core::DType::BF16 => {
-                type $float = half::bf16;
-                $body
-            }
-            _ => {
-                type $float = f32;
-                $body
-            }
-        }
-    };
-}
-pub(crate) use with_float;
 
 /// How the rows of an expert's matrix follow each other. Whatever it is, kernels number them as pairs: row 2i is the
 /// i-th of the gate and row 2i + 1 the i-th of up.
@@ -67,10 +46,10 @@ impl<'a> Table<'a> {
         self.matrices.dtype()
     }
 
-    pub(crate) fn typed<W: Float>(&self) -> Result<TypedTable<'a, W>> {
-        let Self { matrices, height, places, bias, order } = *self;
-        let bias = bias.map(|view| FloatRows::new(&view)).transpose()?;
-        Ok(TypedTable { rows: matrices.typed()?, bias, height, places, order })
+    /// The same, given its matrices as numbers.
+    pub(crate) fn typed<W>(&self, rows: Rows<'a, W>) -> Result<TypedTable<'a, W>> {
+        let Self { height, places, order, .. } = *self;
+        Ok(TypedTable { rows, bias: Floats::optional(&self.bias)?, height, places, order })
     }
 }
 
@@ -78,7 +57,7 @@ impl<'a> Table<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct TypedTable<'a, W> {
     rows: Rows<'a, W>,
-    bias: Option<FloatRows<'a>>,
+    bias: Option<Floats<'a>>,
     height: usize,
     places: Option<&'a [Option<usize>]>,
     order: RowOrder,
@@ -124,34 +103,7 @@ impl<'a, W: Float> ExpertRows<'a, W> {
     }
 
     pub(crate) fn bias(&self, i: usize) -> f32 {
-        self.table.bias.map_or(0.0, |bias| bias.get(self.place, self.position(i)))
-    }
-}
-
-/// Rows of floats in any format.
-#[derive(Clone, Copy)]
-enum FloatRows<'a> {
-    F32(Rows<'a, f32>),
-    F16(Rows<'a, f16>),
-    BF16(Rows<'a, bf16>),
-}
-
-impl<'a> FloatRows<'a> {
-    fn new(view: &HostView<'a>) -> Result<Self> {
-        Ok(match view.dtype() {
-            DType::F16 => Self::F16(view.typed()?),
-            DType::BF16 => Self::BF16(view.typed()?),
-            _ => Self::F32(view.typed()?),
-        })
-    }
-
-    fn get(&self, row: usize, col: usize) -> f32 {
-        match self {
-            Self::F32(rows) => rows.row(row).get(col).copied(),
-            Self::F16(rows) => rows.row(row).get(col).map(|x| x.to_f32()),
-            Self::BF16(rows) => rows.row(row).get(col).map(|x| x.to_f32()),
-        }
-        .unwrap_or(0.0)
+        self.table.bias.map_or(0.0, |bias| bias.at(self.place, self.position(i)))
     }
 }
 
