@@ -73,9 +73,9 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "deepseek_v2",
         model_types: &["deepseek_v2"],
         routing: &[
-            Case { when: Some((&["topk_method"], "greedy")), then: scaled(SOFTMAX, SCALING_FACTOR) },
+            Case { when: &[(&["topk_method"], "greedy")], then: scaled(SOFTMAX, SCALING_FACTOR) },
             Case {
-                when: Some((&["topk_method"], "group_limited_greedy")),
+                when: &[(&["topk_method"], "group_limited_greedy")],
                 then: Routing {
                     select: grouped(Flag::Never, GroupScore::Best, Masked::Zero),
                     ..scaled(SOFTMAX, SCALING_FACTOR)
@@ -83,6 +83,33 @@ pub(super) const FAMILIES: &[Family] = &[
             },
         ],
         ..DEEPSEEK
+    },
+    Family {
+        name: "deepseek_v4",
+        model_types: &["deepseek_v4"],
+        blocks: &["layers.{l}.ffn"],
+        sparse: &[Sparse::Every],
+        correction_bias: &["gate.bias"],
+        routing: &[Case {
+            when: &[(&["mlp_layer_types"], "moe"), (&["scoring_func"], "sqrtsoftplus")],
+            then: Routing {
+                score: Score::SqrtSoftplus,
+                normalize: Norm::Sum { when: Flag::Always, eps: 1e-20 },
+                ..scaled(SIGMOID, SCALING_FACTOR)
+            },
+        }],
+        activation: CLAMPED_SILU,
+        matrices: &[W123],
+        shared: Some(Shared {
+            matrices: &[Layout::Apart {
+                gate: "shared_experts.w1.weight",
+                up: "shared_experts.w3.weight",
+                down: "shared_experts.w2.weight",
+            }],
+            activation: CLAMPED_SILU,
+            ..SHARED_EXPERTS
+        }),
+        ..BASE
     },
     Family {
         name: "mistral4",
@@ -278,7 +305,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_types: &["cohere2_moe"],
         intermediate: &["intermediate_size"],
         sparse: FIRST_DENSE,
-        routing: &[Case { when: Some((&["expert_selection_fn"], "softmax")), then: TOP_LOGITS }],
+        routing: &[Case { when: &[(&["expert_selection_fn"], "softmax")], then: TOP_LOGITS }],
         routed_scale: SHARED_COMBINATION,
         shared: Some(Shared { width: &["intermediate_size"], scale: SHARED_COMBINATION, ..SHARED_EXPERTS }),
         ..BASE

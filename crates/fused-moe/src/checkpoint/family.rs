@@ -19,8 +19,8 @@ pub(super) type Cases<T> = &'static [Case<T>];
 /// One alternative.
 #[derive(Clone, Copy)]
 pub(super) struct Case<T> {
-    /// The field and its value; `None`: always.
-    pub(super) when: Option<(Field, &'static str)>,
+    /// Fields and their values; an absent field agrees with any value.
+    pub(super) when: &'static [(Field, &'static str)],
     pub(super) then: T,
 }
 

@@ -128,20 +128,22 @@ impl ModelConfig {
         value.as_str().map(Some).ok_or_else(|| self.wrong(&name, "a text", value))
     }
 
-    /// The first case that holds; where the field is absent, the first case of all.
+    /// The first case that holds.
     pub(super) fn case<T>(&self, cases: Cases<T>, layer: usize) -> Result<&'static T> {
-        let mut wrong = None;
+        let mut unmet = None;
         for Case { when, then } in cases {
-            let Some((field, wanted)) = when else { return Ok(then) };
-            match self.find(field, layer) {
-                Some((_, value)) if value.as_str() == Some(wanted) => return Ok(then),
-                Some(found) => wrong = wrong.or(Some(found)),
-                None if wrong.is_none() => return Ok(then),
-                None => {}
+            let differs = when.iter().find_map(|(field, wanted)| {
+                let (name, value) = self.find(field, layer)?;
+                (value.as_str() != Some(wanted)).then_some((*field, name, value))
+            });
+            match differs {
+                None => return Ok(then),
+                Some(found) => unmet = unmet.or(Some(found)),
             }
         }
-        let known: Vec<&str> = cases.iter().filter_map(|case| case.when.map(|(_, value)| value)).collect();
-        let (name, value) = wrong.unwrap_or((String::new(), &Value::Null));
+        let (field, name, value) = unmet.unwrap_or((&[], String::new(), &Value::Null));
+        let known = cases.iter().flat_map(|case| case.when).filter(|(known, _)| *known == field);
+        let known: Vec<&str> = known.map(|(_, value)| *value).collect();
         Err(self.wrong(&name, &known.join(" or "), value))
     }
 

@@ -74,11 +74,13 @@ pub(super) const HIDDEN_ACT: Act = Act::Gated { named: &["hidden_act", "hidden_a
 pub(super) const SWIGLU_OAI: Act =
     Act::ClampedSwish { alpha: field(&["swiglu_alpha"], Some(1.702)), limit: field(&["swiglu_limit"], Some(7.0)) };
 
+pub(super) const CLAMPED_SILU: Act = Act::ClampedSilu { limit: field(&["swiglu_limit"], None) };
+
 pub(super) const ONE: Cases<Number> = &[always(Number::Fixed(1.0))];
 
 pub(super) const SHARED_COMBINATION: Cases<Number> = &[
-    Case { when: Some((&["shared_expert_combination_strategy"], "average")), then: Number::Fixed(0.5) },
-    Case { when: Some((&["shared_expert_combination_strategy"], "sum")), then: Number::Fixed(1.0) },
+    Case { when: &[(&["shared_expert_combination_strategy"], "average")], then: Number::Fixed(0.5) },
+    Case { when: &[(&["shared_expert_combination_strategy"], "sum")], then: Number::Fixed(1.0) },
 ];
 
 pub(super) const SCALING_FACTOR: Number = field(&["routed_scaling_factor"], None);
@@ -133,7 +135,7 @@ pub(super) const fn field(field: Field, default: Option<f32>) -> Number {
 }
 
 pub(super) const fn always<T: Copy>(then: T) -> Case<T> {
-    Case { when: None, then }
+    Case { when: &[], then }
 }
 
 pub(super) const PER_EXPERT: Layout = Layout::Apart {

@@ -1,10 +1,14 @@
 //! Goldens, and a checkpoint's layer through the specification.
 #![allow(dead_code)]
 
-use fused_moe::checkpoint::{Checkpoint, CheckpointLayer};
+pub(crate) mod model;
+
+use fused_moe::checkpoint::{Checkpoint, CheckpointLayer, write_safetensors};
+use fused_moe::cpu::Cpu;
+use fused_moe::operation::{Forward, RoutesOut};
 use fused_moe::reference::{self, Input, Output, SharedExpert};
 use fused_moe::weights::{ExpertMatrices, Matrix};
-use fused_moe::{DType, HostView};
+use fused_moe::{Backend, DType, HostView, Layer, Options, Stream, View};
 use std::path::PathBuf;
 
 /// The directory of a golden.
@@ -61,11 +65,12 @@ fn chunks(bytes: &[u8]) -> impl Iterator<Item = [u8; 4]> + '_ {
     bytes.as_chunks().0.iter().copied()
 }
 
-/// The specification's answer to x, optionally with weights and x rounded to bf16 first.
-pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f64], round: impl Fn(f64) -> f64) -> Output {
+/// The specification's answer to x.
+pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32]) -> Output {
+    let x: Vec<f64> = x.iter().map(|&x| x.into()).collect();
     let weights = &layer.weights;
     let config = &layer.config;
-    let vector = |view: &Option<HostView<'_>>| view.as_ref().map(|view| rounded(numbers(view), &round));
+    let vector = |view: &Option<HostView<'_>>| view.as_ref().map(numbers);
     let router = vector(&weights.router).unwrap();
     let (router_bias, correction_bias) = (vector(&weights.router_bias), vector(&weights.correction_bias));
     let (mut gate_up, mut gate_up_bias, mut down, mut down_bias) = (vec![], vec![], vec![], vec![]);
@@ -76,31 +81,25 @@ pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f64], round: impl Fn(f
         }
         down_bias.extend(expert.down_bias.iter().flat_map(elements));
     }
-    let [gate_up, gate_up_bias, down, down_bias] =
-        [gate_up, gate_up_bias, down, down_bias].map(|numbers| rounded(numbers, &round));
     let shared = weights.shared.as_ref().map(|shared| {
         let (mut gate_up, mut down) = (vec![], vec![]);
         joint(&shared.matrices, &mut gate_up, &mut down);
-        (rounded(gate_up, &round), rounded(down, &round), vector(&shared.gate))
+        (gate_up, down, vector(&shared.gate))
     });
-    let filled = |bias: &'_ Vec<f64>| !bias.is_empty();
+    let some = |bias: &'_ [f64]| !bias.is_empty();
     let layer = reference::Layer {
         router: &router,
         router_bias: router_bias.as_deref(),
         correction_bias: correction_bias.as_deref(),
         gate_up: &gate_up,
-        gate_up_bias: Some(&gate_up_bias).filter(|b| filled(b)).map(Vec::as_slice),
+        gate_up_bias: Some(&gate_up_bias[..]).filter(|bias| some(bias)),
         down: &down,
-        down_bias: Some(&down_bias).filter(|b| filled(b)).map(Vec::as_slice),
+        down_bias: Some(&down_bias[..]).filter(|bias| some(bias)),
         shared: shared.as_ref().map(|(gate_up, down, gate)| SharedExpert { gate_up, down, gate: gate.as_deref() }),
         ..Default::default()
     };
     let tokens = x.len() / config.hidden;
-    reference::forward(config, &layer, &Input { x, tokens, ..Default::default() })
-}
-
-fn rounded(numbers: Vec<f64>, round: &impl Fn(f64) -> f64) -> Vec<f64> {
-    numbers.into_iter().map(round).collect()
+    reference::forward(config, &layer, &Input { x: &x, tokens, ..Default::default() })
 }
 
 fn joint(expert: &ExpertMatrices<'_>, gate_up: &mut Vec<f64>, down: &mut Vec<f64>) {
@@ -130,6 +129,70 @@ fn decode(bytes: &[u8], dtype: DType) -> Vec<f64> {
         DType::F32 => chunks(bytes).map(|bytes| f32::from_le_bytes(bytes).into()).collect(),
         DType::BF16 => bytes.as_chunks().0.iter().map(|&bytes| half::bf16::from_le_bytes(bytes).into()).collect(),
         DType::F16 => bytes.as_chunks().0.iter().map(|&bytes| half::f16::from_le_bytes(bytes).into()).collect(),
+        other => panic!("{other}"),
+    }
+}
+
+/// What came out of a layer on a device.
+pub(crate) struct Ran {
+    pub(crate) y: Vec<f64>,
+    pub(crate) experts: Vec<u32>,
+    pub(crate) weights: Vec<f64>,
+}
+
+/// The processor's answer to x, x and y in a format.
+pub(crate) fn run(layer: &CheckpointLayer<'_>, x: &[f32], dtype: DType) -> Ran {
+    let device = Cpu::new().unwrap();
+    let (hidden, top_k) = (layer.config.hidden, layer.config.top_k);
+    let tokens = x.len() / hidden;
+    let prepared = layer.prepare(&device, &Options::default()).unwrap();
+    let mut workspace = prepared.workspace(tokens).unwrap();
+    let stream = device.stream().unwrap();
+    let x = encode(x, dtype);
+    let mut y = vec![0u8; x.len()];
+    let (mut experts, mut weights) = (vec![0u32; tokens * top_k], vec![0f32; tokens * top_k]);
+    let shape = [tokens, hidden];
+    let mut call =
+        Forward::new(View::new(&x[..], dtype, 0, shape).unwrap(), View::new(&mut y[..], dtype, 0, shape).unwrap());
+    call.routes = Some(RoutesOut {
+        experts: View::of_mut(&mut experts, [tokens, top_k]).unwrap(),
+        weights: View::of_mut(&mut weights, [tokens, top_k]).unwrap(),
+    });
+    prepared.run(&stream, call, &mut workspace).unwrap();
+    assert!(stream.status().unwrap().is_ok());
+    Ran { y: decode(&y, dtype), experts, weights: weights.into_iter().map(f64::from).collect() }
+}
+
+/// The same checkpoint with every tensor rounded to bf16.
+pub(crate) fn bf16_copy(name: &str) -> (tempfile::TempDir, Checkpoint) {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::copy(path(name).join("config.json"), directory.path().join("config.json")).unwrap();
+    let bytes = std::fs::read(path(name).join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensors: Vec<_> = file
+        .iter()
+        .map(|(name, tensor)| {
+            let numbers: Vec<f32> = chunks(tensor.data()).map(f32::from_le_bytes).collect();
+            let shape = match *tensor.shape() {
+                [a] => [a].into(),
+                [a, b] => [a, b].into(),
+                [a, b, c] => [a, b, c].into(),
+                _ => panic!("{name}"),
+            };
+            (name, encode(&numbers, DType::BF16), shape)
+        })
+        .collect::<Vec<(&str, Vec<u8>, fused_moe::Shape)>>();
+    let views =
+        tensors.iter().map(|(name, bytes, shape)| (*name, View::new(&bytes[..], DType::BF16, 0, *shape).unwrap()));
+    write_safetensors(directory.path().join("model.safetensors"), views).unwrap();
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    (directory, checkpoint)
+}
+
+fn encode(numbers: &[f32], dtype: DType) -> Vec<u8> {
+    match dtype {
+        DType::F32 => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DType::BF16 => numbers.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
         other => panic!("{other}"),
     }
 }
