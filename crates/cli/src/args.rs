@@ -1,0 +1,204 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// The Mixture-of-Experts layer: run one from a checkpoint, check this machine, measure it.
+#[derive(Debug, Parser)]
+#[command(name = "fmoe", version, arg_required_else_help = true, after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  fmoe run                                  a small layer that comes with the program, against its known output
+  fmoe inspect ~/models/Qwen3-30B-A3B       what a model is made of and whether it runs
+  fmoe check                                every operation on this machine against the f64 reference
+  fmoe bench --shape qwen3-30b-a3b          how fast, and how far from what the machine can do
+
+Exit code: 0 done; 1 an error, a failed check, a result outside its tolerance; 2 a command line that makes no sense.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the MoE layers of a checkpoint on an input, and compare with an expected output
+    Run(Run),
+    /// Say what a checkpoint is made of and which of its layers run; reads no tensor data
+    Inspect(Inspect),
+    /// Check every operation on this machine against the f64 reference
+    Check(Check),
+    /// Measure a layer, beside what this machine's memory and arithmetic allow
+    Bench(Bench),
+    /// List what layers can run on here, and what would be chosen
+    Devices(Devices),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fmoe run
+  fmoe run ~/models/Qwen3-30B-A3B --layer 12 --tokens 64
+  fmoe run ~/models/Qwen3-30B-A3B --layer 12 --input hidden.safetensors:hidden --output out.safetensors
+  fmoe run ~/models/Mixtral-8x7B --all --tokens 16
+  fmoe run model --input golden.safetensors:input.0 --expect golden.safetensors:output.0
+
+Without a checkpoint, a small layer that comes with the program runs on its own input, against its known output.
+The input is [T, H] or [B, S, H], of f32, f16, bf16 or f64 (converted to f32); the output has the input's format.")]
+pub(crate) struct Run {
+    /// A model directory with config.json and safetensors
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// The layer to run, by its number in the model [default: the first MoE layer]
+    #[arg(long, value_name = "N", requires = "checkpoint")]
+    pub(crate) layer: Option<usize>,
+    /// Run every MoE layer, each on the same input
+    #[arg(long, conflicts_with = "layer", requires = "checkpoint")]
+    pub(crate) all: bool,
+    /// The input, a tensor of a safetensors file; the name may be left out where there is only one
+    #[arg(long, value_name = "FILE[:TENSOR]", conflicts_with = "tokens", requires = "checkpoint")]
+    pub(crate) input: Option<String>,
+    /// Random input of so many tokens [default: 32]
+    #[arg(long, value_name = "T")]
+    pub(crate) tokens: Option<usize>,
+    /// Seed of the random input
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Write the output as tensor `output` (with --all, `output.0`, `output.1`, ... by layer)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// The expected output, compared with; exit code 1 if the error passes the tolerance
+    #[arg(long, value_name = "FILE[:TENSOR]", conflicts_with = "all", requires = "input")]
+    pub(crate) expect: Option<String>,
+    /// Largest error, relative to the largest expected value [default: by the coarsest format involved]
+    #[arg(long, value_name = "X")]
+    pub(crate) tolerance: Option<f64>,
+    #[command(flatten)]
+    pub(crate) on: On,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fmoe inspect ~/models/Qwen3-30B-A3B
+  fmoe inspect ~/models/Qwen3-30B-A3B --json | jq .layers[0]")]
+pub(crate) struct Inspect {
+    /// A model directory with config.json and safetensors
+    pub(crate) checkpoint: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fmoe check
+  fmoe check --filter combine
+  fmoe check --golden goldens/*
+  FMOE_CPU_ISA=avx2 fmoe check
+
+--golden compares with folders of config.json, model.safetensors and golden.safetensors (input.i, output.i,
+topk_ids.i, topk_weights.i, experts_output.i).")]
+pub(crate) struct Check {
+    /// Only cases whose name contains this
+    #[arg(long, value_name = "TEXT", conflicts_with = "golden")]
+    pub(crate) filter: Option<String>,
+    /// Check these folders of golden data instead
+    #[arg(long, value_name = "DIR", num_args = 1..)]
+    pub(crate) golden: Vec<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) on: On,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fmoe bench --shape qwen3-30b-a3b
+  fmoe bench --shape olmoe --tokens 1,8,64 --dtype f32 --threads 1
+  fmoe bench --hidden 2048 --intermediate 768 --experts 128 --top-k 8 --routing zipf
+  fmoe bench --shape qwen3-30b-a3b --record
+
+The result is checked against the f64 reference before a time is printed. Each run reads another layer's weights.
+The floor is the larger of the bytes that a run must read over the read bandwidth, and its floating-point operations
+over the arithmetic rate, both measured on this machine in the same run.")]
+pub(crate) struct Bench {
+    /// A named shape [default: qwen3-30b-a3b]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["hidden", "intermediate", "experts", "top_k"])]
+    pub(crate) shape: Option<String>,
+    /// H, the width of a token
+    #[arg(long, value_name = "H", requires_all = ["intermediate", "experts", "top_k"])]
+    pub(crate) hidden: Option<usize>,
+    /// I, the width inside an expert
+    #[arg(long, value_name = "I", requires = "hidden")]
+    pub(crate) intermediate: Option<usize>,
+    /// E, the number of experts
+    #[arg(long, value_name = "E", requires = "hidden")]
+    pub(crate) experts: Option<usize>,
+    /// K, experts per token
+    #[arg(long, value_name = "K", requires = "hidden")]
+    pub(crate) top_k: Option<usize>,
+    /// Batch sizes
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1,4,16,64,256")]
+    pub(crate) tokens: Vec<usize>,
+    /// Format of the weights
+    #[arg(long, value_name = "D", default_value = "bf16")]
+    pub(crate) dtype: Format,
+    /// How tokens spread over the experts
+    #[arg(long, value_name = "R", default_value = "uniform")]
+    pub(crate) routing: Spread,
+    /// Threads of the CPU backend [default: one for each processor]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Seed of weights and tokens
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Write the results as JSON (`-` for standard output)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Append the results to DIR/<device>/<date>.csv
+    #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "records")]
+    pub(crate) record: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) on: On,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fmoe devices
+  fmoe devices --json")]
+pub(crate) struct Devices {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Where to run.
+#[derive(Debug, Args)]
+pub(crate) struct On {
+    /// Where to run: see `fmoe devices` [default: the best there is]
+    #[arg(long, value_name = "B")]
+    pub(crate) backend: Option<String>,
+}
+
+/// Format of weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    F32,
+    F16,
+    Bf16,
+}
+
+/// How tokens spread over the experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Spread {
+    /// Every expert as likely as the next
+    Uniform,
+    /// Expert number n with weight 1 / n
+    Zipf,
+    /// Every token to the same K experts
+    One,
+}

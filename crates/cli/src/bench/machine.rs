@@ -1,0 +1,145 @@
+//! What this machine could do: read bandwidth and arithmetic rate, measured; memory and cache, as the system tells.
+
+use anyhow::{Context, Result};
+use fused_moe::cpu::Memory;
+use fused_moe::cpu::arch::Kernels;
+use std::fs;
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+/// What a layer is compared with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ceilings {
+    /// Bytes read from memory in a second.
+    pub(crate) bandwidth: f64,
+    /// Floating-point operations in a second.
+    pub(crate) arithmetic: f64,
+    /// Size of the buffer that was read.
+    pub(crate) buffer: usize,
+}
+
+/// Passes of each measurement.
+pub(crate) const PASSES: usize = 6;
+
+/// Measures both with so many threads. The best of a few passes counts: a ceiling is what nothing should beat.
+pub(crate) fn measure(threads: usize, cache: u64, available: u64) -> Result<Ceilings> {
+    let buffer = cache.saturating_mul(4).clamp(1 << 28, 1 << 32).min(available / 4).max(1 << 22) as usize;
+    Ok(Ceilings { bandwidth: bandwidth(threads, buffer)?, arithmetic: arithmetic(threads), buffer })
+}
+
+/// A buffer of f32, cut between the threads, each adding up the squares of its part.
+fn bandwidth(threads: usize, bytes: usize) -> Result<f64> {
+    let mut memory = Memory::new(bytes).context("memory to measure the bandwidth with")?;
+    let floats: &mut [f32] = bytemuck::try_cast_slice_mut(&mut memory).map_err(|error| anyhow::anyhow!("{error}"))?;
+    let part = floats.len().div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        for floats in floats.chunks_mut(part) {
+            scope.spawn(|| floats.iter_mut().enumerate().for_each(|(i, x)| *x = 1.0 + (i & 0xff) as f32));
+        }
+    });
+    let floats: &[f32] = floats;
+    let kernels = Kernels::best();
+    let best = best_of_passes(threads, |thread| {
+        let first = (thread * part).min(floats.len());
+        let last = (first + part).min(floats.len());
+        black_box(kernels.sum_squares(&floats[first..last]));
+    });
+    Ok(size_of_val(floats) as f64 / best.as_secs_f64())
+}
+
+/// The dot kernel on rows and tokens that stay in the innermost caches.
+fn arithmetic(threads: usize) -> f64 {
+    const ROWS: usize = 16;
+    const TOKENS: usize = 12;
+    const LENGTH: usize = 512;
+    const CALLS: usize = 2000;
+    let kernels = Kernels::best();
+    let best = best_of_passes(threads, |_| {
+        let floats = vec![0.5f32; (ROWS + TOKENS) * LENGTH];
+        let (weights, tokens) = floats.split_at(ROWS * LENGTH);
+        let weights: Vec<&[f32]> = weights.chunks(LENGTH).collect();
+        let tokens: Vec<&[f32]> = tokens.chunks(LENGTH).collect();
+        let mut out = [0f32; ROWS * TOKENS];
+        for _ in 0..CALLS {
+            kernels.dot_tile(black_box(&weights), black_box(&tokens), &mut out);
+        }
+        black_box(out);
+    });
+    (threads * CALLS * 2 * ROWS * TOKENS * LENGTH) as f64 / best.as_secs_f64()
+}
+
+/// The shortest of a few passes of `work` on so many threads; fewer where they take long.
+fn best_of_passes(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
+    const ENOUGH: Duration = Duration::from_secs(2);
+    let begin = Instant::now();
+    let mut best = together(threads, &work);
+    for _ in 1..PASSES {
+        if begin.elapsed() > ENOUGH {
+            break;
+        }
+        best = best.min(together(threads, &work));
+    }
+    best
+}
+
+/// How long `work` takes on so many threads that begin at once.
+fn together(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
+    let (begin, end) = (Barrier::new(threads + 1), Barrier::new(threads + 1));
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let (begin, end, work) = (&begin, &end, &work);
+            scope.spawn(move || {
+                begin.wait();
+                work(thread);
+                end.wait();
+            });
+        }
+        begin.wait();
+        let start = Instant::now();
+        end.wait();
+        start.elapsed()
+    })
+}
+
+/// Bytes of memory that can be had without swapping, where the system tells.
+pub(crate) fn available_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Bytes of the largest cache, where the system tells.
+pub(crate) fn last_level_cache() -> Option<u64> {
+    let caches = fs::read_dir("/sys/devices/system/cpu/cpu0/cache").ok()?;
+    let sizes = caches.filter_map(|entry| {
+        let text = fs::read_to_string(entry.ok()?.path().join("size")).ok()?;
+        let text = text.trim();
+        let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let unit = match unit {
+            "K" => 1 << 10,
+            "M" => 1 << 20,
+            _ => 1,
+        };
+        digits.parse::<u64>().ok()?.checked_mul(unit)
+    });
+    sizes.max()
+}
+
+/// The processor's name, where the system tells.
+pub(crate) fn processor() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split_once(':'));
+    name.map_or_else(|| format!("unknown {} processor", std::env::consts::ARCH), |(_, name)| name.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ceilings_are_positive() {
+        let ceilings = measure(2, 0, 1 << 24).unwrap();
+        assert!(ceilings.bandwidth > 1e6 && ceilings.arithmetic > 1e6 && ceilings.buffer == 1 << 22);
+    }
+}

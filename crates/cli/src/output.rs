@@ -1,0 +1,245 @@
+//! What all commands print with: errors with a remedy, tables, numbers, progress.
+
+use anstyle::{AnsiColor, Style};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::fmt::{self, Write as _};
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+pub(crate) const BOLD: Style = Style::new().bold();
+pub(crate) const DIM: Style = Style::new().dimmed();
+pub(crate) const GOOD: Style = AnsiColor::Green.on_default();
+pub(crate) const BAD: Style = AnsiColor::Red.on_default().bold();
+pub(crate) const WARN: Style = AnsiColor::Yellow.on_default();
+const HELP: Style = AnsiColor::Cyan.on_default();
+
+/// An error with what to do about it.
+#[derive(Debug)]
+pub(crate) struct Remedied {
+    message: String,
+    help: String,
+}
+
+/// An error with what to do about it.
+pub(crate) fn remedied(message: impl Into<String>, help: impl Into<String>) -> anyhow::Error {
+    Remedied { message: message.into(), help: help.into() }.into()
+}
+
+/// A checkpoint's error: what follows the semicolon of its message is what to do.
+pub(crate) fn checkpoint_error(error: fused_moe::checkpoint::Error) -> anyhow::Error {
+    use fused_moe::checkpoint::Error;
+    let message = error.to_string();
+    let elsewhere = match &error {
+        Error::Io { .. } => "check the path and its permissions",
+        Error::UnknownModel { .. } => "only these families can be read; check `model_type` in config.json",
+        Error::ConfigMissing { .. } | Error::ConfigValue { .. } | Error::Config { .. } => {
+            "config.json is not that of the model; download it again"
+        }
+        Error::NoSuchLayer { .. } | Error::DenseLayer { .. } => "`fmoe inspect` lists the layers",
+        Error::Tensors { .. } | Error::Layer { .. } => {
+            "the files and config.json are not of one model; download both again"
+        }
+        _ => {
+            return match message.rsplit_once("; ") {
+                Some((message, help)) => remedied(message, help),
+                None => error.into(),
+            };
+        }
+    };
+    remedied(message, elsewhere)
+}
+
+impl fmt::Display for Remedied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Remedied {}
+
+/// Prints an error and its remedy; a reader that has gone away is no error.
+pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
+    let gone = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    };
+    if error.chain().any(gone) {
+        return ExitCode::SUCCESS;
+    }
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if !text.ends_with(&cause) {
+            let separator = if text.is_empty() { "" } else { ": " };
+            let _ = write!(text, "{separator}{cause}");
+        }
+    }
+    let mut stderr = anstream::stderr().lock();
+    let _ = writeln!(stderr, "{BAD}error:{BAD:#} {text}");
+    if let Some(remedied) = error.chain().find_map(|cause| cause.downcast_ref::<Remedied>()) {
+        let _ = writeln!(stderr, "{HELP}help:{HELP:#} {}", remedied.help);
+    }
+    ExitCode::FAILURE
+}
+
+/// Something worth knowing that is no error.
+pub(crate) fn warn(message: impl fmt::Display) {
+    let _ = writeln!(anstream::stderr().lock(), "{WARN}warning:{WARN:#} {message}");
+}
+
+/// Something that was done.
+pub(crate) fn note(message: impl fmt::Display) {
+    let _ = writeln!(anstream::stderr().lock(), "{message}");
+}
+
+/// Standard output, without colours where nobody sees them; its errors are to be passed on, for a closed pipe is one.
+pub(crate) fn stdout() -> impl Write {
+    anstream::stdout().lock()
+}
+
+/// Pretty JSON and a line end.
+pub(crate) fn print_json(value: &serde_json::Value) -> io::Result<()> {
+    let mut out = stdout();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    writeln!(out)
+}
+
+/// A bar over `length` steps on a terminal, nothing elsewhere.
+pub(crate) fn progress(length: u64, what: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr());
+    if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} {eta}") {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar.set_message(what.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+/// Columns of equal width; the first is aligned to the left, the others to the right unless they are said to be text.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    header: Vec<String>,
+    text: Vec<usize>,
+    rows: Vec<Vec<(String, Style)>>,
+}
+
+impl Table {
+    pub(crate) fn new<const N: usize>(header: [&str; N]) -> Self {
+        Self { header: header.map(str::to_owned).into(), text: vec![0], rows: Vec::new() }
+    }
+
+    /// Columns that hold words.
+    pub(crate) fn text(mut self, columns: &[usize]) -> Self {
+        self.text.extend(columns);
+        self
+    }
+
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = (String, Style)>) {
+        self.rows.push(cells.into_iter().collect());
+    }
+
+    pub(crate) fn print(&self, out: &mut impl Write) -> io::Result<()> {
+        let width = |column: usize| {
+            let cells = self.rows.iter().filter_map(|row| row.get(column)).map(|(cell, _)| cell.chars().count());
+            cells.chain(self.header.get(column).map(|name| name.chars().count())).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..self.header.len()).map(width).collect();
+        let header: Vec<_> = self.header.iter().map(|name| (name.clone(), DIM)).collect();
+        for row in std::iter::once(&header).chain(&self.rows) {
+            for (column, (cell, style)) in row.iter().enumerate() {
+                let gap = if column > 0 { "  " } else { "" };
+                let width = widths.get(column).copied().unwrap_or(0);
+                let last = column + 1 == row.len();
+                let padding = width.saturating_sub(cell.chars().count());
+                let (before, after) = match self.text.contains(&column) {
+                    true if last => (0, 0),
+                    true => (0, padding),
+                    false => (padding, 0),
+                };
+                write!(out, "{gap}{:before$}{style}{cell}{style:#}{:after$}", "", "")?;
+            }
+            writeln!(out)?;
+        }
+        Ok(())
+    }
+}
+
+/// A cell without colour.
+pub(crate) fn plain(cell: impl fmt::Display) -> (String, Style) {
+    (cell.to_string(), Style::new())
+}
+
+/// `1.4 GB`.
+pub(crate) fn bytes(n: u64) -> String {
+    let units = ["B", "kB", "MB", "GB", "TB", "PB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = if unit == 0 || value >= 99.95 { 0 } else { 1 };
+    format!("{value:.digits$} {}", units[unit])
+}
+
+/// `12.3 us`, `4.56 ms`, `1.23 s`.
+pub(crate) fn duration(time: Duration) -> String {
+    let micros = time.as_secs_f64() * 1e6;
+    match micros {
+        ..1e3 => format!("{micros:.1} us"),
+        1e3..1e6 => format!("{:.2} ms", micros / 1e3),
+        _ => format!("{:.2} s", micros / 1e6),
+    }
+}
+
+/// Three significant digits.
+pub(crate) fn rounded(x: f64) -> String {
+    match x.abs() {
+        99.95.. => format!("{x:.0}"),
+        9.995..99.95 => format!("{x:.1}"),
+        _ => format!("{x:.2}"),
+    }
+}
+
+/// A bar for each expert, or for each of a few ranges of experts where they are many; empty where no terminal shows it.
+pub(crate) fn histogram(counts: &[u32]) -> String {
+    const WIDTH: usize = 64;
+    const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    if !io::stdout().is_terminal() || counts.is_empty() {
+        return String::new();
+    }
+    let bins: Vec<u32> =
+        counts.chunks(counts.len().div_ceil(WIDTH)).filter_map(|bin| bin.iter().max().copied()).collect();
+    let most = bins.iter().copied().max().unwrap_or(0).max(1);
+    let bar = |&n: &u32| match n {
+        0 => ' ',
+        n => BARS[(u64::from(n) * 8).div_ceil(u64::from(most)) as usize - 1],
+    };
+    bins.iter().map(bar).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers() {
+        assert_eq!([0, 999, 1000, 1_500_000].map(bytes), ["0 B", "999 B", "1.0 kB", "1.5 MB"]);
+        assert_eq!(bytes(u64::MAX), "18447 PB");
+        assert_eq!(
+            [1.0, 15e3, 2e6].map(|us| duration(Duration::from_secs_f64(us / 1e6))),
+            ["1.0 us", "15.00 ms", "2.00 s"]
+        );
+        assert_eq!([1.234, 12.34, 123.4].map(rounded), ["1.23", "12.3", "123"]);
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let mut table = Table::new(["stage", "us"]);
+        table.row([plain("gate"), plain("7")]);
+        table.row([plain("gate_up"), plain("123")]);
+        let mut text = Vec::new();
+        table.print(&mut anstream::StripStream::new(&mut text)).unwrap();
+        assert_eq!(String::from_utf8(text).unwrap(), "stage     us\ngate       7\ngate_up  123\n");
+    }
+}

@@ -1,0 +1,185 @@
+//! Single tensors of safetensors files, as inputs and expectations.
+
+use crate::bench::machine::available_memory;
+use crate::bench::weights::Numbers;
+use crate::output::{bytes, remedied};
+use anyhow::{Context, Result};
+use fused_moe::{DType, Shape};
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A tensor of floats on the host.
+#[derive(Debug)]
+pub(crate) struct Tensor {
+    /// Where it came from.
+    pub(crate) origin: String,
+    pub(crate) dtype: DType,
+    /// Two or three dimensions.
+    pub(crate) shape: Shape,
+    /// Whether it was f64 and is f32 now.
+    pub(crate) narrowed: bool,
+    words: Vec<u32>,
+}
+
+impl Tensor {
+    /// Random tokens `[T, H]` in f32, uniform in -1..1.
+    pub(crate) fn random(tokens: usize, hidden: usize, seed: u64) -> Result<Self> {
+        if tokens == 0 {
+            return Err(remedied("--tokens 0: there is nothing to run", "give 1 or more"));
+        }
+        let needed = tokens as u128 * hidden as u128 * 4;
+        let available = available_memory().unwrap_or(u64::MAX / 4);
+        // x, y and the workspace
+        if needed * 4 > u128::from(available) {
+            return Err(remedied(
+                format!(
+                    "--tokens {tokens}: x alone, [{tokens}, {hidden}] in f32, takes {}; {} of memory are free",
+                    bytes(needed.try_into().unwrap_or(u64::MAX)),
+                    bytes(available)
+                ),
+                format!("at most {} tokens fit", available as u128 / (hidden as u128 * 16).max(1)),
+            ));
+        }
+        let numbers = Numbers::new(DType::F32, tokens * hidden, 1.0, seed);
+        Ok(Self {
+            origin: format!("random tokens, seed {seed}"),
+            dtype: DType::F32,
+            shape: [tokens, hidden].into(),
+            narrowed: false,
+            words: numbers.into_words(),
+        })
+    }
+
+    /// The tensor that `FILE` or `FILE:TENSOR` names.
+    pub(crate) fn read(name: &str) -> Result<Self> {
+        let (path, tensor) = split(name);
+        let data = fs::read(&path).with_context(|| format!("{}: cannot read the file", path.display()))?;
+        Self::parse(&path, &data, tensor)
+    }
+
+    /// A tensor of a file in memory; its only one where no name is given.
+    pub(crate) fn parse(path: &Path, data: &[u8], name: Option<&str>) -> Result<Self> {
+        let file = SafeTensors::deserialize(data).map_err(|error| {
+            let message = format!("{}: not a whole safetensors file: {error}", path.display());
+            remedied(message, "the header and the length of the data must agree; write the file again")
+        })?;
+        let mut names = file.names();
+        names.sort_unstable();
+        let name = match (name, names.as_slice()) {
+            (Some(name), _) => name,
+            (None, [one]) => one,
+            (None, []) => return Err(remedied(format!("{}: holds no tensor", path.display()), "write one to it")),
+            (None, _) => {
+                let message = format!("{}: holds {} tensors, and none is named", path.display(), names.len());
+                return Err(remedied(
+                    message,
+                    format!("add one of them, as in {}:{}\n{}", path.display(), names[0], list(&names)),
+                ));
+            }
+        };
+        let Ok(tensor) = file.tensor(name) else {
+            let message = format!("{}: holds no tensor {name:?}", path.display());
+            return Err(remedied(message, format!("it holds\n{}", list(&names))));
+        };
+        let origin = format!("tensor {name} of {}", path.display());
+        let (dtype, words) = match tensor.dtype() {
+            Dtype::F32 => (DType::F32, words(tensor.data())),
+            Dtype::F16 => (DType::F16, words(tensor.data())),
+            Dtype::BF16 => (DType::BF16, words(tensor.data())),
+            Dtype::F64 => (DType::F32, narrow(tensor.data())),
+            other => {
+                return Err(remedied(
+                    format!(
+                        "{origin} is {other:?} {:?}, expected F32, F16, BF16 or F64 [T, H] or [B, S, H]",
+                        tensor.shape()
+                    ),
+                    "name another tensor, or convert this one",
+                ));
+            }
+        };
+        let shape = match *tensor.shape() {
+            [rows, cols] => Shape::from([rows, cols]),
+            [batch, sequence, cols] => Shape::from([batch, sequence, cols]),
+            ref other => {
+                return Err(remedied(
+                    format!("{origin} has shape {other:?}, expected [T, H] or [B, S, H]"),
+                    "name another tensor, or reshape this one",
+                ));
+            }
+        };
+        Ok(Self { origin, dtype, shape, narrowed: tensor.dtype() == Dtype::F64, words })
+    }
+
+    /// Its elements.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        let length = self.shape.rows() * self.shape.cols() * self.dtype.size();
+        bytemuck::cast_slice(&self.words).get(..length).unwrap_or(&[])
+    }
+
+    /// Its elements in f64.
+    pub(crate) fn values(&self) -> impl Iterator<Item = f64> {
+        floats(self.dtype, self.bytes())
+    }
+}
+
+/// Floats as they lie in memory.
+pub(crate) fn floats(dtype: DType, bytes: &[u8]) -> impl Iterator<Item = f64> {
+    bytes.chunks_exact(dtype.size()).map(move |bytes| match (dtype, bytes) {
+        (DType::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f64(),
+        (DType::BF16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f64(),
+        (_, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
+        _ => f64::NAN,
+    })
+}
+
+/// `FILE:TENSOR`, unless there is a file of the whole name.
+fn split(name: &str) -> (PathBuf, Option<&str>) {
+    match name.rsplit_once(':') {
+        Some((file, tensor)) if !tensor.is_empty() && !Path::new(name).exists() => (file.into(), Some(tensor)),
+        _ => (name.into(), None),
+    }
+}
+
+fn list(names: &[&str]) -> String {
+    const SHOWN: usize = 40;
+    let mut text: Vec<String> = names.iter().take(SHOWN).map(|name| format!("  {name}")).collect();
+    if names.len() > SHOWN {
+        text.push(format!("  and {} more", names.len() - SHOWN));
+    }
+    text.join("\n")
+}
+
+/// Bytes in memory that is aligned for every element.
+fn words(bytes: &[u8]) -> Vec<u32> {
+    let mut words = vec![0u32; bytes.len().div_ceil(4)];
+    bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
+    words
+}
+
+fn narrow(bytes: &[u8]) -> Vec<u32> {
+    let (wide, _) = bytes.as_chunks::<8>();
+    wide.iter().map(|&bytes| (f64::from_le_bytes(bytes) as f32).to_bits()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_files_and_tensors() {
+        assert_eq!(split("a.safetensors:input.0"), ("a.safetensors".into(), Some("input.0")));
+        assert_eq!(split("a.safetensors"), ("a.safetensors".into(), None));
+        assert_eq!(split("a.safetensors:"), ("a.safetensors:".into(), None));
+    }
+
+    #[test]
+    fn random_tokens_are_the_same_for_a_seed() {
+        let bytes = |seed| Tensor::random(5, 7, seed).unwrap().bytes().to_vec();
+        assert_eq!(bytes(1), bytes(1));
+        assert_ne!(bytes(1), bytes(2));
+        assert_eq!(bytes(1).len(), 5 * 7 * 4);
+        assert!(Tensor::random(usize::MAX, 7, 0).is_err() && Tensor::random(0, 7, 0).is_err());
+    }
+}

@@ -1,0 +1,178 @@
+//! Bad input: an error that says what is wrong and what to do, exit code 1, no panic, no half-written file.
+
+use super::support::{Model, PROGRAM, fmoe, golden, input, raw};
+use std::fs;
+use std::process::Command;
+
+#[test]
+fn no_such_checkpoint() {
+    fmoe(["inspect", "/nonexistent/model"]).errs(["/nonexistent/model", "No such file"]);
+    let empty = tempfile::tempdir().unwrap();
+    fmoe(["run", empty.path().to_str().unwrap()]).errs(["model.safetensors"]);
+}
+
+#[test]
+fn truncated_weights() {
+    let model = Model::new().write();
+    let file = model.file("model.safetensors");
+    let whole = fs::read(&file).unwrap();
+    for length in [0, 7, 100, whole.len() - 1] {
+        fs::write(&file, &whole[..length]).unwrap();
+        for command in ["run", "inspect"] {
+            fmoe([command, model.name()]).errs(["model.safetensors"]);
+        }
+    }
+}
+
+#[test]
+fn lying_headers() {
+    let model = Model::new().write();
+    let file = model.path().join("model.safetensors");
+    let name = "model.layers.0.mlp.gate.weight";
+    for (header, data) in [
+        (format!(r#"{{"{name}":{{"dtype":"F32","shape":[4,16],"data_offsets":[0,8]}}}}"#), 8),
+        (format!(r#"{{"{name}":{{"dtype":"F32","shape":[4,16],"data_offsets":[0,256]}}}}"#), 8),
+        (format!(r#"{{"{name}":{{"dtype":"F32","shape":[18446744073709551615,16],"data_offsets":[0,8]}}}}"#), 8),
+        (format!(r#"{{"{name}":{{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}}}"#), 8),
+        ("{".to_owned(), 0),
+        ("not json".to_owned(), 100),
+    ] {
+        raw(&file, &header, &vec![0; data]);
+        fmoe(["run", model.name()]).errs(["model.safetensors"]);
+        let file = format!("{}", file.display());
+        fmoe(["run", &golden(""), "--input", &file]).errs(["model.safetensors"]);
+    }
+    let mut endless = u64::MAX.to_le_bytes().to_vec();
+    endless.extend([0; 64]);
+    fs::write(&file, endless).unwrap();
+    fmoe(["run", model.name()]).errs(["model.safetensors"]);
+}
+
+#[test]
+fn missing_shards() {
+    let model = Model::new().write();
+    fs::rename(model.file("model.safetensors"), model.file("model-00001-of-00002.safetensors")).unwrap();
+    let index = serde_json::json!({ "weight_map": {
+        "model.layers.0.mlp.gate.weight": "model-00001-of-00002.safetensors",
+        "model.layers.1.mlp.gate.weight": "model-00002-of-00002.safetensors",
+    }});
+    fs::write(model.file("model.safetensors.index.json"), index.to_string()).unwrap();
+    fmoe(["run", model.name()]).errs(["model-00002-of-00002.safetensors"]);
+}
+
+#[test]
+fn missing_and_misshapen_tensors_are_named_together() {
+    let (one, two) = ("model.layers.0.mlp.experts.1.up_proj.weight", "model.layers.0.mlp.experts.3.down_proj.weight");
+    let model = Model::new().without(one).shaped(two, [16, 9]).write();
+    fmoe(["run", model.name()]).errs([one, two, "[8, 16]", "[16, 8]", "[16, 9]"]);
+}
+
+#[test]
+fn unknown_model_type() {
+    let model = Model::new().with("model_type", "qwen4_moe").write();
+    fmoe(["run", model.name()]).errs(["qwen4_moe", "qwen3_moe"]);
+}
+
+#[test]
+fn impossible_sizes() {
+    let model = Model::new().with("num_experts_per_tok", 5).write();
+    fmoe(["run", model.name()]).errs(["config.json", "5"]);
+    for field in ["hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok"] {
+        for value in [serde_json::json!(0), serde_json::json!(-1), serde_json::json!("x"), serde_json::json!(u64::MAX)] {
+            let model = Model::new().with(field, value).write();
+            fmoe(["run", model.name()]).errs(["config.json"]);
+        }
+    }
+    let model = Model::new().write();
+    fs::write(model.file("config.json"), "{").unwrap();
+    fmoe(["run", model.name()]).errs(["config.json"]);
+    fs::remove_file(model.file("config.json")).unwrap();
+    fmoe(["run", model.name()]).errs(["config.json"]);
+}
+
+#[test]
+fn no_such_layer() {
+    fmoe(["run", &golden(""), "--layer", "7"]).errs(["layer 7", "fmoe inspect"]);
+}
+
+#[test]
+fn inputs_that_do_not_fit() {
+    let model = Model::new().write();
+    let run = |file: &str| fmoe(["run", model.name(), "--input", file]);
+    let wide = input(&model, "wide.safetensors", "f32", &[2, 17]);
+    run(&wide).errs(["tensor x of", "[2, 17]", "[T, 16]"]);
+    let whole = input(&model, "ids.safetensors", "u32", &[2, 16]);
+    run(&whole).errs(["tensor x of", "U32 [2, 16]", "BF16"]);
+    let flat = input(&model, "flat.safetensors", "f32", &[16]);
+    run(&flat).errs(["tensor x of", "[16]", "[T, H]"]);
+    run(&format!("{flat}:y")).errs(["no tensor \"y\"", "\n  x"]);
+    run("/nonexistent.safetensors").errs(["/nonexistent.safetensors"]);
+    run(&golden("golden.safetensors")).errs(["none is named", "input.0"]);
+    let right = input(&model, "x.safetensors", "f32", &[2, 16]);
+    run(&right).args(["--expect", &wide]).errs(["tensor x of", "[2, 17]", "[2, 16]"]);
+}
+
+#[test]
+fn token_counts_that_do_not_fit() {
+    fmoe(["run", "--tokens", "0"]).errs(["--tokens 0"]);
+    fmoe(["run", "--tokens", "99999999999"]).errs(["--tokens 99999999999", "at most"]);
+    fmoe(["run", "--tokens", "18446744073709551615"]).errs(["--tokens"]);
+    fmoe(["run", "--tokens", "-1"]).fails(2);
+}
+
+#[test]
+fn outputs_that_cannot_be_written() {
+    let model = Model::new().write();
+    let run = |file: &str| fmoe(["run", model.name(), "--tokens", "2", "--output", file]);
+    run(model.name()).errs(["is a directory"]);
+    run(&model.file("nowhere/out.safetensors")).errs(["nowhere"]);
+    run("/dev/null/out.safetensors").errs(["/dev/null"]);
+    run("/proc/out.safetensors").errs(["/proc/out.safetensors"]);
+}
+
+#[test]
+fn a_disk_that_is_full_leaves_nothing() {
+    let model = Model::new().write();
+    let out = model.file("out.safetensors");
+    fs::write(&out, "what was there").unwrap();
+    // 64 kB at most in a file; SIGXFSZ is ignored, so that writing fails as it does on a full disk
+    let command = format!(
+        "trap '' XFSZ; ulimit -f 64; exec '{PROGRAM}' run '{}' --tokens 4000 --output '{out}'",
+        model.name()
+    );
+    let ran = Command::new("sh").args(["-c", &command]).output().unwrap();
+    let stderr = String::from_utf8_lossy(&ran.stderr);
+    assert_eq!(ran.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("error: ") && stderr.contains("out.safetensors") && stderr.contains("\nhelp: "), "{stderr}");
+    assert_eq!(fs::read_to_string(&out).unwrap(), "what was there");
+    let left: Vec<_> = fs::read_dir(model.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 3, "{left:?}");
+}
+
+#[test]
+fn unknown_backends_and_instruction_sets() {
+    for command in ["run", "check", "bench"] {
+        fmoe([command, "--backend", "abacus"]).errs(["abacus", "cpu"]);
+    }
+    fmoe(["run"]).env("FMOE_CPU_ISA", "mmx").errs(["mmx"]);
+}
+
+#[test]
+fn checks_that_are_none() {
+    fmoe(["check", "--filter", "no such case"]).errs(["no such case"]);
+    fmoe(["check", "--golden", "/nonexistent"]).errs(["/nonexistent"]);
+}
+
+#[test]
+fn benches_that_are_none() {
+    fmoe(["bench", "--shape", "qwen"]).errs(["qwen", "qwen3-30b-a3b", "olmoe"]);
+    let shape = |h: &str, e: &str, k: &str| fmoe(["bench", "--hidden", h, "--intermediate", "8", "--experts", e, "--top-k", k]);
+    shape("16", "4", "2").args(["--tokens", "1,0"]).errs(["--tokens 0"]);
+    shape("16", "4", "2").args(["--threads", "0"]).errs(["--threads 0"]);
+    shape("16", "4", "2").args(["--tokens", "99999999999999"]).errs(["--tokens 99999999999999", "at most"]);
+    shape("16", "4", "5").errs(["top_k"]);
+    shape("0", "4", "2").errs(["hidden"]);
+    shape("16", "5000", "2").errs(["experts"]);
+    shape("18446744073709551615", "4", "2").errs(["memory"]);
+    fmoe(["bench", "--hidden", "16"]).fails(2);
+}

@@ -1,0 +1,180 @@
+//! The program from outside: every command on small data, and every bad input to an error of its own.
+#![cfg(unix)]
+
+mod errors;
+mod support;
+
+use support::{Model, fmoe, golden, input};
+
+#[test]
+fn run_matches_the_layer_that_comes_along() {
+    let ran = fmoe(["run"]).succeeds();
+    assert!(ran.stdout.contains("output   matches"), "{ran}");
+    assert!(ran.stdout.contains("H 48, I 20, E 8, K 3; weights f32"), "{ran}");
+    assert!(ran.stdout.contains("111 slots; tokens per expert"), "{ran}");
+    assert_eq!(ran.stderr, "", "no progress and no colours away from a terminal");
+    assert!(!ran.stdout.contains('\x1b'), "{ran}");
+}
+
+#[test]
+fn run_on_random_tokens() {
+    let ran = fmoe(["run", "--tokens", "5", "--seed", "3"]).succeeds();
+    assert!(ran.stdout.contains("15 slots") && ran.stdout.contains("random tokens, seed 3"), "{ran}");
+    assert!(!ran.stdout.contains("output   "), "{ran}");
+}
+
+#[test]
+fn run_reads_writes_and_compares() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.safetensors");
+    let (input, expected) = (golden("golden.safetensors:input.1"), golden("golden.safetensors:output_f64.1"));
+    let model = golden("");
+    let common = ["run", &model, "--input", &input];
+    let ran = fmoe(common).args(["--expect", &expected, "--output", out.to_str().unwrap()]).succeeds();
+    assert!(ran.stdout.contains("output   matches") && ran.stdout.contains("written"), "{ran}");
+    // the only tensor of a file needs no name, and the shape is the input's
+    let again = format!("{}", out.display());
+    let ran = fmoe(common).args(["--expect", &again, "--tolerance", "0"]).succeeds();
+    assert!(ran.stdout.contains("largest error 0.0e0"), "{ran}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
+    let ran = fmoe(common).args(["--expect", &input]).fails(1);
+    assert!(ran.stdout.contains("output   does not match"), "{ran}");
+}
+
+#[test]
+fn run_takes_every_float_format() {
+    let model = Model::new().write();
+    for (format, bytes) in [("f32", 4), ("f16", 2), ("bf16", 2)] {
+        let file = input(&model, "x.safetensors", format, &[2, 3, 16]);
+        let out = model.path().join("y.safetensors");
+        let ran = fmoe(["run", model.name(), "--input", &file, "--output", out.to_str().unwrap()]).succeeds();
+        assert!(ran.stdout.contains(&format!("input    {format} [2, 3, 16]")), "{ran}");
+        let length = std::fs::metadata(&out).unwrap().len();
+        assert!(length >= 96 * bytes && length < 96 * bytes + 200, "{format}: {length}");
+    }
+    let file = input(&model, "x.safetensors", "f64", &[6, 16]);
+    let ran = fmoe(["run", model.name(), "--input", &file]).succeeds();
+    assert!(ran.stderr.contains("warning: tensor x of") && ran.stderr.contains("f64, converted to f32"), "{ran}");
+}
+
+#[test]
+fn run_all_layers() {
+    let model = Model::new().write();
+    let out = model.path().join("all.safetensors");
+    let ran = fmoe(["run", model.name(), "--all", "--tokens", "4", "--output", out.to_str().unwrap()]).succeeds();
+    assert_eq!(ran.stdout.lines().filter(|line| line.starts_with("layer   ")).count(), 2, "{ran}");
+    let file = format!("{}:output.1", out.display());
+    let ran = fmoe(["run", model.name(), "--layer", "1", "--tokens", "4", "--output"]).args([&file]);
+    drop(ran);
+    // the same layer alone gives the same
+    let x = input(&model, "x.safetensors", "f32", &[4, 16]);
+    fmoe(["run", model.name(), "--all", "--input", &x, "--output", out.to_str().unwrap()]).succeeds();
+    let ran = fmoe(["run", model.name(), "--layer", "1", "--input", &x, "--expect", &file, "--tolerance", "0"]);
+    ran.succeeds();
+}
+
+#[test]
+fn run_warns_of_nan() {
+    let model = Model::new().write();
+    let file = support::input_of(&model, "x.safetensors", &[2, 16], |i| if i == 3 { f32::NAN } else { 1.0 });
+    let ran = fmoe(["run", model.name(), "--input", &file]).succeeds();
+    assert!(ran.stderr.contains("1 elements are NaN or infinite"), "{ran}");
+    assert!(ran.stderr.contains("a token without a finite router score"), "{ran}");
+}
+
+#[test]
+fn inspect_in_words_and_json() {
+    let model = Model::new().write();
+    let ran = fmoe(["inspect", model.name()]).succeeds();
+    for part in ["qwen3_moe", "H 16, I 8, E 4, K 2", "softmax", "0-1", "yes"] {
+        assert!(ran.stdout.contains(part), "{part} is missing: {ran}");
+    }
+    let ran = fmoe(["inspect", model.name(), "--json"]).succeeds();
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(json["sizes"]["experts"], 4);
+    assert_eq!(json["layers"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn inspect_says_what_does_not_run() {
+    let model = Model::new().without("model.layers.1.mlp.experts.2.down_proj.weight").write();
+    let ran = fmoe(["inspect", model.name()]).succeeds();
+    assert!(ran.stdout.contains("no") && ran.stdout.contains("experts.2.down_proj.weight"), "{ran}");
+}
+
+#[test]
+fn devices_in_words_and_json() {
+    let ran = fmoe(["devices"]).succeeds();
+    assert!(ran.stdout.contains("cpu") && ran.stdout.contains("chosen:"), "{ran}");
+    let ran = fmoe(["devices", "--json"]).succeeds();
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(json["devices"][0]["name"], "cpu");
+}
+
+#[test]
+fn check_some_cases() {
+    let ran = fmoe(["check", "--filter", "permute"]).succeeds();
+    assert!(ran.stdout.contains("permute") && ran.stdout.contains("0 failed"), "{ran}");
+    let ran = fmoe(["check", "--filter", "permute", "--json"]).succeeds();
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert!(!json["results"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn check_golden_folders() {
+    let (good, other) = (golden(""), golden("../mixtral"));
+    let ran = fmoe(["check", "--golden", &good, &other]).succeeds();
+    assert!(ran.stdout.contains("qwen3_moe") && ran.stdout.contains("mixtral"), "{ran}");
+    // weights that are not those of the golden output
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "meta.json", "model.safetensors", "golden.safetensors"] {
+        let from = if file == "golden.safetensors" { golden("../qwen3_moe_nonorm/") } else { good.clone() };
+        std::fs::copy(format!("{from}/{file}"), folder.path().join(file)).unwrap();
+    }
+    let ran = fmoe(["check", "--golden", folder.path().to_str().unwrap()]).fails(1);
+    assert!(ran.stdout.contains("failed"), "{ran}");
+}
+
+#[test]
+fn bench_a_small_shape() {
+    let folder = tempfile::tempdir().unwrap();
+    let (json, records) = (folder.path().join("bench.json"), folder.path().join("records"));
+    for routing in ["uniform", "zipf", "one"] {
+        let shape = "bench --hidden 64 --intermediate 32 --experts 8 --top-k 2 --tokens 1,5 --threads 2";
+        let ran = fmoe(shape.split(' '))
+            .args(["--routing", routing, "--dtype", "f32"])
+            .args(["--json", json.to_str().unwrap(), "--record", records.to_str().unwrap()])
+            .succeeds();
+        assert!(ran.stdout.contains("GB/s") && ran.stdout.contains("checked before timing"), "{ran}");
+        let rows: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+        assert_eq!((&rows[0]["tokens"], &rows[1]["tokens"]), (&1.into(), &5.into()));
+        assert!(rows[0]["median_us"].as_f64().unwrap() > 0.0);
+        if routing == "one" {
+            assert_eq!(rows[1]["touched_experts"], 2.0);
+        }
+    }
+    let device = std::fs::read_dir(&records).unwrap().next().unwrap().unwrap().path();
+    let file = std::fs::read_dir(device).unwrap().next().unwrap().unwrap().path();
+    let text = std::fs::read_to_string(file).unwrap();
+    assert_eq!(text.lines().count(), 1 + 3 * 2, "a header and a line a batch size:\n{text}");
+    let columns = |line: &str| line.split(',').count();
+    assert!(text.lines().all(|line| columns(line) >= columns(text.lines().next().unwrap())), "{text}");
+}
+
+#[test]
+fn help_has_examples() {
+    for command in ["run", "inspect", "check", "bench", "devices"] {
+        let ran = fmoe([command, "--help"]).succeeds();
+        assert!(ran.stdout.contains("Examples:"), "{ran}");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let model = Model::new().write();
+    let command = format!("'{}' inspect '{}' | head -1", support::PROGRAM, model.name());
+    let out = std::process::Command::new("sh").args(["-c", &command]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stderr), "");
+    let closed = std::process::Command::new("sh").args(["-c", &format!("{command} >&-")]).output().unwrap();
+    assert!(!String::from_utf8_lossy(&closed.stderr).contains("panicked"));
+}
