@@ -108,7 +108,7 @@ impl<B: Backend> GateUp<'_, B> {
             RowSource::Tokens { top_k } => {
                 check.value(top_k > 0, "top_k", "at least 1", top_k)?;
                 let slots = check.slots(self.x.rows(), top_k)?;
-                check.value(slots == rows, "top_k", "K with R = T*K", format!("{top_k} for R = {rows}"))?;
+                check.value(slots == rows, "top_k", "K with R = T*K", format_args!("{top_k} for R = {rows}"))?;
             }
             RowSource::Rows => check.rows("x", &self.x, "[R, H]", [rows, hidden])?,
         }
@@ -261,7 +261,7 @@ impl<B: Backend> Activate<'_, B> {
             fits,
             "operands",
             "gate and up for a gated activation, up alone for another",
-            format!("{:?}", self.activation),
+            format_args!("{:?}", self.activation),
         )?;
         Ok(ActivationProblem { rows, intermediate, arrangement, activation: self.activation })
     }

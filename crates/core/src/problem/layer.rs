@@ -72,13 +72,13 @@ impl LayerProblem {
             local.start <= local.end && local.end <= experts,
             "local_experts",
             "a range within 0..E",
-            format!("{}..{}", local.start, local.end),
+            format_args!("{}..{}", local.start, local.end),
         )?;
         check.value(
             weights.experts.len() == experts,
             "experts",
             "matrices for every one of the E experts",
-            format!("{} of {experts}", weights.experts.len()),
+            format_args!("{} of {experts}", weights.experts.len()),
         )?;
         let (gate_up, down) =
             experts_formats(check, &weights.experts, [config.intermediate, hidden], config.activation)?;
@@ -92,7 +92,7 @@ impl LayerProblem {
                 vector(check, "shared.gate", &weights.gate, "[H]", hidden)?;
                 let sizes = [config.intermediate, hidden];
                 let (up, down) = expert_formats(check, &weights.matrices, sizes, config.activation)?;
-                check.value(up == down, "shared", "one format for up and down", format!("{up} and {down}"))?;
+                check.value(up == down, "shared", "one format for up and down", format_args!("{up} and {down}"))?;
                 Some(up)
             }
         };
@@ -187,7 +187,7 @@ fn experts_formats(
             found == first,
             "experts",
             "one format for all experts",
-            format!("{} and {}, {} and {}", first.0, first.1, found.0, found.1),
+            format_args!("{} and {}, {} and {}", first.0, first.1, found.0, found.1),
         )?;
     }
     check.present("experts", formats, "a layer has at least one")

@@ -85,6 +85,7 @@ impl Check {
         self.shape(operand, view, layout, [n])
     }
 
+    /// `actual` becomes a string only where there is an error: a check that passes allocates nothing.
     fn value(self, ok: bool, parameter: &'static str, expected: &'static str, actual: impl ToString) -> Result<()> {
         if ok {
             return Ok(());
@@ -145,7 +146,7 @@ impl Check {
 
     fn experts(self, experts: usize, top_k: usize) -> Result<()> {
         self.value((1..=MAX_EXPERTS).contains(&experts), "E", "1 to 4096 experts", experts)?;
-        self.value((1..=experts).contains(&top_k), "K", "1 <= K <= E", format!("K = {top_k}, E = {experts}"))
+        self.value((1..=experts).contains(&top_k), "K", "1 <= K <= E", format_args!("K = {top_k}, E = {experts}"))
     }
 
     /// Whether a rule makes sense for E experts and K choices.
@@ -154,10 +155,15 @@ impl Check {
         match rule.selection {
             Selection::TopK { groups: Some(groups), .. } => {
                 let divides = groups.count > 0 && experts.is_multiple_of(groups.count);
-                self.value(divides, "groups.count", "a divisor of E", format!("{} for E = {experts}", groups.count))?;
+                self.value(
+                    divides,
+                    "groups.count",
+                    "a divisor of E",
+                    format_args!("{} for E = {experts}", groups.count),
+                )?;
                 self.value((1..=groups.count).contains(&groups.keep), "groups.keep", "1 to groups.count", groups.keep)?;
                 let room = groups.keep * (experts / groups.count);
-                self.value(top_k <= room, "K", "no more than the kept groups hold", format!("{top_k} of {room}"))?;
+                self.value(top_k <= room, "K", "no more than the kept groups hold", format_args!("{top_k} of {room}"))?;
             }
             Selection::TopK { .. } | Selection::Table => {}
             Selection::SparseMixer { jitter } => {

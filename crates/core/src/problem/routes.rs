@@ -128,7 +128,7 @@ impl<B: Backend> Choice<'_, B> {
         }
         if let Some(witness) = &self.witness {
             let top = matches!(self.rule.selection, Selection::TopK { .. });
-            check.value(top, "witness", "a top-K selection", format!("{:?}", self.rule.selection))?;
+            check.value(top, "witness", "a top-K selection", format_args!("{:?}", self.rule.selection))?;
             check.only("witness.keys", &witness.keys, DType::F32)?;
             check.rows("witness.keys", &witness.keys, "[T, 2]", [tokens, 2])?;
             check.only("witness.experts", &witness.experts, DType::U32)?;
@@ -190,7 +190,7 @@ impl<B: Backend> Permute<'_, B> {
         let slots = check.slots(self.experts.rows(), self.experts.cols())?;
         check.value((1..=MAX_EXPERTS).contains(&experts), "E", "1 to 4096 experts", experts)?;
         let (first, end) = (self.local.start, self.local.end);
-        check.value(first <= end && end <= experts, "local", "a range within 0..E", format!("{first}..{end}"))?;
+        check.value(first <= end && end <= experts, "local", "a range within 0..E", format_args!("{first}..{end}"))?;
         check.only("experts", &self.experts, DType::U32)?;
         check.only("row_slot", &self.row_slot, DType::U32)?;
         check.shape("row_slot", &self.row_slot, "[R]", [slots])?;

@@ -60,7 +60,7 @@ impl<B: Backend> Combine<'_, B> {
             check.slots(tokens, top_k)? == slots,
             "y",
             "T*K rows",
-            format!("{slots} for T = {tokens}, K = {top_k}"),
+            format_args!("{slots} for T = {tokens}, K = {top_k}"),
         )?;
         if let Some(weights) = &self.weights {
             check.only("weights", weights, DType::F32)?;

@@ -1,0 +1,285 @@
+use fused_moe_core::Shape;
+use std::fmt;
+use std::path::PathBuf;
+
+/// Result with this module's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can be wrong with a checkpoint.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The system refuses a file.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What was to be done with it.
+        action: &'static str,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// A GGUF file.
+    #[error("{}: GGUF files cannot be read yet; give the safetensors directory of the same model", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A path that is neither a directory nor a safetensors file.
+    #[error("{}: not a checkpoint; give a model directory or a .safetensors file with config.json beside it", path.display())]
+    NotACheckpoint {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A directory without safetensors.
+    #[error(
+        "{}: no model.safetensors, no model.safetensors.index.json and no other .safetensors file; \
+         convert the model with save_pretrained", path.display()
+    )]
+    NoWeights {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Several safetensors files and nothing that says how they belong together.
+    #[error(
+        "{}: {} and no model.safetensors.index.json; name one file or add the index", path.display(), files.join(", ")
+    )]
+    NoIndex {
+        /// The directory.
+        path: PathBuf,
+        /// The files' names.
+        files: Vec<String>,
+    },
+    /// Files that the index names are not there.
+    #[error("{}: missing beside it: {}; download them again", index.display(), files.join(", "))]
+    MissingShards {
+        /// The index.
+        index: PathBuf,
+        /// The files' names.
+        files: Vec<String>,
+    },
+    /// The index promises tensors that its files do not have.
+    #[error("{}: names tensors that are not in their files: {}; download the model again", index.display(), tensors.join(", "))]
+    Index {
+        /// The index.
+        index: PathBuf,
+        /// `tensor (file)`.
+        tensors: Vec<String>,
+    },
+    /// An index that leads out of its directory.
+    #[error("{}: names the file {file:?}; only files in its own directory are read", index.display())]
+    ShardName {
+        /// The index.
+        index: PathBuf,
+        /// The name.
+        file: String,
+    },
+    /// A JSON file that is none.
+    #[error("{}: not the JSON that is expected here: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// A JSON file far larger than any real one.
+    #[error("{}: {bytes} bytes, at most {limit} are read; this is not a model's JSON file", path.display())]
+    JsonSize {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The largest size that is read.
+        limit: u64,
+    },
+    /// A safetensors file whose header does not hold.
+    #[error("{}: {reason}; download or write the file again", path.display())]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: HeaderError,
+    },
+    /// A model that the table of families does not know.
+    #[error("{}: model type {model_type:?} is not known; nearest: {}; all: {}", config.display(), nearest.join(", "), known.join(", "))]
+    UnknownModel {
+        /// The config.json.
+        config: PathBuf,
+        /// What it says.
+        model_type: String,
+        /// Known types that are spelled alike.
+        nearest: Vec<&'static str>,
+        /// All known types.
+        known: Vec<&'static str>,
+    },
+    /// A field of config.json is absent.
+    #[error("{}: field {} is missing", config.display(), fields.join(" or "))]
+    ConfigMissing {
+        /// The config.json.
+        config: PathBuf,
+        /// The names it may have.
+        fields: Vec<String>,
+    },
+    /// A field of config.json has a value that makes no sense.
+    #[error("{}: field {field} expected {expected}, got {actual}", config.display())]
+    ConfigValue {
+        /// The config.json.
+        config: PathBuf,
+        /// Its name.
+        field: String,
+        /// What would do.
+        expected: String,
+        /// What is there.
+        actual: String,
+    },
+    /// The fields of config.json do not fit each other.
+    #[error("{}: {source}", config.display())]
+    Config {
+        /// The config.json.
+        config: PathBuf,
+        /// What does not fit.
+        source: Box<fused_moe_core::Error>,
+    },
+    /// There is no such layer.
+    #[error("{}: no layer {layer}; the model has {count}, numbered from 0", path.display())]
+    NoSuchLayer {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What was asked for.
+        layer: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The layer has no experts.
+    #[error("{}: layer {layer} is dense; its MoE layers are {}", path.display(), ranges(moe))]
+    DenseLayer {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What was asked for.
+        layer: usize,
+        /// The layers that have experts.
+        moe: Vec<usize>,
+    },
+    /// Tensors of a layer are not as they should be.
+    #[error("{}: layer {layer}: tensors missing or unlike what config.json says:{}", path.display(), lines(problems))]
+    Tensors {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The layer.
+        layer: usize,
+        /// All that is wrong.
+        problems: Vec<TensorProblem>,
+    },
+    /// The tensors were found and still make no layer.
+    #[error("{}: layer {layer}: {source}", path.display())]
+    Layer {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The layer.
+        layer: usize,
+        /// What does not fit.
+        source: Box<fused_moe_core::Error>,
+    },
+}
+
+/// What is wrong with the header of a safetensors file.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HeaderError {
+    /// Not even the length of the header.
+    #[error("{bytes} bytes are too few for a safetensors file")]
+    TooShort {
+        /// The file's size.
+        bytes: u64,
+    },
+    /// A header longer than the format allows.
+    #[error("a header of {header} bytes, the format allows {limit}; this is no safetensors file")]
+    TooLong {
+        /// What the file says.
+        header: u64,
+        /// The format's limit.
+        limit: u64,
+    },
+    /// The file ends within its header.
+    #[error("a header of {header} bytes in a file of {bytes}: the file is cut short, or no safetensors file")]
+    Cut {
+        /// What the file says.
+        header: u64,
+        /// The file's size.
+        bytes: u64,
+    },
+    /// Not text.
+    #[error("the header is not UTF-8: {0}")]
+    Utf8(#[from] std::str::Utf8Error),
+    /// No JSON, or tensors that overlap, leave gaps, or are not as long as their shapes.
+    #[error("the header is not valid: {0}")]
+    Contents(#[from] serde_json::Error),
+    /// The data are not as long as the header says.
+    #[error("the tensors need {expected} bytes, the file has {actual}: it is cut short or has a tail")]
+    DataLength {
+        /// Bytes of data according to the header.
+        expected: u64,
+        /// Bytes after the header.
+        actual: u64,
+    },
+}
+
+/// What is wrong with a tensor that a layer needs.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum TensorProblem {
+    /// It is in no file.
+    Missing {
+        /// The name, or the names that would do.
+        names: Vec<String>,
+        /// The shape that it should have.
+        expected: Shape,
+    },
+    /// It has another shape.
+    Shape {
+        /// Its name.
+        name: String,
+        /// The shape that it should have.
+        expected: Shape,
+        /// The shape that it has.
+        actual: Vec<usize>,
+    },
+    /// It has a format that layers are not made of.
+    Format {
+        /// Its name.
+        name: String,
+        /// Its format in safetensors' spelling.
+        format: String,
+    },
+}
+
+impl fmt::Display for TensorProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing { names, expected } => write!(f, "{} {expected} is missing", names.join(" or ")),
+            Self::Shape { name, expected, actual } => write!(f, "{name} expected {expected}, got {actual:?}"),
+            Self::Format { name, format } => {
+                write!(f, "{name} is {format}; only F32, F16 and BF16 can be read, convert it to one of them")
+            }
+        }
+    }
+}
+
+fn lines(problems: &[TensorProblem]) -> String {
+    problems.iter().map(|problem| format!("\n  {problem}")).collect()
+}
+
+/// `0, 2-5, 7`.
+fn ranges(numbers: &[usize]) -> String {
+    if numbers.is_empty() {
+        return "none".into();
+    }
+    numbers
+        .chunk_by(|a, b| a + 1 == *b)
+        .map(|run| match run {
+            [first, .., last] => format!("{first}-{last}"),
+            _ => run.iter().map(usize::to_string).collect(),
+        })
+        .collect::<Vec<_>>()
+        .join(", ")
+}

@@ -1,0 +1,195 @@
+//! What a family of models is, as data: where its numbers are in config.json and its tensors in the files.
+//!
+//! Nothing here names a model; the entries are in `families`.
+
+use fused_moe_core::config::{GroupScore, Masked, Score, SelectBy, WeightOn, WeightValue};
+use fused_moe_core::weights::StackLayout;
+use std::fmt;
+
+/// Names of one number in config.json, tried in order; dots lead into nested objects.
+/// A value that is a list has one entry a layer.
+pub(super) type Field = &'static [&'static str];
+
+/// Names of one tensor, tried in order, relative to the block (`../`: to the block's parent); `{e}` is the expert.
+pub(super) type Names = &'static [&'static str];
+
+/// Alternatives, of which the first that holds counts.
+pub(super) type Cases<T> = &'static [Case<T>];
+
+/// One alternative.
+#[derive(Clone, Copy)]
+pub(super) struct Case<T> {
+    /// Fields and their values; an absent field agrees with any value.
+    pub(super) when: &'static [(Field, &'static str)],
+    pub(super) then: T,
+}
+
+/// A family of models.
+#[derive(Clone, Copy)]
+pub(super) struct Family {
+    pub(super) name: &'static str,
+    /// `model_type`s in config.json.
+    pub(super) model_types: &'static [&'static str],
+    /// What tensor names may begin with.
+    pub(super) roots: Names,
+    /// What follows: the MoE block, `{l}` being the layer.
+    pub(super) blocks: Names,
+    pub(super) layers: Field,
+    pub(super) hidden: Field,
+    pub(super) intermediate: Field,
+    pub(super) experts: Field,
+    pub(super) top_k: Field,
+    /// Which layers have experts: the first rule whose field is there decides.
+    pub(super) sparse: &'static [Sparse],
+    pub(super) router: Names,
+    /// Empty: none.
+    pub(super) router_bias: Names,
+    pub(super) correction_bias: Names,
+    pub(super) routing: Cases<Routing>,
+    pub(super) activation: Act,
+    pub(super) weight_on: WeightOn,
+    pub(super) routed_scale: Cases<Number>,
+    /// Tried in order: the first whose tensors are there with the right shapes.
+    pub(super) matrices: &'static [Layout],
+    pub(super) shared: Option<Shared>,
+}
+
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// A number.
+#[derive(Clone, Copy)]
+pub(super) enum Number {
+    Fixed(f32),
+    Field { field: Field, default: Option<f32> },
+}
+
+/// A condition.
+#[derive(Clone, Copy)]
+pub(super) enum Flag {
+    Never,
+    Always,
+    Field { field: Field, default: bool },
+}
+
+/// Which layers have experts.
+#[derive(Clone, Copy)]
+pub(super) enum Sparse {
+    Every,
+    /// The layer's entry in a list of kinds is one of these.
+    Kind {
+        field: Field,
+        moe: &'static [&'static str],
+    },
+    /// The layer's number is in a list.
+    Listed(Field),
+    /// `l >= n`.
+    From {
+        first: Field,
+    },
+    /// `(l + 1) % step == 0`, and not in the list of exceptions.
+    Step {
+        step: Field,
+        except: Field,
+    },
+    /// `first <= l <= last` and `(l + 1) % interval == 0`.
+    Range {
+        first: Field,
+        last: Field,
+        interval: Field,
+    },
+    /// `l % period == offset`.
+    Period {
+        period: Field,
+        offset: Field,
+    },
+}
+
+/// How logits become routes.
+#[derive(Clone, Copy)]
+pub(super) struct Routing {
+    pub(super) score: Score,
+    pub(super) select: Select,
+    pub(super) value: WeightValue,
+    pub(super) normalize: Norm,
+    pub(super) scale: Number,
+}
+
+/// Which experts are chosen.
+#[derive(Clone, Copy)]
+pub(super) enum Select {
+    TopK { by: SelectBy, bias: Flag, groups: Option<GroupFields> },
+    SparseMixer { jitter: Number },
+}
+
+/// Where the groups are described; absent, null and 1 mean none.
+#[derive(Clone, Copy)]
+pub(super) struct GroupFields {
+    pub(super) count: Field,
+    pub(super) keep: Field,
+    pub(super) score: GroupScore,
+    pub(super) masked: Masked,
+}
+
+/// What weights are divided by.
+#[derive(Clone, Copy)]
+pub(super) enum Norm {
+    Never,
+    /// By their sum plus eps, if the flag says so.
+    Sum {
+        when: Flag,
+        eps: f32,
+    },
+    AtLeast(Number),
+    /// The L_p norm; null means nothing.
+    Lp {
+        p: Field,
+        default: f32,
+    },
+}
+
+/// An activation; `named` fields hold a function's name.
+#[derive(Clone, Copy)]
+pub(super) enum Act {
+    Gated {
+        named: Field,
+    },
+    ClampedSilu {
+        limit: Number,
+    },
+    ClampedSwish {
+        alpha: Number,
+        limit: Number,
+    },
+    /// A limit of 0, null or none is gated SiLU.
+    SiluThenClamp {
+        limit: Field,
+    },
+}
+
+/// How matrices lie in tensors. Of a shared expert, stacks may lack their first dimension.
+#[derive(Clone, Copy)]
+pub(super) enum Layout {
+    /// A tensor each: `[I, H] [I, H] [H, I]`.
+    Apart { gate: &'static str, up: &'static str, down: &'static str },
+    /// Two stacks, and their biases.
+    Joint { gate_up: &'static str, down: &'static str, layout: StackLayout, biases: Option<[&'static str; 2]> },
+    /// Three stacks; `flat`: their first two dimensions are one.
+    Stacks { gate: &'static str, up: &'static str, down: &'static str, layout: StackLayout, flat: bool },
+}
+
+/// The expert that every token goes to.
+#[derive(Clone, Copy)]
+pub(super) struct Shared {
+    pub(super) matrices: &'static [Layout],
+    /// Its width, 0 for none; times the second number if there is such a field, where absent and null are 0.
+    pub(super) width: Field,
+    pub(super) times: Option<Field>,
+    /// `[H]` or `[1, H]`; empty: not gated.
+    pub(super) gate: Names,
+    pub(super) activation: Act,
+    pub(super) scale: Cases<Number>,
+}

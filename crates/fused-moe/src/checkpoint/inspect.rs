@@ -1,0 +1,196 @@
+//! What a checkpoint holds, from its headers alone.
+
+use super::describe::sentence;
+use super::layer::CheckpointLayer;
+use super::{Checkpoint, Error};
+use fused_moe_core::config::LayerConfig;
+use fused_moe_core::weights::{ExpertMatrices, Matrix};
+use fused_moe_core::{DType, HostView};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// A checkpoint in short.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Summary {
+    /// Where it was opened.
+    pub path: PathBuf,
+    /// The files that tensors lie in.
+    pub files: Vec<PathBuf>,
+    /// How many tensors they hold, of all kinds.
+    pub tensors: usize,
+    /// The entry of the table of families.
+    pub family: &'static str,
+    /// The model type in config.json.
+    pub model_type: String,
+    /// How many layers the model has.
+    pub layer_count: usize,
+    /// The sizes of the first MoE layer that could be read.
+    pub sizes: Option<Sizes>,
+    /// Its routing, in one sentence.
+    pub routing: Option<String>,
+    /// Its activation.
+    pub activation: Option<String>,
+    /// Parameters of the MoE layers that are here.
+    pub parameters: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Bytes by number format.
+    pub formats: BTreeMap<String, u64>,
+    /// The MoE layers, one by one.
+    pub layers: Vec<LayerSummary>,
+}
+
+/// The sizes of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Sizes {
+    /// H.
+    pub hidden: usize,
+    /// I.
+    pub intermediate: usize,
+    /// E.
+    pub experts: usize,
+    /// K.
+    pub top_k: usize,
+    /// S.
+    pub shared_intermediate: Option<usize>,
+}
+
+/// One MoE layer.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct LayerSummary {
+    /// Its number in the model.
+    pub index: usize,
+    /// What its tensors' names begin with, if it can be read.
+    pub name: Option<String>,
+    /// Its parameters.
+    pub parameters: u64,
+    /// Its bytes.
+    pub bytes: u64,
+    /// Bytes of one routed expert.
+    pub expert_bytes: u64,
+    /// Why it cannot run, if it cannot.
+    pub problem: Option<String>,
+}
+
+pub(super) fn summary(checkpoint: &Checkpoint) -> Summary {
+    let mut summary = Summary {
+        path: checkpoint.path.clone(),
+        files: checkpoint.files.paths().map(Into::into).collect(),
+        tensors: checkpoint.files.len(),
+        family: checkpoint.family.name,
+        model_type: checkpoint.config.model_type().into(),
+        layer_count: checkpoint.count,
+        sizes: None,
+        routing: None,
+        activation: None,
+        parameters: 0,
+        bytes: 0,
+        formats: BTreeMap::new(),
+        layers: Vec::new(),
+    };
+    for &index in &checkpoint.moe {
+        match checkpoint.layer(index) {
+            Ok(layer) => summary.add(&layer),
+            Err(error) => summary.layers.push(LayerSummary {
+                index,
+                name: None,
+                parameters: 0,
+                bytes: 0,
+                expert_bytes: 0,
+                problem: Some(short(&error)),
+            }),
+        }
+    }
+    summary
+}
+
+impl Summary {
+    fn add(&mut self, layer: &CheckpointLayer<'_>) {
+        if self.sizes.is_none() {
+            self.sizes = Some(sizes(&layer.config));
+            self.routing = Some(sentence(&layer.config));
+            self.activation = Some(format!("{:?}", layer.config.activation));
+        }
+        let mut total = Tally::default();
+        let weights = &layer.weights;
+        let vectors = [&weights.router, &weights.router_bias, &weights.correction_bias];
+        for view in vectors.into_iter().flatten().chain(weights.shared.iter().flat_map(|shared| &shared.gate)) {
+            total.view(view);
+        }
+        let mut expert_bytes = 0;
+        for expert in weights.experts.iter() {
+            let before = total.bytes();
+            total.expert(expert);
+            expert_bytes = total.bytes() - before;
+        }
+        if let Some(shared) = &weights.shared {
+            total.expert(&shared.matrices);
+        }
+        self.parameters += total.parameters;
+        self.bytes += total.bytes();
+        for (format, bytes) in &total.formats {
+            *self.formats.entry(format.clone()).or_default() += bytes;
+        }
+        self.layers.push(LayerSummary {
+            index: layer.index,
+            name: Some(layer.name.clone()),
+            parameters: total.parameters,
+            bytes: total.bytes(),
+            expert_bytes,
+            problem: None,
+        });
+    }
+}
+
+fn sizes(config: &LayerConfig) -> Sizes {
+    Sizes {
+        hidden: config.hidden,
+        intermediate: config.intermediate,
+        experts: config.experts,
+        top_k: config.top_k,
+        shared_intermediate: config.shared.map(|shared| shared.intermediate),
+    }
+}
+
+/// An error without the list of every tensor.
+fn short(error: &Error) -> String {
+    match error {
+        Error::Tensors { problems, .. } => match problems.as_slice() {
+            [] => error.to_string(),
+            [one] => one.to_string(),
+            [first, rest @ ..] => format!("{first}, and {} more tensors do not fit", rest.len()),
+        },
+        other => other.to_string(),
+    }
+}
+
+#[derive(Default)]
+struct Tally {
+    parameters: u64,
+    formats: BTreeMap<String, u64>,
+}
+
+impl Tally {
+    fn add(&mut self, elements: usize, dtype: DType) {
+        self.parameters += elements as u64;
+        *self.formats.entry(dtype.to_string()).or_default() += (elements * dtype.size()) as u64;
+    }
+
+    fn view(&mut self, view: &HostView<'_>) {
+        self.add(view.rows() * view.cols(), view.dtype());
+    }
+
+    fn expert(&mut self, expert: &ExpertMatrices<'_>) {
+        let biases = [&expert.gate, &expert.gate_bias, &expert.up_bias, &expert.down_bias];
+        let matrices = biases.into_iter().flatten().chain([&expert.up, &expert.down]);
+        matrices.for_each(|matrix: &Matrix<'_>| self.add(matrix.rows() * matrix.cols(), matrix.dtype()));
+    }
+
+    fn bytes(&self) -> u64 {
+        self.formats.values().sum()
+    }
+}

@@ -1,0 +1,179 @@
+//! config.json: fields by any of their names, with errors that say where.
+
+use super::directory::read_json;
+use super::error::{Error, Result};
+use super::families::FAMILIES;
+use super::family::{Case, Cases, Family, Field, Flag, Number};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// Where a composite model keeps what its language model is; innermost first.
+const SCOPES: [&[&str]; 4] = [&["thinker_config", "text_config"], &["text_config"], &["llm_config"], &[]];
+
+/// The part of config.json that describes the language model.
+#[derive(Debug)]
+pub(super) struct ModelConfig {
+    path: PathBuf,
+    scope: Value,
+    model_type: String,
+}
+
+impl ModelConfig {
+    /// Reads the file and finds the family.
+    pub(super) fn open(path: &Path) -> Result<(Self, &'static Family)> {
+        let root: Value = read_json(path)?;
+        let model_type = |value: &Value| value.get("model_type").and_then(Value::as_str).map(str::to_owned);
+        let mut first = None;
+        for keys in SCOPES {
+            let Some(scope) = keys.iter().try_fold(&root, |value, key| value.get(key)) else { continue };
+            let Some(name) = model_type(scope) else { continue };
+            if let Some(family) = FAMILIES.iter().find(|family| family.model_types.contains(&name.as_str())) {
+                return Ok((Self { path: path.into(), scope: scope.clone(), model_type: name }, family));
+            }
+            first = Some(name);
+        }
+        match first {
+            None => Err(Error::ConfigMissing { config: path.into(), fields: vec!["model_type".into()] }),
+            Some(model_type) => {
+                let known: Vec<&'static str> = known_model_types().collect();
+                let nearest = nearest(&model_type, &known);
+                Err(Error::UnknownModel { config: path.into(), model_type, nearest, known })
+            }
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn model_type(&self) -> &str {
+        &self.model_type
+    }
+
+    fn value(&self, name: &str) -> Option<&Value> {
+        name.split('.').try_fold(&self.scope, |value, key| value.get(key))
+    }
+
+    /// The value of a field for a layer, null included, and the name it was found under.
+    pub(super) fn lookup(&self, field: Field, layer: usize) -> Option<(String, &Value)> {
+        field.iter().find_map(|&name| match self.value(name)? {
+            Value::Array(list) => list.get(layer).map(|value| (format!("{name}[{layer}]"), value)),
+            value => Some((name.to_owned(), value)),
+        })
+    }
+
+    /// As `lookup`; null is absent.
+    fn find(&self, field: Field, layer: usize) -> Option<(String, &Value)> {
+        self.lookup(field, layer).filter(|(_, value)| !value.is_null())
+    }
+
+    /// The whole list that a field holds.
+    pub(super) fn list(&self, field: Field) -> Result<Option<Vec<u64>>> {
+        let found = field.iter().find_map(|name| Some((name, self.value(name).filter(|value| !value.is_null())?)));
+        let Some((name, value)) = found else { return Ok(None) };
+        let numbers = value.as_array().and_then(|list| list.iter().map(Value::as_u64).collect());
+        match numbers {
+            Some(numbers) => Ok(Some(numbers)),
+            None => Err(self.wrong(name, "a list of layer numbers", value)),
+        }
+    }
+
+    pub(super) fn optional_size(&self, field: Field, layer: usize) -> Result<Option<usize>> {
+        let Some((name, value)) = self.find(field, layer) else { return Ok(None) };
+        match value.as_u64().and_then(|number| usize::try_from(number).ok()) {
+            Some(number) => Ok(Some(number)),
+            None => Err(self.wrong(&name, "a number from 0 on", value)),
+        }
+    }
+
+    pub(super) fn size(&self, field: Field, layer: usize) -> Result<usize> {
+        self.optional_size(field, layer)?.ok_or_else(|| self.missing(field))
+    }
+
+    /// The number of a last layer; a negative one means no end.
+    pub(super) fn optional_last(&self, field: Field, layer: usize) -> Result<Option<usize>> {
+        match self.find(field, layer) {
+            Some((_, value)) if value.as_i64().is_some_and(|last| last < 0) => Ok(None),
+            _ => self.optional_size(field, layer),
+        }
+    }
+
+    pub(super) fn number(&self, number: Number, layer: usize) -> Result<f32> {
+        match number {
+            Number::Fixed(x) => Ok(x),
+            Number::Field { field, default } => {
+                self.optional_number(field, layer)?.or(default).ok_or_else(|| self.missing(field))
+            }
+        }
+    }
+
+    pub(super) fn optional_number(&self, field: Field, layer: usize) -> Result<Option<f32>> {
+        let Some((name, value)) = self.find(field, layer) else { return Ok(None) };
+        value.as_f64().map(|x| Some(x as f32)).ok_or_else(|| self.wrong(&name, "a number", value))
+    }
+
+    pub(super) fn flag(&self, flag: Flag, layer: usize) -> Result<bool> {
+        match flag {
+            Flag::Never => Ok(false),
+            Flag::Always => Ok(true),
+            Flag::Field { field, default } => {
+                let Some((name, value)) = self.find(field, layer) else { return Ok(default) };
+                value.as_bool().ok_or_else(|| self.wrong(&name, "true or false", value))
+            }
+        }
+    }
+
+    pub(super) fn text(&self, field: Field, layer: usize) -> Result<Option<&str>> {
+        let Some((name, value)) = self.find(field, layer) else { return Ok(None) };
+        value.as_str().map(Some).ok_or_else(|| self.wrong(&name, "a text", value))
+    }
+
+    /// The first case that holds.
+    pub(super) fn case<T>(&self, cases: Cases<T>, layer: usize) -> Result<&'static T> {
+        let mut unmet = None;
+        for Case { when, then } in cases {
+            let differs = when.iter().find_map(|(field, wanted)| {
+                let (name, value) = self.find(field, layer)?;
+                (value.as_str() != Some(wanted)).then_some((*field, name, value))
+            });
+            match differs {
+                None => return Ok(then),
+                Some(found) => unmet = unmet.or(Some(found)),
+            }
+        }
+        let (field, name, value) = unmet.unwrap_or((&[], String::new(), &Value::Null));
+        let known = cases.iter().flat_map(|case| case.when).filter(|(known, _)| *known == field);
+        let known: Vec<&str> = known.map(|(_, value)| *value).collect();
+        Err(self.wrong(&name, &known.join(" or "), value))
+    }
+
+    pub(super) fn missing(&self, field: Field) -> Error {
+        Error::ConfigMissing { config: self.path.clone(), fields: field.iter().map(|&name| name.to_owned()).collect() }
+    }
+
+    pub(super) fn wrong(&self, field: &str, expected: &str, actual: &Value) -> Error {
+        let mut actual = actual.to_string();
+        if actual.len() > 80 {
+            actual = actual.chars().take(80).chain("...".chars()).collect();
+        }
+        Error::ConfigValue { config: self.path.clone(), field: field.into(), expected: expected.into(), actual }
+    }
+}
+
+/// The `model_type`s that [`Checkpoint::open`](super::Checkpoint::open) understands.
+pub fn known_model_types() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().flat_map(|family| family.model_types).copied()
+}
+
+/// The entries of the table of families.
+pub fn known_families() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(|family| family.name)
+}
+
+fn nearest(name: &str, known: &[&'static str]) -> Vec<&'static str> {
+    let name: String = name.chars().take(64).collect();
+    let mut scored: Vec<(f64, &'static str)> =
+        known.iter().map(|candidate| (strsim::jaro_winkler(&name, candidate), *candidate)).collect();
+    scored.sort_by(|a, b| b.0.total_cmp(&a.0));
+    scored.into_iter().take(3).map(|(_, candidate)| candidate).collect()
+}

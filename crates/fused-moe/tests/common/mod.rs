@@ -1,0 +1,206 @@
+//! Goldens, and a checkpoint's layer through the specification.
+#![allow(dead_code, clippy::unwrap_used, clippy::panic)]
+
+pub(crate) mod model;
+
+use fused_moe::checkpoint::{Checkpoint, CheckpointLayer, write_safetensors};
+use fused_moe::cpu::Cpu;
+use fused_moe::operation::{Forward, RoutesOut};
+use fused_moe::reference::{self, Input, Output, SharedExpert};
+use fused_moe::weights::{ExpertMatrices, Matrix};
+use fused_moe::{Backend, DType, HostView, Layer, Options, Stream, View};
+use std::path::PathBuf;
+
+/// The directory of a golden.
+pub(crate) fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+/// One input of a golden and what the layer makes of it.
+pub(crate) struct Case {
+    pub(crate) tokens: usize,
+    pub(crate) x: Vec<f32>,
+    pub(crate) y: Vec<f64>,
+    pub(crate) experts: Vec<u32>,
+    pub(crate) weights: Vec<f64>,
+}
+
+/// A golden: the layer's number and its cases.
+pub(crate) struct Golden {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) layer: usize,
+    pub(crate) cases: Vec<Case>,
+}
+
+impl Golden {
+    pub(crate) fn open(name: &str) -> Self {
+        let meta: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(path(name).join("meta.json")).unwrap()).unwrap();
+        let bytes = std::fs::read(path(name).join("golden.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let tensor = |key: &str, i: usize| file.tensor(&format!("{key}.{i}")).unwrap();
+        let f64s = |key, i| -> Vec<f64> {
+            tensor(key, i).data().as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes)).collect()
+        };
+        let cases = (0..2).map(|i| {
+            let x: Vec<f32> = chunks(tensor("input", i).data()).map(f32::from_le_bytes).collect();
+            Case {
+                tokens: tensor("topk_ids", i).shape()[0],
+                x,
+                y: f64s("output_f64", i),
+                experts: chunks(tensor("topk_ids", i).data()).map(u32::from_le_bytes).collect(),
+                weights: f64s("topk_weights_f64", i),
+            }
+        });
+        let cases = cases.collect();
+        Self {
+            checkpoint: Checkpoint::open(path(name)).unwrap(),
+            layer: meta["layer"].as_u64().unwrap() as usize,
+            cases,
+        }
+    }
+}
+
+fn chunks(bytes: &[u8]) -> impl Iterator<Item = [u8; 4]> + '_ {
+    bytes.as_chunks().0.iter().copied()
+}
+
+/// The specification's answer to x.
+pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32]) -> Output {
+    let x: Vec<f64> = x.iter().map(|&x| x.into()).collect();
+    let weights = &layer.weights;
+    let config = &layer.config;
+    let vector = |view: &Option<HostView<'_>>| view.as_ref().map(numbers);
+    let router = vector(&weights.router).unwrap();
+    let (router_bias, correction_bias) = (vector(&weights.router_bias), vector(&weights.correction_bias));
+    let (mut gate_up, mut gate_up_bias, mut down, mut down_bias) = (vec![], vec![], vec![], vec![]);
+    for expert in weights.experts.iter() {
+        joint(expert, &mut gate_up, &mut down);
+        for bias in [expert.gate_bias, expert.up_bias].iter().flatten() {
+            gate_up_bias.extend(elements(bias));
+        }
+        down_bias.extend(expert.down_bias.iter().flat_map(elements));
+    }
+    let shared = weights.shared.as_ref().map(|shared| {
+        let (mut gate_up, mut down) = (vec![], vec![]);
+        joint(&shared.matrices, &mut gate_up, &mut down);
+        (gate_up, down, vector(&shared.gate))
+    });
+    let some = |bias: &'_ [f64]| !bias.is_empty();
+    let layer = reference::Layer {
+        router: &router,
+        router_bias: router_bias.as_deref(),
+        correction_bias: correction_bias.as_deref(),
+        gate_up: &gate_up,
+        gate_up_bias: Some(&gate_up_bias[..]).filter(|bias| some(bias)),
+        down: &down,
+        down_bias: Some(&down_bias[..]).filter(|bias| some(bias)),
+        shared: shared.as_ref().map(|(gate_up, down, gate)| SharedExpert { gate_up, down, gate: gate.as_deref() }),
+        ..Default::default()
+    };
+    let tokens = x.len() / config.hidden;
+    reference::forward(config, &layer, &Input { x: &x, tokens, ..Default::default() })
+}
+
+fn joint(expert: &ExpertMatrices<'_>, gate_up: &mut Vec<f64>, down: &mut Vec<f64>) {
+    for matrix in [expert.gate, Some(expert.up)].iter().flatten() {
+        gate_up.extend(elements(matrix));
+    }
+    down.extend(elements(&expert.down));
+}
+
+fn elements(matrix: &Matrix<'_>) -> Vec<f64> {
+    let mut row = vec![0; matrix.cols() * matrix.dtype().size()];
+    (0..matrix.rows())
+        .flat_map(|r| {
+            matrix.copy_row(r, &mut row);
+            decode(&row, matrix.dtype())
+        })
+        .collect()
+}
+
+fn numbers(view: &HostView<'_>) -> Vec<f64> {
+    assert!(view.is_contiguous());
+    decode(&view.storage()[view.offset()..view.offset() + view.extent()], view.dtype())
+}
+
+fn decode(bytes: &[u8], dtype: DType) -> Vec<f64> {
+    match dtype {
+        DType::F32 => chunks(bytes).map(|bytes| f32::from_le_bytes(bytes).into()).collect(),
+        DType::BF16 => bytes.as_chunks().0.iter().map(|&bytes| half::bf16::from_le_bytes(bytes).into()).collect(),
+        DType::F16 => bytes.as_chunks().0.iter().map(|&bytes| half::f16::from_le_bytes(bytes).into()).collect(),
+        other => panic!("{other}"),
+    }
+}
+
+/// What came out of a layer on a device.
+pub(crate) struct Ran {
+    pub(crate) y: Vec<f64>,
+    pub(crate) experts: Vec<u32>,
+    pub(crate) weights: Vec<f64>,
+}
+
+/// The processor's answer to x, x and y in a format.
+pub(crate) fn run(layer: &CheckpointLayer<'_>, x: &[f32], dtype: DType) -> Ran {
+    let device = Cpu::new().unwrap();
+    let (hidden, top_k) = (layer.config.hidden, layer.config.top_k);
+    let tokens = x.len() / hidden;
+    let prepared = layer.prepare(&device, &Options::default()).unwrap();
+    let mut workspace = prepared.workspace(tokens).unwrap();
+    let stream = device.stream().unwrap();
+    let x = encode(x, dtype);
+    let mut y = vec![0u8; x.len()];
+    let (mut experts, mut weights) = (vec![0u32; tokens * top_k], vec![0f32; tokens * top_k]);
+    let shape = [tokens, hidden];
+    let mut call =
+        Forward::new(View::new(&x[..], dtype, 0, shape).unwrap(), View::new(&mut y[..], dtype, 0, shape).unwrap());
+    call.routes = Some(RoutesOut {
+        experts: View::of_mut(&mut experts, [tokens, top_k]).unwrap(),
+        weights: View::of_mut(&mut weights, [tokens, top_k]).unwrap(),
+    });
+    prepared.run(&stream, call, &mut workspace).unwrap();
+    assert!(stream.status().unwrap().is_ok());
+    Ran { y: decode(&y, dtype), experts, weights: weights.into_iter().map(f64::from).collect() }
+}
+
+/// The same checkpoint with every tensor rounded to bf16.
+pub(crate) fn bf16_copy(name: &str) -> (tempfile::TempDir, Checkpoint) {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::copy(path(name).join("config.json"), directory.path().join("config.json")).unwrap();
+    let bytes = std::fs::read(path(name).join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensors: Vec<_> = file
+        .iter()
+        .map(|(name, tensor)| {
+            let numbers: Vec<f32> = chunks(tensor.data()).map(f32::from_le_bytes).collect();
+            let shape = match *tensor.shape() {
+                [a] => [a].into(),
+                [a, b] => [a, b].into(),
+                [a, b, c] => [a, b, c].into(),
+                _ => panic!("{name}"),
+            };
+            (name, encode(&numbers, DType::BF16), shape)
+        })
+        .collect::<Vec<(&str, Vec<u8>, fused_moe::Shape)>>();
+    let views =
+        tensors.iter().map(|(name, bytes, shape)| (*name, View::new(&bytes[..], DType::BF16, 0, *shape).unwrap()));
+    write_safetensors(directory.path().join("model.safetensors"), views).unwrap();
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    (directory, checkpoint)
+}
+
+fn encode(numbers: &[f32], dtype: DType) -> Vec<u8> {
+    match dtype {
+        DType::F32 => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DType::BF16 => numbers.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+        other => panic!("{other}"),
+    }
+}
+
+/// Largest difference over the largest magnitude expected.
+pub(crate) fn relative(actual: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(actual.len(), expected.len());
+    let largest = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    let difference = actual.iter().zip(expected).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
+    difference / largest
+}
