@@ -3,6 +3,7 @@
 pub(crate) mod machine;
 mod measure;
 mod record;
+mod shapes;
 mod verify;
 pub(crate) mod weights;
 
@@ -16,6 +17,7 @@ use fused_moe::{Backend, DType, Device, Options, Visitor};
 use machine::Ceilings;
 use measure::{Bench, Timing};
 use record::Setting;
+use shapes::SHAPES;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -45,8 +47,23 @@ pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
 
 /// The shape that the command line asks for.
 fn shape(arguments: &args::Bench) -> Result<(String, LayerConfig)> {
-    let _ = arguments;
-    Ok(("x".into(), LayerConfig::new(64, 32, 8, 2)))
+    if let (Some(hidden), Some(intermediate), Some(experts), Some(top_k)) =
+        (arguments.hidden, arguments.intermediate, arguments.experts, arguments.top_k)
+    {
+        let config = LayerConfig::new(hidden, intermediate, experts, top_k);
+        return Ok((format!("{hidden}x{intermediate}x{experts}x{top_k}"), config));
+    }
+    let name = arguments.shape.as_deref().unwrap_or(SHAPES[0].name);
+    match SHAPES.iter().find(|shape| shape.name == name) {
+        Some(shape) => Ok((name.to_owned(), shape.config())),
+        None => Err(remedied(
+            format!("--shape {name}: no such shape"),
+            format!(
+                "there are {}; or give --hidden, --intermediate, --experts and --top-k",
+                SHAPES.map(|s| s.name).join(", ")
+            ),
+        )),
+    }
 }
 
 /// The device, with as many threads as the command line asks for.
@@ -178,7 +195,8 @@ impl Visitor for Run<'_> {
         let source = Source::new(self.config, self.dtype(), arguments.routing, seed);
         let mut layers = Vec::with_capacity(count);
         for index in 0..count {
-            layers.push(backend.prepare(self.config, &source.layer(index)?, &Options::default())?);
+            let layer = backend.prepare(self.config, &source.layer(index)?, &Options::default());
+            layers.push(layer.map_err(|error| remedied(error.to_string(), "give sizes that make a layer"))?);
             bar.inc(1);
         }
         bar.set_message("this machine's own rates");
