@@ -102,6 +102,11 @@ impl Case {
         format!("{}/{}/{}", self.stage, self.name, self.dtype)
     }
 
+    /// The same with operands that are all of their buffers.
+    fn tight(self) -> Self {
+        Self { name: format!("tight {}", self.name), placement: Placement::Tight, ..self }
+    }
+
     /// The same with operands at odd offsets, their rows apart.
     pub(crate) fn strided(self) -> Self {
         Self { name: format!("strided {}", self.name), placement: Placement::Strided, ..self }
@@ -157,6 +162,20 @@ pub fn cases(scale: Scale) -> Vec<Case> {
     cases.extend(stage::linear::cases(scale));
     cases.extend(stage::expert_loop::cases(scale));
     cases.extend(stage::layer::cases(scale));
+    let mut seen = Vec::new();
+    let tight: Vec<Case> = cases
+        .iter()
+        .filter(|case| {
+            let kind = (case.stage, case.dtype.clone());
+            let first = !seen.contains(&kind);
+            seen.push(kind);
+            let small = case.name.contains("T=0 ") || case.name.contains("T=5 ");
+            case.placement == Placement::Plain && (first || small)
+        })
+        .cloned()
+        .map(Case::tight)
+        .collect();
+    cases.extend(tight);
     cases
 }
 

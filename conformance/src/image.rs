@@ -15,6 +15,8 @@ pub enum Placement {
     Plain,
     /// Rows apart, at an offset that is a multiple of the element alone.
     Strided,
+    /// All of the buffer, nothing around it.
+    Tight,
 }
 
 /// Where the elements of an operand lie in its buffer.
@@ -24,6 +26,8 @@ pub struct Window {
     pub dtype: DType,
     /// Shape of the operand.
     pub shape: Shape,
+    /// Bytes of sentinels, before and after.
+    pub margin: usize,
     /// First element, in bytes.
     pub offset: usize,
     /// Distance of rows, in elements.
@@ -33,17 +37,18 @@ pub struct Window {
 impl Window {
     /// The `index`-th operand of a call: no two lie alike.
     pub fn new(dtype: DType, shape: Shape, placement: Placement, index: usize) -> Self {
-        let (shift, gap) = match placement {
-            Placement::Plain => (0, 0),
-            Placement::Strided => (2 * index + 1, 1 + 2 * index),
+        let (margin, shift, gap) = match placement {
+            Placement::Plain => (MARGIN, 0, 0),
+            Placement::Strided => (MARGIN, 2 * index + 1, 1 + 2 * index),
+            Placement::Tight => (0, 0, 0),
         };
-        Self { dtype, shape, offset: MARGIN + shift * dtype.size(), row_stride: shape.cols() + gap }
+        Self { dtype, shape, margin, offset: margin + shift * dtype.size(), row_stride: shape.cols() + gap }
     }
 
     /// Bytes of the buffer.
     pub fn bytes(&self) -> usize {
         let elements = self.shape.rows().saturating_mul(self.row_stride);
-        self.offset + elements * self.dtype.size() + MARGIN
+        self.offset + elements * self.dtype.size() + self.margin
     }
 
     fn row(&self, row: usize) -> std::ops::Range<usize> {
@@ -114,7 +119,7 @@ mod tests {
 
     #[test]
     fn elements_go_in_and_come_out() {
-        for placement in [Placement::Plain, Placement::Strided] {
+        for placement in [Placement::Plain, Placement::Strided, Placement::Tight] {
             let elements: Vec<u8> = (0..30).collect();
             let image = window(placement).image(&elements);
             assert_eq!(window(placement).elements(&image), elements);

@@ -7,7 +7,7 @@
 //! use fused_moe_conformance::{Options, run};
 //! use fused_moe_cpu::Cpu;
 //! let options = Options { filter: Some("permute/Even T=5".into()), ..Options::default() };
-//! let report = run(&Cpu::new(), &options, &mut |_| {})?;
+//! let report = run(&Cpu::new()?, &options, &mut |_| {})?;
 //! println!("{report}");
 //! # Ok::<(), fused_moe_cpu::Error>(())
 //! ```

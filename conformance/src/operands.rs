@@ -158,12 +158,12 @@ impl<B: Backend> Buffer<B> {
     }
 
     pub(crate) fn read(&self) -> Result<In<'_, B>, Error> {
-        let Window { dtype, offset, shape, row_stride } = self.window;
+        let Window { dtype, offset, shape, row_stride, .. } = self.window;
         View::new(B::read(&self.memory), dtype, offset, shape)?.with_row_stride(row_stride)
     }
 
     pub(crate) fn write(&mut self) -> Result<Out<'_, B>, Error> {
-        let Window { dtype, offset, shape, row_stride } = self.window;
+        let Window { dtype, offset, shape, row_stride, .. } = self.window;
         View::new(B::write(&mut self.memory), dtype, offset, shape)?.with_row_stride(row_stride)
     }
 }

@@ -1,25 +1,24 @@
 //! The CPU backend against the reference: every instruction set that this processor has, one thread and two.
 
-use fused_moe_conformance::{Options, Report, Scale, run};
+use fused_moe_conformance::{Options, run};
 use fused_moe_cpu::Cpu;
+use fused_moe_cpu::arch::Isa;
 
-fn hold(cpu: &Cpu) -> Report {
-    let options = Options {
-        filter: std::env::var("CONFORMANCE_FILTER").ok(),
-        scale: if std::env::var_os("CONFORMANCE_FULL").is_some() { Scale::Full } else { Scale::Quick },
-        ..Options::default()
-    };
-    let report = run(cpu, &options, &mut |_| {}).unwrap();
+fn hold(threads: usize, isa: Isa) {
+    let cpu = Cpu::with_threads(threads).unwrap().with_isa(isa).unwrap();
+    let report = run(&cpu, &Options::default(), &mut |_| {}).unwrap();
     println!("{report}");
-    report
+    assert!(report.passed(), "{isa} with {threads} threads");
 }
 
 #[test]
 fn one_thread() {
-    assert!(hold(&Cpu::with_threads(1).unwrap()).passed());
+    hold(1, Isa::best());
 }
 
 #[test]
-fn two_threads() {
-    assert!(hold(&Cpu::with_threads(2).unwrap()).passed());
+fn two_threads_on_every_instruction_set() {
+    for isa in Isa::available() {
+        hold(2, isa);
+    }
 }

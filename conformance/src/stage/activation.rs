@@ -59,12 +59,21 @@ impl Activate {
         });
         Tensor::floats(self.dtypes[0], [rows, intermediate], values.collect::<Vec<_>>())
     }
+
+    /// Up, finite where the function of the gate may be too small for f32.
+    fn up(&self, gate: &[f64]) -> Tensor {
+        let up = self.values("up");
+        let tamed = gate.iter().zip(up.as_floats()).map(|(&g, &u)| if g < -8.0 && u.is_infinite() { 3.0 } else { u });
+        let tamed: Vec<f64> = if self.activation.is_gated() { tamed.collect() } else { up.as_floats().to_vec() };
+        Tensor::floats(self.dtypes[0], self.sizes, tamed)
+    }
 }
 
 impl Check for Activate {
     fn prepare(&self) -> Prepared {
         let [rows, width] = self.sizes;
-        let (gate, up) = (self.values("gate"), self.values("up"));
+        let gate = self.values("gate");
+        let up = self.up(gate.as_floats());
         let (g, u) = (gate.as_floats().to_vec(), up.as_floats().to_vec());
         let values: Vec<f64> = g.iter().zip(&u).map(|(&g, &u)| activate(self.activation, g, u)).collect();
         let errors: Vec<f64> =

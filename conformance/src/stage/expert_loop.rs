@@ -2,12 +2,12 @@
 
 use super::experts::{Experts, Weights};
 use super::gate_up::ACTIVATIONS;
-use super::{Check, magnitudes};
+use super::{Check, magnitude};
 use crate::cases::{Case, FLOATS, Operation, Scale, Stage, dtype_name};
 use crate::data::{Data, Spread};
 use crate::operands::{Operands, Output, Prepared};
 use crate::tolerance;
-use fused_moe_core::config::{Activation, WeightOn};
+use fused_moe_core::config::{Activation, LayerConfig, WeightOn};
 use fused_moe_core::operation::{self, Expert};
 use fused_moe_core::{Backend, DType, Status, reference};
 
@@ -58,13 +58,15 @@ impl Check for ExpertLoop {
             top_k,
         };
         let (y, _) = reference::expert_loop(&op);
-        let rows = magnitudes(prepared.floats("x"));
-        let (gate_up, down) = (magnitudes(gate_up), magnitudes(down));
-        let bounds = reference::experts_of_stack(&gate_up, &down, self.activation, (hidden, intermediate));
-        let (bound, _) = reference::expert_loop(&reference::ExpertLoop { x: &rows, experts: &bounds, ..op });
+        let config =
+            LayerConfig { activation: self.activation, ..LayerConfig::new(hidden, intermediate, count, top_k) };
+        let layer = reference::Layer { gate_up, down, ..Default::default() };
+        let input = reference::Input { x: op.x, tokens, ..Default::default() };
+        let whole = reference::forward_from_routes(&config, &layer, &input, op.ids, op.weights);
+        let bound = magnitude::of(&config, &layer, &input, &whole);
         // the sum is stored after each of the K steps
-        let part = tolerance::sum(hidden + intermediate, 1.0) + top_k as f64 * self.dtypes[2].epsilon();
-        let errors = bound.iter().map(|m| part * m.abs()).collect();
+        let part = tolerance::layer(hidden + intermediate, DType::F32, 0.0) + top_k as f64 * self.dtypes[2].epsilon();
+        let errors = bound.iter().map(|m| part * m).collect();
         prepared.output(Output::floats("out", self.dtypes[2], [tokens, hidden], [y, errors]));
         prepared.output(Output::scratch("hidden", DType::F32, [2, intermediate]));
         prepared.output(Output::scratch("y", DType::F32, [1, hidden]));

@@ -122,11 +122,11 @@ impl Experts {
     }
 
     fn layout(&self) -> StackLayout {
-        match self.weights {
+        let layout = match self.weights {
             Weights::Packed(layout) => layout,
-            _ if self.activation.is_gated() => StackLayout::default(),
-            _ => StackLayout { order: GateUpOrder::UpOnly, ..StackLayout::default() },
-        }
+            _ => StackLayout::default(),
+        };
+        if self.activation.is_gated() { layout } else { StackLayout { order: GateUpOrder::UpOnly, ..layout } }
     }
 
     /// The experts of the host's tensors.

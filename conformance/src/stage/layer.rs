@@ -3,11 +3,11 @@
 use super::choice::relative_error;
 use super::combine::{ResidualPart, norm_errors};
 use super::experts::{Experts, Weights};
-use super::{Check, magnitudes, sums};
+use super::{Check, magnitude, magnitudes, sums};
 use crate::data::{Data, Spread, Tensor};
 use crate::operands::{Operands, Output, Prepared};
 use crate::tolerance;
-use fused_moe_core::config::{LayerConfig, Selection, WeightOn};
+use fused_moe_core::config::{LayerConfig, Selection};
 use fused_moe_core::operation::{Forward, NextNorm, Residual, RoutesOut, Source};
 use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix, Orientation, SharedWeights, Table};
 use fused_moe_core::{Backend, DType, Error, Layer, NO_EXPERT, Numerics, Options, Routing, reference};
@@ -15,7 +15,6 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 mod cases;
-mod magnitude;
 
 pub(crate) use cases::cases;
 
@@ -380,9 +379,4 @@ impl LayerCase {
             shared,
         })
     }
-}
-
-/// The weights that the sum over the slots has, or ones where they act on the input.
-fn output_weights<'a>(config: &LayerConfig, weights: &'a [f64]) -> Option<&'a [f64]> {
-    (config.weight_on == WeightOn::Output).then_some(weights)
 }

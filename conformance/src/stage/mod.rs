@@ -12,6 +12,7 @@ pub mod gate_up;
 pub mod gather_weights;
 pub mod layer;
 pub mod linear;
+mod magnitude;
 pub mod permute;
 pub mod route;
 

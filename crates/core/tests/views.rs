@@ -177,3 +177,14 @@ fn a_description_is_checked() {
         "no more than the kept groups hold",
     );
 }
+
+#[test]
+fn nothing_needs_no_alignment() -> Result<(), Error> {
+    let mut bytes = [0u8; 16];
+    let odd = 1 + bytes.as_ptr().align_offset(4);
+    let view = View::new(&bytes[odd..odd], DType::F32, 0, [0, 3])?;
+    assert!(view.typed::<f32>()?.row(0).is_empty());
+    let view = View::new(&mut bytes[odd..odd], DType::F32, 0, [3, 0])?;
+    assert!(view.typed_mut::<f32>()?.row_mut(0).is_empty());
+    Ok(())
+}

@@ -356,10 +356,12 @@ fn vector_bytes<T>(vector: &Option<Vec<T>>) -> usize {
     vector.as_ref().map_or(0, |vector| size_of_val(&vector[..]))
 }
 
-/// A vector of any float format.
+/// A vector of any float format, at any address: tensors of a mapped file need not be aligned.
 fn floats(cpu: &Cpu, view: HostView<'_>) -> Result<Vec<f32>> {
     let mut vector = vec![0.0; view.cols()];
-    Floats::new(&view)?.load(cpu.kernels, 0, 0, &mut vector);
+    let mut aligned = Memory::new(view.extent())?;
+    aligned.copy_in(&view.storage()[view.offset()..view.offset() + view.extent()])?;
+    Floats::new(&View::new(&aligned[..], view.dtype(), 0, view.shape())?)?.load(cpu.kernels, 0, 0, &mut vector);
     Ok(vector)
 }
 

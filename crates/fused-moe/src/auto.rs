@@ -69,7 +69,7 @@ pub enum DeviceError {
         reason: String,
     },
     /// Nothing to choose from.
-    #[error("no device can be used: {}", if reasons.is_empty() { "build with the feature cpu".into() } else { reasons.join("; ") })]
+    #[error("no device can be used: {}", reasons.join("; "))]
     None {
         /// What each backend says.
         reasons: Vec<String>,
@@ -115,7 +115,7 @@ impl Device {
         for candidate in CANDIDATES {
             match (candidate.open)() {
                 Ok(device) if reasons.is_empty() => {
-                    let why = format!("{}: preferred of what is built in ({})", candidate.name, names().join(", "));
+                    let why = format!("{}, first of those built in: {}", candidate.name, names().join(", "));
                     return Ok((device, why));
                 }
                 Ok(device) => return Ok((device, format!("{}, since {}", candidate.name, reasons.join("; ")))),

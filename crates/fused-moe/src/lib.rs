@@ -20,9 +20,11 @@
 //! [`Backend`] takes any.
 #![deny(unsafe_code)]
 
+#[cfg(feature = "cpu")]
 mod auto;
 pub mod checkpoint;
 
+#[cfg(feature = "cpu")]
 pub use auto::{Device, DeviceError, DeviceInfo, Visitor};
 pub use fused_moe_core::*;
 

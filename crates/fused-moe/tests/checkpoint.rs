@@ -1,4 +1,5 @@
 //! What a checkpoint says of itself, and writing one.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 mod common;
 

@@ -138,7 +138,7 @@ pub enum Error {
         /// The config.json.
         config: PathBuf,
         /// What does not fit.
-        source: fused_moe_core::Error,
+        source: Box<fused_moe_core::Error>,
     },
     /// There is no such layer.
     #[error("{}: no layer {layer}; the model has {count}, numbered from 0", path.display())]
@@ -178,7 +178,7 @@ pub enum Error {
         /// The layer.
         layer: usize,
         /// What does not fit.
-        source: fused_moe_core::Error,
+        source: Box<fused_moe_core::Error>,
     },
 }
 

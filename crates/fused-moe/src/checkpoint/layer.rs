@@ -46,7 +46,9 @@ pub(super) fn load<'a>(
     let problems = tensors.problems;
     match weights {
         Ok(Some(weights)) if problems.is_empty() => Ok(CheckpointLayer { index, name, config, weights }),
-        Err(source) if problems.is_empty() => Err(Error::Layer { path: path.into(), layer: index, source }),
+        Err(source) if problems.is_empty() => {
+            Err(Error::Layer { path: path.into(), layer: index, source: source.into() })
+        }
         _ => Err(Error::Tensors { path: path.into(), layer: index, problems }),
     }
 }

@@ -94,7 +94,7 @@ pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) 
     };
     match described.check() {
         Ok(()) => Ok(described),
-        Err(source) => Err(Error::Config { config: config.path().into(), source }),
+        Err(source) => Err(Error::Config { config: config.path().into(), source: source.into() }),
     }
 }
 

@@ -1,5 +1,5 @@
 //! Goldens, and a checkpoint's layer through the specification.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
 pub(crate) mod model;
 

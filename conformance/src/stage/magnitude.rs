@@ -1,4 +1,6 @@
-use super::{magnitudes, output_weights};
+//! The magnitudes that a layer's result is made of.
+
+use super::magnitudes;
 use fused_moe_core::config::{LayerConfig, WeightOn};
 use fused_moe_core::reference::{
     Combine, Down, GateUp, Gather, Input, Layer, Linear, Output, PreActivation, Shared, SharedGate, activation,
@@ -33,7 +35,7 @@ pub(super) fn of(config: &LayerConfig, layer: &Layer<'_>, input: &Input<'_>, out
     combine(&Combine {
         y: &y,
         slot_row: Some(&output.permutation.slot_row),
-        weights: output_weights(config, &weights),
+        weights: (config.weight_on == WeightOn::Output).then_some(&weights),
         routed_scale: f64::from(config.routed_scale.abs()),
         shared: shared.as_ref().map(|(y, factor)| Shared { y, gate: SharedGate::Factor(factor), scale: 1.0 }),
         residual: residual.as_deref(),
