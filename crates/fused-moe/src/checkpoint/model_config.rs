@@ -34,7 +34,8 @@ impl ModelConfig {
         }
         match first {
             None => Err(Error::ConfigMissing { config: path.into(), fields: vec!["model_type".into()] }),
-            Some(model_type) => {
+            Some(name) => {
+                let model_type: String = name.chars().take(64).collect();
                 let known: Vec<&'static str> = known_model_types().collect();
                 let nearest = nearest(&model_type, &known);
                 Err(Error::UnknownModel { config: path.into(), model_type, nearest, known })
@@ -171,9 +172,8 @@ pub fn known_families() -> impl Iterator<Item = &'static str> {
 }
 
 fn nearest(name: &str, known: &[&'static str]) -> Vec<&'static str> {
-    let name: String = name.chars().take(64).collect();
     let mut scored: Vec<(f64, &'static str)> =
-        known.iter().map(|candidate| (strsim::jaro_winkler(&name, candidate), *candidate)).collect();
+        known.iter().map(|candidate| (strsim::jaro_winkler(name, candidate), *candidate)).collect();
     scored.sort_by(|a, b| b.0.total_cmp(&a.0));
     scored.into_iter().take(3).map(|(_, candidate)| candidate).collect()
 }
