@@ -1,5 +1,6 @@
 //! Packing, the grouped products and whole layers against the reference, over formats, layouts, threads and instruction
 //! sets.
+#![allow(clippy::unwrap_used)]
 
 mod grouped;
 mod layer;
