@@ -82,23 +82,24 @@ fn best_of_passes(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
     best
 }
 
-/// How long `work` takes on so many threads that begin at once.
+/// From the first beginning to the last end of `work` on so many threads that are let go at once, by their own clocks:
+/// whoever waits for them may wake late.
 fn together(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
-    let (begin, end) = (Barrier::new(threads + 1), Barrier::new(threads + 1));
-    std::thread::scope(|scope| {
-        for thread in 0..threads {
-            let (begin, end, work) = (&begin, &end, &work);
-            scope.spawn(move || {
-                begin.wait();
-                work(thread);
-                end.wait();
-            });
-        }
-        begin.wait();
-        let start = Instant::now();
-        end.wait();
-        start.elapsed()
-    })
+    let barrier = Barrier::new(threads);
+    let timed = |thread| {
+        barrier.wait();
+        let begin = Instant::now();
+        work(thread);
+        (begin, Instant::now())
+    };
+    let times: Vec<(Instant, Instant)> = std::thread::scope(|scope| {
+        let timed = &timed;
+        let workers: Vec<_> = (0..threads).map(|thread| scope.spawn(move || timed(thread))).collect();
+        workers.into_iter().filter_map(|worker| worker.join().ok()).collect()
+    });
+    let first = times.iter().map(|(begin, _)| *begin).min();
+    let last = times.iter().map(|(_, end)| *end).max();
+    first.zip(last).map_or(Duration::MAX, |(first, last)| last - first)
 }
 
 /// Bytes of memory that can be had without swapping, where the system tells.

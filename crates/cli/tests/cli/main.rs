@@ -177,3 +177,11 @@ fn a_reader_that_goes_away_is_no_error() {
     let closed = std::process::Command::new("sh").args(["-c", &format!("{command} >&-")]).output().unwrap();
     assert!(!String::from_utf8_lossy(&closed.stderr).contains("panicked"));
 }
+
+#[test]
+fn the_readme_lists_every_family() {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md")).unwrap();
+    for family in fused_moe::checkpoint::known_families() {
+        assert!(readme.contains(&format!("`{family}`")), "{family}");
+    }
+}
