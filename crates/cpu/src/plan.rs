@@ -63,7 +63,7 @@ pub(crate) struct GroupedPlan {
 
 /// Weights in a block, at most: a share of the second-level cache, of which x, the sums and what is on its way take the
 /// rest.
-const BLOCK_SHARE_OF_CACHE: usize = 16;
+const BLOCK_SHARE_OF_CACHE: usize = 8;
 /// So many parts of work, at least, keep a thread busy while others finish.
 const PARTS_PER_THREAD: usize = 4;
 /// So many rows of x take no longer than fetching the weights that they meet.
