@@ -200,14 +200,14 @@ impl Visitor for Run<'_> {
             bar.inc(1);
         }
         bar.set_message("this machine's own rates");
-        let ceilings = machine::measure(self.threads, self.cache, machine::available_memory().unwrap_or(1 << 30))?;
+        let ceilings = || machine::measure(self.threads, self.cache, machine::available_memory().unwrap_or(1 << 30));
+        let before = ceilings()?;
         bar.finish_and_clear();
 
         let device = format!("{}: {}", backend.name(), backend.describe());
-        let setting = self.setting(backend.name(), count, ceilings);
         let quiet = arguments.json.as_deref() == Some(Path::new("-"));
         if !quiet {
-            self.print_setting(&device, &setting, layer_bytes)?;
+            self.print_setting(&device, count, layer_bytes)?;
         }
         let bench = Bench { backend, config: self.config, dtype: self.dtype(), layers: &layers, source: &source, seed };
         let mut timings = Vec::new();
@@ -217,8 +217,9 @@ impl Visitor for Run<'_> {
             bar.finish_and_clear();
             timings.push(timing.with_context(|| format!("{}, {tokens} tokens: no time is given", self.name))?);
         }
+        let setting = self.setting(backend.name(), count, before.or_higher(ceilings()?));
         if !quiet {
-            print_timings(&timings, &ceilings)?;
+            print_timings(&timings, &setting.ceilings)?;
         }
         self.keep(&setting, &timings)?;
         Ok(ExitCode::SUCCESS)
@@ -226,10 +227,10 @@ impl Visitor for Run<'_> {
 }
 
 impl Run<'_> {
-    fn print_setting(&self, device: &str, setting: &Setting<'_>, layer: u64) -> Result<()> {
+    fn print_setting(&self, device: &str, layers: usize, layer: u64) -> Result<()> {
         let mut out = output::stdout();
         let LayerConfig { hidden, intermediate, experts, top_k, .. } = *self.config;
-        let Setting { dtype, routing, layers, ceilings, .. } = setting;
+        let (dtype, routing) = (self.dtype(), value_name(self.arguments.routing));
         writeln!(
             out,
             "{BOLD}{}{BOLD:#}: H {hidden}, I {intermediate}, E {experts}, K {top_k}; {dtype}; routing {routing}",
@@ -242,16 +243,9 @@ impl Run<'_> {
             bytes(layer),
             bytes(self.cache)
         )?;
-        if self.hot(layer) * (*layers as u64) < self.cache * CACHES / 2 {
+        if self.hot(layer) * (layers as u64) < self.cache * CACHES / 2 {
             writeln!(out, "         {WARN}so few that runs find some of them in the cache{WARN:#}")?;
         }
-        writeln!(
-            out,
-            "machine  {} GB/s read ({} of f32, best of 6 passes); {} GFLOP/s (f32 dot kernel, operands in cache, best of 6)",
-            rounded(ceilings.bandwidth / 1e9),
-            bytes(ceilings.buffer as u64),
-            rounded(ceilings.arithmetic / 1e9)
-        )?;
         out.flush()?;
         Ok(())
     }
@@ -311,6 +305,14 @@ fn print_timings(timings: &[Timing], ceilings: &Ceilings) -> Result<()> {
         ]);
     }
     table.print(&mut out)?;
+    writeln!(
+        out,
+        "machine  {} GB/s read ({} of f32); {} GFLOP/s (f32 dot kernel, operands in cache); best of {} passes before and as many after",
+        rounded(ceilings.bandwidth / 1e9),
+        bytes(ceilings.buffer as u64),
+        rounded(ceilings.arithmetic / 1e9),
+        machine::PASSES
+    )?;
     let rows: usize = timings.iter().map(|timing| timing.verified.rows).sum();
     let error = timings.iter().map(|timing| timing.verified.error).fold(0.0, f64::max);
     let allowed = timings.iter().map(|timing| timing.verified.tolerance).fold(0.0, f64::max);

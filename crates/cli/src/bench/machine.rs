@@ -19,8 +19,16 @@ pub(crate) struct Ceilings {
     pub(crate) buffer: usize,
 }
 
+impl Ceilings {
+    /// The higher of two measurements.
+    pub(crate) fn or_higher(self, other: Self) -> Self {
+        let (bandwidth, arithmetic) = (self.bandwidth.max(other.bandwidth), self.arithmetic.max(other.arithmetic));
+        Self { bandwidth, arithmetic, ..self }
+    }
+}
+
 /// Passes of each measurement.
-pub(crate) const PASSES: usize = 6;
+pub(super) const PASSES: usize = 6;
 
 /// Measures both with so many threads. The best of a few passes counts: a ceiling is what nothing should beat.
 pub(crate) fn measure(threads: usize, cache: u64, available: u64) -> Result<Ceilings> {
