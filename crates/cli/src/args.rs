@@ -158,7 +158,7 @@ pub(crate) struct Bench {
     /// Write the results as JSON (`-` for standard output)
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
-    /// Append the results to DIR/<device>/<date>.csv
+    /// Append the results to DIR/DEVICE/DATE.csv
     #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "records")]
     pub(crate) record: Option<PathBuf>,
     #[command(flatten)]

@@ -3,6 +3,7 @@
 pub(crate) mod machine;
 mod measure;
 mod record;
+mod shapes;
 mod verify;
 pub(crate) mod weights;
 
@@ -16,6 +17,7 @@ use fused_moe::{Backend, DType, Device, Options, Visitor};
 use machine::Ceilings;
 use measure::{Bench, Timing};
 use record::Setting;
+use shapes::SHAPES;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -45,8 +47,23 @@ pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
 
 /// The shape that the command line asks for.
 fn shape(arguments: &args::Bench) -> Result<(String, LayerConfig)> {
-    let _ = arguments;
-    Ok(("x".into(), LayerConfig::new(64, 32, 8, 2)))
+    if let (Some(hidden), Some(intermediate), Some(experts), Some(top_k)) =
+        (arguments.hidden, arguments.intermediate, arguments.experts, arguments.top_k)
+    {
+        let config = LayerConfig::new(hidden, intermediate, experts, top_k);
+        return Ok((format!("{hidden}x{intermediate}x{experts}x{top_k}"), config));
+    }
+    let name = arguments.shape.as_deref().unwrap_or(SHAPES[0].name);
+    match SHAPES.iter().find(|shape| shape.name == name) {
+        Some(shape) => Ok((name.to_owned(), shape.config())),
+        None => Err(remedied(
+            format!("--shape {name}: no such shape"),
+            format!(
+                "there are {}; or give --hidden, --intermediate, --experts and --top-k",
+                SHAPES.map(|s| s.name).join(", ")
+            ),
+        )),
+    }
 }
 
 /// The device, with as many threads as the command line asks for.
@@ -178,18 +195,19 @@ impl Visitor for Run<'_> {
         let source = Source::new(self.config, self.dtype(), arguments.routing, seed);
         let mut layers = Vec::with_capacity(count);
         for index in 0..count {
-            layers.push(backend.prepare(self.config, &source.layer(index)?, &Options::default())?);
+            let layer = backend.prepare(self.config, &source.layer(index)?, &Options::default());
+            layers.push(layer.map_err(|error| remedied(error.to_string(), "give sizes that make a layer"))?);
             bar.inc(1);
         }
         bar.set_message("this machine's own rates");
-        let ceilings = machine::measure(self.threads, self.cache, machine::available_memory().unwrap_or(1 << 30))?;
+        let ceilings = || machine::measure(self.threads, self.cache, machine::available_memory().unwrap_or(1 << 30));
+        let before = ceilings()?;
         bar.finish_and_clear();
 
         let device = format!("{}: {}", backend.name(), backend.describe());
-        let setting = self.setting(backend.name(), count, ceilings);
         let quiet = arguments.json.as_deref() == Some(Path::new("-"));
         if !quiet {
-            self.print_setting(&device, &setting, layer_bytes)?;
+            self.print_setting(&device, count, layer_bytes)?;
         }
         let bench = Bench { backend, config: self.config, dtype: self.dtype(), layers: &layers, source: &source, seed };
         let mut timings = Vec::new();
@@ -199,8 +217,9 @@ impl Visitor for Run<'_> {
             bar.finish_and_clear();
             timings.push(timing.with_context(|| format!("{}, {tokens} tokens: no time is given", self.name))?);
         }
+        let setting = self.setting(backend.name(), count, before.or_higher(ceilings()?));
         if !quiet {
-            print_timings(&timings, &ceilings)?;
+            print_timings(&timings, &setting.ceilings)?;
         }
         self.keep(&setting, &timings)?;
         Ok(ExitCode::SUCCESS)
@@ -208,10 +227,10 @@ impl Visitor for Run<'_> {
 }
 
 impl Run<'_> {
-    fn print_setting(&self, device: &str, setting: &Setting<'_>, layer: u64) -> Result<()> {
+    fn print_setting(&self, device: &str, layers: usize, layer: u64) -> Result<()> {
         let mut out = output::stdout();
         let LayerConfig { hidden, intermediate, experts, top_k, .. } = *self.config;
-        let Setting { dtype, routing, layers, ceilings, .. } = setting;
+        let (dtype, routing) = (self.dtype(), value_name(self.arguments.routing));
         writeln!(
             out,
             "{BOLD}{}{BOLD:#}: H {hidden}, I {intermediate}, E {experts}, K {top_k}; {dtype}; routing {routing}",
@@ -224,16 +243,9 @@ impl Run<'_> {
             bytes(layer),
             bytes(self.cache)
         )?;
-        if self.hot(layer) * (*layers as u64) < self.cache * CACHES / 2 {
+        if self.hot(layer) * (layers as u64) < self.cache * CACHES / 2 {
             writeln!(out, "         {WARN}so few that runs find some of them in the cache{WARN:#}")?;
         }
-        writeln!(
-            out,
-            "machine  {} GB/s read ({} of f32, best of 6 passes); {} GFLOP/s (f32 dot kernel, operands in cache, best of 6)",
-            rounded(ceilings.bandwidth / 1e9),
-            bytes(ceilings.buffer as u64),
-            rounded(ceilings.arithmetic / 1e9)
-        )?;
         out.flush()?;
         Ok(())
     }
@@ -293,6 +305,14 @@ fn print_timings(timings: &[Timing], ceilings: &Ceilings) -> Result<()> {
         ]);
     }
     table.print(&mut out)?;
+    writeln!(
+        out,
+        "machine  {} GB/s read ({} of f32); {} GFLOP/s (f32 dot kernel, operands in cache); best of {} passes before and as many after",
+        rounded(ceilings.bandwidth / 1e9),
+        bytes(ceilings.buffer as u64),
+        rounded(ceilings.arithmetic / 1e9),
+        machine::PASSES
+    )?;
     let rows: usize = timings.iter().map(|timing| timing.verified.rows).sum();
     let error = timings.iter().map(|timing| timing.verified.error).fold(0.0, f64::max);
     let allowed = timings.iter().map(|timing| timing.verified.tolerance).fold(0.0, f64::max);

@@ -1,18 +1,23 @@
 //! `fmoe check`: the conformance suite, or golden data, on this machine.
 
+mod golden;
+
 use crate::args;
 use crate::devices;
 use crate::output::{self, BAD, DIM, GOOD, Table, plain, progress, remedied};
+use anstyle::Style;
 use anyhow::Result;
 use fused_moe::{Backend, Visitor};
 use fused_moe_conformance::{Options, Report};
-use indicatif::ProgressBar;
+use golden::Verdict;
+use serde_json::json;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 pub(crate) fn check(arguments: &args::Check) -> Result<ExitCode> {
     if !arguments.golden.is_empty() {
-        return golden(arguments);
+        return folders(arguments);
     }
     let device = devices::chosen(&arguments.on)?;
     let report = device.visit(Suite { filter: arguments.filter.clone() })?;
@@ -83,7 +88,80 @@ fn print(report: &Report) -> Result<()> {
     Ok(())
 }
 
-fn golden(_arguments: &args::Check) -> Result<ExitCode> {
-    let _bar: ProgressBar = progress(0, "golden data");
-    Ok(ExitCode::SUCCESS)
+/// Every folder on a line of its own.
+fn folders(arguments: &args::Check) -> Result<ExitCode> {
+    let device = devices::chosen(&arguments.on)?;
+    // a glob over folders brings what lies beside them
+    let (files, folders): (Vec<_>, Vec<_>) = arguments.golden.iter().partition(|path| path.is_file());
+    if let ([first, ..], []) = (files.as_slice(), folders.as_slice()) {
+        return Err(remedied(format!("{}: is a file", first.display()), "give folders with config.json in them"));
+    }
+    let bar = progress(folders.len() as u64, "golden data");
+    let mut verdicts = Vec::new();
+    for folder in folders {
+        verdicts.push((folder, golden::compare(&device, folder)));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let failed = verdicts.iter().filter(|(_, verdict)| !verdict.as_ref().is_ok_and(Verdict::passed)).count();
+    if let [(_, Err(_))] = verdicts.as_slice() {
+        return verdicts.remove(0).1.map(|_| ExitCode::FAILURE);
+    }
+    if arguments.json {
+        output::print_json(&verdicts.iter().map(|(folder, verdict)| as_json(folder, verdict)).collect())?;
+    } else {
+        let mut table =
+            Table::new(["folder", "layer", "tokens", "rerouted", "weights", "experts", "output", "tolerance", ""]);
+        table = table.text(&[8]);
+        for (folder, verdict) in &verdicts {
+            table.row(line(folder, verdict));
+        }
+        let mut out = output::stdout();
+        table.print(&mut out)?;
+        writeln!(out, "{} folders, {failed} failed", verdicts.len())?;
+        out.flush()?;
+    }
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn line(folder: &Path, verdict: &Result<Verdict>) -> Vec<(String, Style)> {
+    let name = folder.canonicalize().ok().and_then(|path| path.file_name().map(|name| name.display().to_string()));
+    let name = plain(name.unwrap_or_else(|| folder.display().to_string()));
+    let error = |error: f64| plain(format_args!("{error:.1e}"));
+    match verdict {
+        Ok(verdict) => vec![
+            name,
+            plain(verdict.layer),
+            plain(verdict.tokens),
+            plain(verdict.rerouted),
+            error(verdict.weights),
+            verdict.experts.map_or(plain("-"), error),
+            error(verdict.output),
+            error(verdict.tolerance),
+            if verdict.passed() { ("ok".into(), GOOD) } else { ("failed".into(), BAD) },
+        ],
+        Err(error) => {
+            let mut cells = vec![plain("-"); 8];
+            cells[0] = name;
+            cells.push((format!("failed: {error:#}"), BAD));
+            cells
+        }
+    }
+}
+
+fn as_json(folder: &Path, verdict: &Result<Verdict>) -> serde_json::Value {
+    match verdict {
+        Ok(verdict) => json!({
+            "folder": folder,
+            "passed": verdict.passed(),
+            "layer": verdict.layer,
+            "tokens": verdict.tokens,
+            "rerouted": verdict.rerouted,
+            "weights_error": verdict.weights,
+            "experts_error": verdict.experts,
+            "output_error": verdict.output,
+            "tolerance": verdict.tolerance,
+        }),
+        Err(error) => json!({ "folder": folder, "passed": false, "error": format!("{error:#}") }),
+    }
 }

@@ -43,7 +43,7 @@ pub(crate) fn checkpoint_error(error: fused_moe::checkpoint::Error) -> anyhow::E
         _ => {
             return match message.rsplit_once("; ") {
                 Some((message, help)) => remedied(message, help),
-                None => error.into(),
+                None => remedied(message, "download or write the file again"),
             };
         }
     };
@@ -76,9 +76,9 @@ pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
     }
     let mut stderr = anstream::stderr().lock();
     let _ = writeln!(stderr, "{BAD}error:{BAD:#} {text}");
-    if let Some(remedied) = error.chain().find_map(|cause| cause.downcast_ref::<Remedied>()) {
-        let _ = writeln!(stderr, "{HELP}help:{HELP:#} {}", remedied.help);
-    }
+    let remedied = error.chain().find_map(|cause| cause.downcast_ref::<Remedied>());
+    let help = remedied.map_or("`fmoe help` lists the commands, `--help` after one what it takes", |error| &error.help);
+    let _ = writeln!(stderr, "{HELP}help:{HELP:#} {help}");
     ExitCode::FAILURE
 }
 

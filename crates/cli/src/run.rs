@@ -272,7 +272,10 @@ impl Run<'_> {
 }
 
 /// The largest difference over the largest expected magnitude; infinite where one of two is not a number.
-fn relative_error<I: Iterator<Item = f64>>(actual: impl Iterator<Item = f64>, expected: impl Fn() -> I) -> f64 {
+pub(crate) fn relative_error<I: Iterator<Item = f64>>(
+    actual: impl Iterator<Item = f64>,
+    expected: impl Fn() -> I,
+) -> f64 {
     let largest = expected().filter(|x| x.is_finite()).fold(0f64, |m, x| m.max(x.abs()));
     let unit = if largest > 0.0 { largest } else { 1.0 };
     let error = |(a, e): (f64, f64)| match a == e || (a.is_nan() && e.is_nan()) {

@@ -3,7 +3,7 @@
 use crate::bench::machine::available_memory;
 use crate::bench::weights::Numbers;
 use crate::output::{bytes, remedied};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use fused_moe::{DType, Shape};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
@@ -55,7 +55,10 @@ impl Tensor {
     /// The tensor that `FILE` or `FILE:TENSOR` names.
     pub(crate) fn read(name: &str) -> Result<Self> {
         let (path, tensor) = split(name);
-        let data = fs::read(&path).with_context(|| format!("{}: cannot read the file", path.display()))?;
+        let data = fs::read(&path).map_err(|error| {
+            let message = format!("{}: cannot read the file: {error}", path.display());
+            remedied(message, "give an existing safetensors file, and the tensor after a colon")
+        })?;
         Self::parse(&path, &data, tensor)
     }
 

@@ -30,3 +30,8 @@ pub use fused_moe_core::*;
 
 #[cfg(feature = "cpu")]
 pub use fused_moe_cpu as cpu;
+
+/// The examples of the README, compiled.
+#[cfg(all(doctest, feature = "cpu"))]
+#[doc = include_str!("../../../README.md")]
+pub struct Readme;

@@ -19,8 +19,16 @@ pub(crate) struct Ceilings {
     pub(crate) buffer: usize,
 }
 
+impl Ceilings {
+    /// The higher of two measurements.
+    pub(crate) fn or_higher(self, other: Self) -> Self {
+        let (bandwidth, arithmetic) = (self.bandwidth.max(other.bandwidth), self.arithmetic.max(other.arithmetic));
+        Self { bandwidth, arithmetic, ..self }
+    }
+}
+
 /// Passes of each measurement.
-pub(crate) const PASSES: usize = 6;
+pub(super) const PASSES: usize = 6;
 
 /// Measures both with so many threads. The best of a few passes counts: a ceiling is what nothing should beat.
 pub(crate) fn measure(threads: usize, cache: u64, available: u64) -> Result<Ceilings> {
@@ -62,9 +70,8 @@ fn arithmetic(threads: usize) -> f64 {
         let tokens: Vec<&[f32]> = tokens.chunks(LENGTH).collect();
         let mut out = [0f32; ROWS * TOKENS];
         for _ in 0..CALLS {
-            kernels.dot_tile(black_box(&weights), black_box(&tokens), &mut out);
+            kernels.dot_tile(black_box(&weights), black_box(&tokens), black_box(&mut out));
         }
-        black_box(out);
     });
     (threads * CALLS * 2 * ROWS * TOKENS * LENGTH) as f64 / best.as_secs_f64()
 }
@@ -83,23 +90,24 @@ fn best_of_passes(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
     best
 }
 
-/// How long `work` takes on so many threads that begin at once.
+/// From the first beginning to the last end of `work` on so many threads that are let go at once, by their own clocks:
+/// whoever waits for them may wake late.
 fn together(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
-    let (begin, end) = (Barrier::new(threads + 1), Barrier::new(threads + 1));
-    std::thread::scope(|scope| {
-        for thread in 0..threads {
-            let (begin, end, work) = (&begin, &end, &work);
-            scope.spawn(move || {
-                begin.wait();
-                work(thread);
-                end.wait();
-            });
-        }
-        begin.wait();
-        let start = Instant::now();
-        end.wait();
-        start.elapsed()
-    })
+    let barrier = Barrier::new(threads);
+    let timed = |thread| {
+        barrier.wait();
+        let begin = Instant::now();
+        work(thread);
+        (begin, Instant::now())
+    };
+    let times: Vec<(Instant, Instant)> = std::thread::scope(|scope| {
+        let timed = &timed;
+        let workers: Vec<_> = (0..threads).map(|thread| scope.spawn(move || timed(thread))).collect();
+        workers.into_iter().filter_map(|worker| worker.join().ok()).collect()
+    });
+    let first = times.iter().map(|(begin, _)| *begin).min();
+    let last = times.iter().map(|(_, end)| *end).max();
+    first.zip(last).map_or(Duration::MAX, |(first, last)| last - first)
 }
 
 /// Bytes of memory that can be had without swapping, where the system tells.

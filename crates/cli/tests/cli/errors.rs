@@ -78,7 +78,8 @@ fn impossible_sizes() {
     let model = Model::new().with("num_experts_per_tok", 5).write();
     fmoe(["run", model.name()]).errs(["config.json", "5"]);
     for field in ["hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok"] {
-        for value in [serde_json::json!(0), serde_json::json!(-1), serde_json::json!("x"), serde_json::json!(u64::MAX)] {
+        for value in [serde_json::json!(0), serde_json::json!(-1), serde_json::json!("x"), serde_json::json!(u64::MAX)]
+        {
             let model = Model::new().with(field, value).write();
             fmoe(["run", model.name()]).errs(["config.json"]);
         }
@@ -136,14 +137,15 @@ fn a_disk_that_is_full_leaves_nothing() {
     let out = model.file("out.safetensors");
     fs::write(&out, "what was there").unwrap();
     // 64 kB at most in a file; SIGXFSZ is ignored, so that writing fails as it does on a full disk
-    let command = format!(
-        "trap '' XFSZ; ulimit -f 64; exec '{PROGRAM}' run '{}' --tokens 4000 --output '{out}'",
-        model.name()
-    );
+    let command =
+        format!("trap '' XFSZ; ulimit -f 64; exec '{PROGRAM}' run '{}' --tokens 4000 --output '{out}'", model.name());
     let ran = Command::new("sh").args(["-c", &command]).output().unwrap();
     let stderr = String::from_utf8_lossy(&ran.stderr);
     assert_eq!(ran.status.code(), Some(1), "{stderr}");
-    assert!(stderr.starts_with("error: ") && stderr.contains("out.safetensors") && stderr.contains("\nhelp: "), "{stderr}");
+    assert!(
+        stderr.starts_with("error: ") && stderr.contains("out.safetensors") && stderr.contains("\nhelp: "),
+        "{stderr}"
+    );
     assert_eq!(fs::read_to_string(&out).unwrap(), "what was there");
     let left: Vec<_> = fs::read_dir(model.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left.len(), 3, "{left:?}");
@@ -166,13 +168,14 @@ fn checks_that_are_none() {
 #[test]
 fn benches_that_are_none() {
     fmoe(["bench", "--shape", "qwen"]).errs(["qwen", "qwen3-30b-a3b", "olmoe"]);
-    let shape = |h: &str, e: &str, k: &str| fmoe(["bench", "--hidden", h, "--intermediate", "8", "--experts", e, "--top-k", k]);
+    let shape =
+        |h: &str, e: &str, k: &str| fmoe(["bench", "--hidden", h, "--intermediate", "8", "--experts", e, "--top-k", k]);
     shape("16", "4", "2").args(["--tokens", "1,0"]).errs(["--tokens 0"]);
     shape("16", "4", "2").args(["--threads", "0"]).errs(["--threads 0"]);
     shape("16", "4", "2").args(["--tokens", "99999999999999"]).errs(["--tokens 99999999999999", "at most"]);
-    shape("16", "4", "5").errs(["top_k"]);
-    shape("0", "4", "2").errs(["hidden"]);
-    shape("16", "5000", "2").errs(["experts"]);
+    shape("16", "4", "5").errs(["K = 5", "E = 4"]);
+    shape("0", "4", "2").errs(["layer:", "0"]);
+    shape("16", "5000", "2").errs(["layer:", "5000"]);
     shape("18446744073709551615", "4", "2").errs(["memory"]);
     fmoe(["bench", "--hidden", "16"]).fails(2);
 }
