@@ -1,4 +1,5 @@
 //! The CPU backend against the reference: every instruction set that this processor has, one thread and two.
+#![allow(clippy::unwrap_used)]
 
 use fused_moe_conformance::{Options, run};
 use fused_moe_cpu::Cpu;
