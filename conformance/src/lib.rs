@@ -16,10 +16,13 @@
 pub mod cases;
 pub mod compare;
 pub mod data;
+pub mod golden;
 pub mod image;
 pub mod operands;
 mod report;
+pub mod rows;
 mod run;
+pub mod shapes;
 pub mod stage;
 pub mod tolerance;
 

@@ -62,10 +62,12 @@ pub enum From {
     Routes(Spread),
 }
 
-const EPS: f32 = 1e-6;
+const EPS: f32 = 0.02;
 const VOCABULARY: usize = 11;
 /// Keys of tokens that go through a whole layer lie at least this far apart.
 const CLEAR: f64 = 2e-4;
+/// How many sets of data are tried for that.
+const ATTEMPTS: usize = 64;
 
 impl LayerCase {
     /// From x, with routes and counts.
@@ -97,13 +99,12 @@ impl LayerCase {
         }
     }
 
-    /// Adds what is read, the routes' source aside; returns the canonical stacks and biases.
-    fn inputs(&self, data: Data, prepared: &mut Prepared) -> [(&'static str, Option<Tensor>); 4] {
+    /// Adds what is read, but for the experts and the routes' source.
+    fn inputs(&self, data: Data, prepared: &mut Prepared) {
         let LayerConfig { hidden, experts, top_k, .. } = self.config;
         let [x, weights, written] = self.dtypes;
         let (tokens, rule) = (self.tokens, self.config.routing);
         prepared.input("x", data.of("x").tokens(x, [tokens, hidden]));
-        self.experts().host(data, prepared);
         let mut host = |name, tensor| prepared.host.push((name, tensor));
         host("router", data.of("router").normal(weights, [experts, hidden], 1.5 / (hidden as f64).sqrt()));
         if self.router_bias {
@@ -145,7 +146,6 @@ impl LayerCase {
             let ids = (0..tokens).map(|t| ids.below(t as u64, VOCABULARY) as u32).collect();
             prepared.input("token_ids", Tensor::ids([tokens], ids));
         }
-        self.experts().canonical(data)
     }
 
     fn by_token_id(&self) -> bool {
@@ -234,20 +234,21 @@ impl Check for LayerCase {
     fn prepare(&self) -> Prepared {
         let LayerConfig { hidden, experts, top_k, .. } = self.config;
         let tokens = self.tokens;
+        let named = |attempt: usize| Data::new("layer").of(&format!("{tokens} {hidden} {experts} {attempt}"));
         let mut attempt = 0;
-        let (mut prepared, canonical, [logits, logit_errors], data) = loop {
-            let data = Data::new("layer").of(&format!("{tokens} {hidden} {experts} {attempt}"));
-            let mut prepared = Prepared::default();
-            let canonical = self.inputs(data, &mut prepared);
-            let logits = self.logits(data, &mut prepared);
-            attempt += 1;
-            if self.source != From::Router
-                || attempt == 64
-                || self.is_clear(&logits[0], &self.reference(&prepared, &canonical))
-            {
-                break (prepared, canonical, logits, data);
+        let (mut prepared, [logits, logit_errors]) = loop {
+            let (mut prepared, none) = (Prepared::default(), Default::default());
+            self.inputs(named(attempt), &mut prepared);
+            let logits = self.logits(named(attempt), &mut prepared);
+            let given = self.source != From::Router || attempt == ATTEMPTS;
+            if given || self.is_clear(&logits[0], &self.reference(&prepared, &none)) {
+                break (prepared, logits);
             }
+            attempt += 1;
         };
+        let data = named(attempt);
+        self.experts().host(data, &mut prepared);
+        let canonical = self.experts().canonical(data);
         let layer = self.reference(&prepared, &canonical);
         let norm =
             self.norm.map(|_| reference::Norm { weight: prepared.floats_if("norm_weight"), eps: f64::from(EPS) });

@@ -37,7 +37,7 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         [70, 64, 48, 4, 1],
     ];
     if scale == Scale::Full {
-        sizes.extend([[200, 256, 192, 16, 4], [3, 1024, 256, 24, 8], [1, 2048, 768, 8, 2], [513, 131, 97, 3, 1]]);
+        sizes.extend([[200, 256, 192, 16, 4], [3, 1024, 256, 24, 8], [1, 1024, 384, 8, 2], [513, 131, 97, 3, 1]]);
     }
     for dtypes in FLOATS.map(|dtype| [dtype; 3]).into_iter().chain([[bf16, bf16, f32], [f32, bf16, f32]]) {
         for &[t, h, i, e, k] in &sizes {
@@ -103,7 +103,7 @@ fn parts(dtypes: [DType; 3]) -> Vec<Case> {
     let config = LayerConfig::new(37, 23, 10, 3);
     let shared = |gated, scale, activation| SharedConfig { intermediate: 14, activation, gated, scale };
     let norm =
-        |feeds_experts| GateConfig { norm: Some(GateNorm { eps: 1e-6, feeds_experts }), ..GateConfig::default() };
+        |feeds_experts| GateConfig { norm: Some(GateNorm { eps: 0.02, feeds_experts }), ..GateConfig::default() };
     let sum = WeightRule { normalize: Normalize::Sum { eps: 0.0 }, ..WeightRule::default() };
     let with = |config: LayerConfig| LayerCase::new(8, config, dtypes);
     let silu = Activation::default();
