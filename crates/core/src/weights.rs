@@ -390,11 +390,18 @@ impl<'a> Matrix<'a> {
         if row >= self.rows || out.len() != self.cols * size {
             return;
         }
-        for (c, element) in out.chunks_exact_mut(size).enumerate() {
-            let start = (row * self.row_stride + c * self.col_stride) * size;
-            if let Some(bytes) = self.bytes.get(start..start + size) {
-                element.copy_from_slice(bytes);
-            }
+        match size {
+            2 => self.gather_row::<2>(row, out),
+            _ => self.gather_row::<4>(row, out),
+        }
+    }
+
+    /// Copies row `row`, element by element of SIZE bytes.
+    fn gather_row<const SIZE: usize>(&self, row: usize, out: &mut [u8]) {
+        let from = self.bytes.as_chunks::<SIZE>().0.get(row * self.row_stride..).unwrap_or(&[]);
+        let elements = from.iter().step_by(self.col_stride.max(1));
+        for (to, element) in out.as_chunks_mut::<SIZE>().0.iter_mut().zip(elements) {
+            *to = *element;
         }
     }
 }

@@ -16,12 +16,13 @@ use std::array::from_fn;
 /// Tokens of a block: what they have of x stays in the second-level cache while the router passes by.
 const TOKENS: usize = 24;
 
-/// Router rows of a block; fewer where there are fewer tokens than a block has, for the sake of more blocks.
+/// Router rows of a block; fewer where there are fewer tokens than a block has, for the sake of more blocks, unless each
+/// block has to normalise its tokens.
 const EXPERTS: usize = 32;
 const FEW_EXPERTS: usize = 8;
 
 /// Columns of normalised tokens that a block holds at a time.
-const COLUMNS: usize = 256;
+const COLUMNS: usize = 512;
 
 /// Products that are worth a thread of their own.
 const GRAIN: usize = 1 << 17;
@@ -88,7 +89,7 @@ pub(crate) fn gate_route(cpu: &Cpu, stream: &CpuStream, operands: GateRoute<'_, 
 impl<W: Float> Router<'_, W> {
     fn run(&self, pool: &Pool) {
         let GateProblem { tokens, hidden, experts, .. } = self.problem;
-        let width = if tokens < TOKENS { FEW_EXPERTS } else { EXPERTS };
+        let width = if tokens < TOKENS && self.config.norm.is_none() { FEW_EXPERTS } else { EXPERTS };
         let across = experts.div_ceil(width);
         let grain = GRAIN / hidden.saturating_mul(width * TOKENS.min(tokens.max(1)));
         pool.for_each(tokens.div_ceil(TOKENS) * across, grain, |block| {
@@ -97,7 +98,8 @@ impl<W: Float> Router<'_, W> {
                 Block { token, tokens: TOKENS.min(tokens - token), expert, experts: width.min(experts - expert) };
             let mut tile = [0.0; TOKENS * EXPERTS];
             match self.config.norm {
-                Some(norm) => self.of_normed(&block, norm.eps, &mut tile),
+                Some(norm) if block.tokens == 1 => self.of_normed::<1>(&block, norm.eps, &mut tile),
+                Some(norm) => self.of_normed::<TOKENS>(&block, norm.eps, &mut tile),
                 None => each_format!(Floats, self.x, x => self.of_rows(&block, x, &mut tile)),
             }
             self.finish(&block, &tile);
@@ -110,14 +112,14 @@ impl<W: Float> Router<'_, W> {
         self.kernels.dot_tile(&weights[..block.experts], &tokens[..block.tokens], tile);
     }
 
-    /// The tokens are normalised in f32, some columns at a time; the products of these are added in order.
-    fn of_normed(&self, block: &Block, eps: f32, tile: &mut Tile) {
+    /// The tokens, at most N, are normalised in f32, some columns at a time; the products of these are added in order.
+    fn of_normed<const N: usize>(&self, block: &Block, eps: f32, tile: &mut Tile) {
         let (kernels, hidden) = (self.kernels, self.problem.hidden);
-        let mut factors = [0.0; TOKENS];
+        let mut factors = [0.0; N];
         for (i, factor) in factors.iter_mut().enumerate().take(block.tokens) {
             *factor = norm_factor(self.x.sum_squares(kernels, block.token + i), hidden, eps);
         }
-        let (mut normed, mut weight) = ([[0.0; COLUMNS]; TOKENS], [0.0; COLUMNS]);
+        let (mut normed, mut weight) = ([[0.0; COLUMNS]; N], [0.0; COLUMNS]);
         for col in (0..hidden).step_by(COLUMNS) {
             let n = COLUMNS.min(hidden - col);
             let weight = self.norm_weight.as_ref().map(|norm_weight| {
@@ -131,7 +133,7 @@ impl<W: Float> Router<'_, W> {
                 let row = self.router.row(block.expert + i);
                 row.get(col..col + n).unwrap_or_default()
             });
-            let tokens: [&[f32]; TOKENS] = from_fn(|i| &normed[i][..n]);
+            let tokens: [&[f32]; N] = from_fn(|i| &normed[i][..n]);
             let mut part = [0.0; TOKENS * EXPERTS];
             kernels.dot_tile(&weights[..block.experts], &tokens[..block.tokens], &mut part);
             for (sum, part) in tile.iter_mut().zip(&part) {

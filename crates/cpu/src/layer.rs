@@ -1,7 +1,7 @@
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::pack::Experts;
-use crate::plan::LayerPlan;
+use crate::plan::{ELEMENTS_PER_THREAD, LayerPlan};
 use crate::rows::{Floats, Part, norm_factor, share_rows};
 use crate::workspace::{Buffer, PermutationScratch, RoutingScratch, Scratch, SharedScratch, Workspace};
 use crate::{Cpu, CpuStream};
@@ -11,9 +11,6 @@ use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::weights::{LayerWeights, SharedWeights};
 use fused_moe_core::{Backend, DType, Element, HostView, HostViewMut, Layer, Options, Permutation, Routing, View};
-
-/// Elements that are worth a thread of their own.
-const GRAIN: usize = 1 << 15;
 
 /// A layer prepared for this backend: its weights, copied once in the format that they came in.
 ///
@@ -194,7 +191,7 @@ impl CpuLayer {
                     Residual::Of(view) => Residual::Of(view),
                     Residual::InPlace => Residual::InPlace,
                 }),
-                norm: norm.map(|NextNorm { weight, eps, out }| NextNorm { weight, eps, out }),
+                norm: norm.map(|norm| NextNorm { weight: norm.weight, eps: norm.eps, out: norm.out }),
                 out: y,
             },
         )?;
@@ -287,7 +284,7 @@ impl CpuLayer {
         }
         let (shape, kernels) = ([x.rows(), x.cols()], self.cpu.kernels);
         let (x, out) = (Floats::new(&x)?, Part::<f32>::new(tokens.view_mut(F32, shape)?)?);
-        share_rows(&self.cpu.pool, out, shape[0], GRAIN / shape[1], |range, mut out| {
+        share_rows(&self.cpu.pool, out, shape[0], ELEMENTS_PER_THREAD / shape[1], |range, mut out| {
             for (i, t) in range.enumerate() {
                 match norm {
                     None => x.load(kernels, t, 0, out.row(i)),

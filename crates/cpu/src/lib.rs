@@ -1,7 +1,7 @@
 //! The CPU backend: operations and layers on host memory, multi-threaded and vectorised.
 //!
 //! The stages are called in order by [`CpuLayer`]; each is public as a method of [`Cpu`] through
-//! [`Backend`](fused_moe_core::Backend).
+//! [`Backend`].
 #![deny(unsafe_code)]
 
 mod activation;

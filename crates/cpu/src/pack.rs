@@ -151,10 +151,10 @@ impl Experts {
 }
 
 fn gate_up_row<'a>(expert: &ExpertMatrices<'a>, i: usize) -> (Matrix<'a>, usize) {
-    match expert.gate {
-        Some(gate) if i % 2 == 0 => (gate, i / 2),
-        Some(_) => (expert.up, i / 2),
-        None => (expert.up, i),
+    match (expert.gate, i % 2) {
+        (Some(gate), 0) => (gate, i / 2),
+        (Some(_), _) => (expert.up, i / 2),
+        (None, _) => (expert.up, i),
     }
 }
 

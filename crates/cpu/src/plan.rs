@@ -18,6 +18,9 @@ pub(crate) const MAX_TILE: usize = 48;
 /// The most sums of a block and a tile; they lie on the stack.
 pub(crate) const MAX_SUMS: usize = 768;
 
+/// So many elements to convert or to normalise take long compared to handing work to a thread.
+pub(crate) const ELEMENTS_PER_THREAD: usize = 32 << 10;
+
 /// What a plan needs to know about the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Device {
@@ -60,7 +63,7 @@ pub(crate) struct GroupedPlan {
 
 /// Weights in a block, at most: a share of the second-level cache, of which x, the sums and what is on its way take the
 /// rest.
-const BLOCK_SHARE_OF_CACHE: usize = 16;
+const BLOCK_SHARE_OF_CACHE: usize = 8;
 /// So many parts of work, at least, keep a thread busy while others finish.
 const PARTS_PER_THREAD: usize = 4;
 /// So many rows of x take no longer than fetching the weights that they meet.
@@ -177,5 +180,52 @@ impl fmt::Display for LayerPlan {
             write!(f, "shared down: {down}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(threads: usize) -> Device {
+        Device { threads, isa: Isa::Avx512, caches: Caches { l1: 48 << 10, l2: 2 << 20 } }
+    }
+
+    fn sizes(rows: usize, experts: usize, [inner, outputs, rows_per_output]: [usize; 3]) -> Sizes {
+        Sizes { rows, experts, inner, outputs, rows_per_output, weight: DType::BF16 }
+    }
+
+    #[test]
+    fn plans_fit_the_buffers_of_the_product() {
+        for l2 in [1, 64 << 10, 2 << 20, usize::MAX] {
+            let device = Device { caches: Caches { l1: 1, l2 }, ..device(64) };
+            for inner in [1, 7, 2048, 1 << 20, usize::MAX] {
+                for (outputs, rows_per_output) in [(0, 1), (1, 1), (1, 2), (13, 2), (4096, 1), (4096, 2)] {
+                    for rows in [0, 1, 8, 4096, usize::MAX / 8] {
+                        let sizes = sizes(rows, 7, [inner, outputs, rows_per_output]);
+                        let plan = GroupedPlan::new(sizes, &device);
+                        assert!(plan.block >= 1 && plan.block * rows_per_output <= MAX_BLOCK_ROWS, "{sizes:?}");
+                        assert!((1..=MAX_TILE).contains(&plan.tile), "{sizes:?}");
+                        assert!(plan.block * rows_per_output * plan.tile <= MAX_SUMS, "{sizes:?}");
+                        assert!(plan.chunks >= 1 && plan.grain >= 1, "{sizes:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_cut_only_where_there_are_few_outputs() {
+        let one_output = GroupedPlan::new(sizes(4096, 1, [2048, 1, 1]), &device(8));
+        assert_eq!(one_output.chunks, PARTS_PER_THREAD * 8);
+        assert_eq!(GroupedPlan::new(sizes(4096, 1, [2048, 4096, 1]), &device(8)).chunks, 1);
+        assert_eq!(GroupedPlan::new(sizes(3, 1, [2048, 1, 1]), &device(8)).chunks, 1);
+    }
+
+    #[test]
+    fn small_products_stay_on_one_thread() {
+        let plan = GroupedPlan::new(sizes(1, 4, [16, 8, 2]), &device(8));
+        assert!(plan.grain >= 4, "{plan:?}");
+        assert!(plan.to_string().contains("since each is small"), "{plan}");
     }
 }

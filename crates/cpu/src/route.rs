@@ -157,12 +157,12 @@ impl Router<'_> {
                 self.finish(token);
                 Status::OK
             }
-            Selection::Table => self.from_table(t, token),
+            Selection::Table => self.by_table(t, token),
             _ => token.nothing_finite(),
         }
     }
 
-    fn from_table(&self, t: usize, token: &mut Token<'_>) -> Status {
+    fn by_table(&self, t: usize, token: &mut Token<'_>) -> Status {
         let row = self.table.and_then(|(ids, table)| {
             let id = ids.get(t).map_or(usize::MAX, |&id| id as usize);
             (id < table.rows()).then(|| table.row(id))

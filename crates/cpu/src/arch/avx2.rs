@@ -45,6 +45,11 @@ impl Simd for Avx2 {
     const WIDE_TILE: bool = false;
 
     #[inline(always)]
+    fn prefetch<X>(self, at: *const X) {
+        isa!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
+    }
+
+    #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
         isa!(_mm256_set1_ps(x))
     }

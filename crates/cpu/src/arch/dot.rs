@@ -11,9 +11,16 @@
 //!
 //! Constraint: element k always goes to lane `k % LANES` of one accumulator, in ascending k, and the lanes are always
 //! summed in the same order. So the bits of `out[m][n]` depend on the two vectors alone, whatever the tile.
+//!
+//! With one or two tokens the weights come from memory. The hardware prefetcher stops at a page's end and is too slow
+//! for rows of 16-bit numbers, so then the tiles ask for the lines of a page further on, in this row or (taking the rows
+//! to lie at equal distances) in the row four further. A wrong guess is only a wasted hint.
 
 use super::simd::{Simd, Task};
 use fused_moe_core::dtype::Float;
+
+/// Bytes that the hardware prefetcher does not look beyond.
+const PAGE: usize = 4096;
 
 /// `out[m * tokens.len() + n] = sum_k weights[m][k] * tokens[n][k]`.
 pub(super) struct Dot<'a, W, X> {
@@ -68,10 +75,10 @@ unsafe fn all_tokens<S: Simd, W: Float, X: Float, const M: usize>(
 ) {
     let (mut rest, mut n) = (tokens, 0);
     macro_rules! tiles {
-        ($count:literal) => {
+        ($count:literal, $prefetch:expr) => {
             while let Some((tile, others)) = rest.split_first_chunk::<$count>() {
                 // SAFETY: as the caller vouches.
-                let sums = unsafe { self::tile(s, length, rows, tile) };
+                let sums = unsafe { self::tile::<S, W, X, M, $count, $prefetch>(s, length, rows, tile) };
                 for (line, sums) in out.iter_mut().zip(sums) {
                     for (o, sum) in line.iter_mut().skip(n).zip(sums) {
                         *o = sum;
@@ -81,20 +88,25 @@ unsafe fn all_tokens<S: Simd, W: Float, X: Float, const M: usize>(
             }
         };
     }
-    if S::WIDE_TILE {
-        tiles!(6);
-        tiles!(4);
+    if tokens.len() <= 2 && M >= 4 && size_of::<W>() == 2 {
+        tiles!(2, true);
+        tiles!(1, true);
+        return;
     }
-    tiles!(2);
-    tiles!(1);
+    if S::WIDE_TILE {
+        tiles!(6, false);
+        tiles!(4, false);
+    }
+    tiles!(2, false);
+    tiles!(1, false);
 }
 
-/// M rows times N tokens.
+/// M rows times N tokens; with PREFETCH, M is at least 2.
 ///
 /// # Safety
 /// Every row and every token has `length` elements.
 #[inline(always)]
-unsafe fn tile<S: Simd, W: Float, X: Float, const M: usize, const N: usize>(
+unsafe fn tile<S: Simd, W: Float, X: Float, const M: usize, const N: usize, const PREFETCH: bool>(
     s: S,
     length: usize,
     rows: &[&[W]; M],
@@ -104,8 +116,17 @@ unsafe fn tile<S: Simd, W: Float, X: Float, const M: usize, const N: usize>(
     let tokens = tokens.map(<[X]>::as_ptr);
     let mut acc = [[s.splat(0.0); N]; M];
     let mut w = [s.splat(0.0); M];
+    let distance = length.min(PAGE / size_of::<W>());
+    let tile_stride = if PREFETCH && M > 1 { stride(rows[0], rows[1]).wrapping_mul(M as isize) } else { 0 };
     let mut k = 0;
     while k + S::LANES <= length {
+        if PREFETCH {
+            let ahead = k + distance;
+            let ahead = if ahead < length { ahead } else { (ahead - length).wrapping_add_signed(tile_stride) };
+            for row in rows {
+                s.prefetch(row.wrapping_add(ahead));
+            }
+        }
         for m in 0..M {
             // SAFETY: k + LANES <= length, and the row has `length` elements.
             w[m] = unsafe { s.load_raw(rows[m].add(k)) };
@@ -133,10 +154,29 @@ unsafe fn tile<S: Simd, W: Float, X: Float, const M: usize, const N: usize>(
         }
     }
     let mut sums = [[0.0; N]; M];
-    for m in 0..M {
-        for n in 0..N {
-            sums[m][n] = s.sum(acc[m][n]);
+    for n in 0..N {
+        let mut column = [s.splat(0.0); M];
+        for m in 0..M {
+            column[m] = acc[m][n];
+        }
+        let (fours, ones) = column.as_chunks::<4>();
+        let mut m = 0;
+        for four in fours {
+            for sum in s.sum_four(*four) {
+                sums[m][n] = sum;
+                m += 1;
+            }
+        }
+        for one in ones {
+            sums[m][n] = s.sum(*one);
+            m += 1;
         }
     }
     sums
+}
+
+/// How many elements b lies after a.
+#[inline(always)]
+fn stride<W>(a: *const W, b: *const W) -> isize {
+    (b.addr() as isize).wrapping_sub(a.addr() as isize) / size_of::<W>() as isize
 }

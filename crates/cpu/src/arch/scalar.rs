@@ -44,6 +44,9 @@ impl Simd for Scalar {
     const WIDE_TILE: bool = false;
 
     #[inline(always)]
+    fn prefetch<X>(self, _: *const X) {}
+
+    #[inline(always)]
     fn splat(self, x: f32) -> [f32; LANES] {
         [x; LANES]
     }

@@ -64,7 +64,6 @@ impl<'a, T: Element> SharedSlice<'a, T> {
 
     /// `slice[start..][..values.len()] = values`; what does not fit is left out.
     pub fn store_slice(self, start: usize, values: &[T]) {
-        debug_assert!(start.checked_add(values.len()).is_some_and(|end| end <= self.len()));
         match self.cells {
             Cells::Two(cells) => {
                 for (cell, value) in cells.get(start..).unwrap_or_default().iter().zip(values) {

@@ -17,6 +17,8 @@ pub(super) trait Simd: Copy {
     /// Whether a tile of 4 weight rows and 6 tokens fits the registers; otherwise 4 rows and 2 tokens do.
     const WIDE_TILE: bool;
 
+    /// Asks for the cache line at `at`, which may be any address.
+    fn prefetch<X>(self, at: *const X);
     /// x in every lane.
     fn splat(self, x: f32) -> Self::Vector;
     /// `LANES` elements as f32.
@@ -51,6 +53,12 @@ pub(super) trait Simd: Copy {
     fn scale_by_power(self, a: Self::Vector, n: Self::Vector) -> Self::Vector;
     /// The sum of the lanes, in an order that never changes.
     fn sum(self, a: Self::Vector) -> f32;
+
+    /// `sum` of each, with the same bits.
+    #[inline(always)]
+    fn sum_four(self, [a, b, c, d]: [Self::Vector; 4]) -> [f32; 4] {
+        [self.sum(a), self.sum(b), self.sum(c), self.sum(d)]
+    }
 
     /// The first `LANES` elements of a slice as f32; zeros where it is shorter.
     #[inline(always)]

@@ -9,8 +9,11 @@ const ID_BITS: u32 = 12;
 const ID_MASK: u64 = (1 << ID_BITS) - 1;
 const LAST_RESORT: u64 = 1 << (32 + ID_BITS);
 
-/// How many are kept in order while the others pass by; more are sorted.
+/// How many are found one by one; more are sorted.
 const FEW: usize = 32;
+
+/// The most parts that a token's ranks are looked at in.
+const PARTS: usize = 64;
 
 /// A key of an expert as a rank. Both zeros are one key.
 fn rank(key: f32, expert: usize) -> u64 {
@@ -78,7 +81,7 @@ fn worth(group: &[f32], score: GroupScore) -> f32 {
     }
 }
 
-/// Brings the n smallest ranks to the front, in order; what is behind them is lost. Returns the last of them.
+/// Brings the n smallest ranks to the front, in order; what is behind them is lost. `ranks[e]` is that of e. Returns the last of them.
 pub(super) fn best(ranks: &mut [u64], n: usize) -> u64 {
     let n = n.min(ranks.len());
     if n == 0 {
@@ -90,22 +93,40 @@ pub(super) fn best(ranks: &mut [u64], n: usize) -> u64 {
         }
         ranks[..n].sort_unstable();
     } else {
-        let (front, others) = ranks.split_at_mut(n);
-        front.sort_unstable();
-        let mut last = front[n - 1];
-        for &rank in &*others {
-            if rank < last {
-                let mut place = n - 1;
-                while place > 0 && front[place - 1] > rank {
-                    front[place] = front[place - 1];
-                    place -= 1;
-                }
-                front[place] = rank;
-                last = front[n - 1];
-            }
-        }
+        few_best(ranks, n);
     }
     ranks[n - 1]
+}
+
+/// `best` for n up to `FEW`. The smallest of each part is kept, so that each of the n costs a look at these and at one
+/// part; without branches that depend on the data, which are most of the time of a heap or an insertion.
+fn few_best(ranks: &mut [u64], n: usize) {
+    let size = ranks.len().div_ceil(PARTS).max(PARTS / 4);
+    let mut minima = [u64::MAX; PARTS];
+    for (minimum, part) in minima.iter_mut().zip(ranks.chunks(size)) {
+        *minimum = smallest(part);
+    }
+    let minima = &mut minima[..ranks.len().div_ceil(size)];
+    let mut found = [0; FEW];
+    for found in &mut found[..n] {
+        *found = smallest(minima);
+        let place = expert(*found) as usize;
+        let (part, start) = (place / size, place / size * size);
+        ranks[place] = u64::MAX;
+        minima[part] = smallest(&ranks[start..ranks.len().min(start + size)]);
+    }
+    ranks[..n].copy_from_slice(&found[..n]);
+}
+
+fn smallest(ranks: &[u64]) -> u64 {
+    let (fours, rest) = ranks.as_chunks::<4>();
+    let mut lanes = [u64::MAX; 4];
+    for four in fours {
+        for (lane, &rank) in lanes.iter_mut().zip(four) {
+            *lane = rank.min(*lane);
+        }
+    }
+    lanes.iter().chain(rest).fold(u64::MAX, |smallest, &rank| rank.min(smallest))
 }
 
 #[cfg(test)]
@@ -133,7 +154,7 @@ mod tests {
                 let mut ranks: Vec<u64> = (0..len)
                     .map(|i| {
                         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                        (state >> 40) << 12 | i as u64
+                        (state >> 40) << ID_BITS | i as u64
                     })
                     .collect();
                 let mut sorted = ranks.clone();

@@ -1,4 +1,5 @@
 //! The stages around the experts against the reference, over formats, strides, threads and instruction sets.
+#![allow(clippy::unwrap_used)]
 
 mod activation;
 mod combine;

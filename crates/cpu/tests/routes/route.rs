@@ -1,7 +1,7 @@
 use crate::support::*;
 use fused_moe_core::config::*;
 use fused_moe_core::operation::{Choice, GatherWeights, Route, TokenTable, Witness};
-use fused_moe_core::{Backend, DType, NO_EXPERT, Status, reference};
+use fused_moe_core::{Backend, DType, NO_EXPERT, reference};
 use fused_moe_cpu::Cpu;
 use proptest::prelude::*;
 
@@ -292,7 +292,6 @@ fn gather_weights_agrees_with_the_reference() {
                 assert_eq!(status, wanted);
                 close(&outputs[0], &expected, |i| 1e-6 * expected[i].abs());
             });
-            assert!(bad == 0 || wanted == Status::EXPERT_OUT_OF_RANGE);
         }
     }
 }

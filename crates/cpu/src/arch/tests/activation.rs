@@ -79,20 +79,10 @@ fn activations_are_close_to_f64() {
             for ((g, u), got) in g.iter().zip(up).zip(&out) {
                 let expected = exact(activation, f64::from(*g), f64::from(*u));
                 let error = (f64::from(*got) - expected).abs();
-                let bound = 1e-6 * expected.abs() + 1e-8 * (g.abs() + u.abs()).min(1.0).into_f64();
+                let bound = 1e-6 * expected.abs() + 1e-8 * f64::from((g.abs() + u.abs()).min(1.0));
                 assert!(error <= bound, "{kernels:?} {activation:?}({g}, {u}) became {got:e}, not {expected:e}");
             }
         }
-    }
-}
-
-trait IntoF64 {
-    fn into_f64(self) -> f64;
-}
-
-impl IntoF64 for f32 {
-    fn into_f64(self) -> f64 {
-        f64::from(self)
     }
 }
 

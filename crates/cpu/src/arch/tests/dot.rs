@@ -96,6 +96,9 @@ fn dot_cuts_to_the_shortest() {
         let long = [1.0f32; 40];
         kernels.dot_tile(&[&long[..33], &long], &[&long[..19]], &mut out);
         assert_eq!(out, [19.0, 19.0, 7.0]);
+        let ones: &[f32] = &[1.0; 3];
+        kernels.dot_tile(&[ones; 6], &[ones; 2], &mut out);
+        assert_eq!(out, [3.0; 3]);
     }
 }
 

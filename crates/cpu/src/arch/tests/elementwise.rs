@@ -1,4 +1,5 @@
 use super::{Numbers, all, bits};
+use fused_moe_core::config::{Activation, Function};
 use fused_moe_core::dtype::Float;
 use half::{bf16, f16};
 
@@ -102,6 +103,21 @@ fn axpy_and_scale_do_not_depend_on_position() {
                 assert_eq!(bits(&out), bits(&scaled[range]));
             }
         }
+    }
+}
+
+#[test]
+fn unequal_lengths_are_cut() {
+    for kernels in all() {
+        let (mut acc, mut out, mut up) = ([1.0; 5], [7.0; 20], [2.0; 4]);
+        kernels.axpy(2.0, &[1.0f32; 3], &mut acc);
+        assert_eq!(acc, [3.0, 3.0, 3.0, 1.0, 1.0]);
+        kernels.scale(&[1.0f32; 30], 2.0, Some(&[1.0; 18]), &mut out);
+        assert_eq!((out[17], out[18]), (2.0, 7.0));
+        kernels.to_f32(&[1.0f32; 2], &mut out);
+        assert_eq!(out[..3], [1.0, 1.0, 2.0]);
+        kernels.activation_into_up(Activation::Gated(Function::Identity), &[3.0; 2], &mut up);
+        assert_eq!(up, [6.0, 6.0, 2.0, 2.0]);
     }
 }
 

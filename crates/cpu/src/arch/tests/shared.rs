@@ -30,3 +30,14 @@ fn two_threads_write_one_buffer() {
     two_writers(bf16::from_bits);
     assert!(SharedSlice::<f32>::new(&mut []).is_empty());
 }
+
+#[test]
+fn stores_out_of_range_are_left_out() {
+    let mut buffer = [0.0f32; 3];
+    let shared = SharedSlice::new(&mut buffer);
+    shared.store_slice(2, &[1.0, 2.0]);
+    shared.store_slice(4, &[3.0]);
+    shared.store(3, 4.0);
+    shared.store(usize::MAX, 5.0);
+    assert_eq!(buffer, [0.0, 0.0, 1.0]);
+}

@@ -1,0 +1,68 @@
+//! A forward allocates nothing.
+
+use fused_moe_core::config::*;
+use fused_moe_core::weights::{
+    ExpertMatrices, ExpertWeights, LayerWeights, Matrix, Orientation, SharedWeights, StackLayout,
+};
+use fused_moe_core::{Backend, Layer, Options, View};
+use fused_moe_cpu::Cpu;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: all is the system allocator's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as the caller vouches.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as the caller vouches.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn forward_allocates_nothing() {
+    let (h, i, e, most) = (64, 32, 8, 50);
+    let config = LayerConfig {
+        gate: GateConfig { norm: Some(GateNorm { eps: 1e-6, feeds_experts: true }), ..GateConfig::default() },
+        shared: Some(SharedConfig { intermediate: i, activation: Activation::default(), gated: true, scale: 1.0 }),
+        ..LayerConfig::new(h, i, e, 3)
+    };
+    let numbers: Vec<f32> = (0..e * 2 * i * h).map(|n| (n % 97) as f32 / 97.0 - 0.5).collect();
+    let view = |shape: [usize; 3]| View::of(&numbers, shape).unwrap();
+    let experts = ExpertWeights::stacked(view([e, 2 * i, h]), view([e, h, i]), StackLayout::default()).unwrap();
+    let matrix = |rows, cols| Matrix::new(View::of(&numbers, [rows, cols]).unwrap(), Orientation::OutIn).unwrap();
+    let matrices = ExpertMatrices::new(Some(matrix(i, h)), matrix(i, h), matrix(h, i));
+    let gate = Some(View::of(&numbers, [h]).unwrap());
+    let weights = LayerWeights {
+        shared: Some(SharedWeights { matrices, gate }),
+        ..LayerWeights::new(View::of(&numbers, [e, h]).unwrap(), experts)
+    };
+    let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
+    let cpu = Cpu::with_pool(pool.clone()).unwrap();
+    let layer = cpu.prepare(&config, &weights, &Options::default()).unwrap();
+    let (stream, mut workspace, mut y) = (cpu.stream().unwrap(), layer.workspace(most).unwrap(), vec![0f32; most * h]);
+    // From outside the pool, rayon's queue of work that comes from there grows now and then; that is not the layer's.
+    let allocations = pool.install(|| {
+        let mut forward = |tokens: usize| {
+            let out = View::of_mut(&mut y, [tokens, h]).unwrap();
+            layer.forward(&stream, View::of(&numbers, [tokens, h]).unwrap(), out, &mut workspace).unwrap();
+        };
+        forward(most);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        (0..100).for_each(|n| forward(n % (most + 1)));
+        ALLOCATIONS.load(Ordering::Relaxed) - before
+    });
+    assert_eq!(allocations, 0);
+}
