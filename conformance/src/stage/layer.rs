@@ -28,7 +28,7 @@ pub struct LayerCase {
     /// Formats of x and the residual, of the weights, of the outputs.
     pub dtypes: [DType; 3],
     /// Where the routes come from.
-    pub source: From,
+    pub source: Origin,
     /// How the experts' matrices lie.
     pub weights: Weights,
     /// Whether the experts have biases.
@@ -51,7 +51,7 @@ pub struct LayerCase {
 
 /// Where routes come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
+pub enum Origin {
     /// x.
     Router,
     /// Logits.
@@ -76,7 +76,7 @@ impl LayerCase {
             tokens,
             config,
             dtypes,
-            source: From::Router,
+            source: Origin::Router,
             weights: Weights::packed(),
             bias: false,
             router_bias: false,
@@ -149,7 +149,7 @@ impl LayerCase {
     }
 
     fn by_token_id(&self) -> bool {
-        self.config.routing.selection == Selection::Table && !matches!(self.source, From::Routes(_))
+        self.config.routing.selection == Selection::Table && !matches!(self.source, Origin::Routes(_))
     }
 
     /// The reference's weights, but for the experts' own.
@@ -182,9 +182,9 @@ impl LayerCase {
     /// The logits and what each may be off by.
     fn logits(&self, data: Data, prepared: &mut Prepared) -> [Vec<f64>; 2] {
         let LayerConfig { hidden, experts, .. } = self.config;
-        if self.source != From::Router {
+        if self.source != Origin::Router {
             let mut logits = data.of("logits").normal(self.dtypes[0], [self.tokens, experts], 1.5);
-            if self.source == From::BadLogits {
+            if self.source == Origin::BadLogits {
                 let values: Vec<f64> = logits.as_floats().to_vec();
                 let bad = |i: usize| i / experts % 4 == 1;
                 let values = values.iter().enumerate().map(|(i, &l)| if bad(i) { f64::NAN } else { l });
@@ -192,7 +192,7 @@ impl LayerCase {
             }
             let values = logits.as_floats().to_vec();
             let errors = vec![0.0; values.len()];
-            if !matches!(self.source, From::Routes(_)) {
+            if !matches!(self.source, Origin::Routes(_)) {
                 prepared.input("logits", logits);
             }
             return [values, errors];
@@ -240,7 +240,7 @@ impl Check for LayerCase {
             let (mut prepared, none) = (Prepared::default(), Default::default());
             self.inputs(named(attempt), &mut prepared);
             let logits = self.logits(named(attempt), &mut prepared);
-            let given = self.source != From::Router || attempt == ATTEMPTS;
+            let given = self.source != Origin::Router || attempt == ATTEMPTS;
             if given || self.is_clear(&logits[0], &self.reference(&prepared, &none)) {
                 break (prepared, logits);
             }
@@ -256,7 +256,7 @@ impl Check for LayerCase {
         let residual = prepared.floats_if("residual");
         let input = reference::Input { x: prepared.floats("x"), token_ids, residual, norm, tokens };
         let given = match self.source {
-            From::Routes(spread) => {
+            Origin::Routes(spread) => {
                 let ids = data.of("routes").routes([tokens, top_k, experts], spread);
                 Some((ids, data.of("weights").between(DType::F32, [tokens, top_k], 0.05, 0.9)))
             }
@@ -325,9 +325,9 @@ impl Check for LayerCase {
         let call = Forward {
             x: operands.input("x")?,
             source: match self.source {
-                From::Router => Source::Router,
-                From::Logits | From::BadLogits => Source::Logits(operands.input("logits")?),
-                From::Routes(_) => Source::Routes(Routing {
+                Origin::Router => Source::Router,
+                Origin::Logits | Origin::BadLogits => Source::Logits(operands.input("logits")?),
+                Origin::Routes(_) => Source::Routes(Routing {
                     experts: operands.input("given_experts")?,
                     weights: operands.input("given_weights")?,
                 }),

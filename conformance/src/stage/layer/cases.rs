@@ -1,4 +1,4 @@
-use super::{From, LayerCase};
+use super::{LayerCase, Origin};
 use crate::cases::{Case, FLOATS, Operation, Scale, Stage, dtype_name};
 use crate::data::Spread;
 use crate::stage::combine::ResidualPart;
@@ -69,16 +69,16 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
 fn sources(dtypes: [DType; 3]) -> Vec<Case> {
     let mut cases = Vec::new();
     let sources = [
-        ("router", From::Router),
-        ("logits", From::Logits),
-        ("bad logits", From::BadLogits),
-        ("routes", From::Routes(Spread::Even)),
-        ("skewed routes", From::Routes(Spread::Skewed)),
-        ("routes to the same", From::Routes(Spread::Same(5))),
-        ("routes to one", From::Routes(Spread::One(1))),
-        ("routes with holes", From::Routes(Spread::Holes)),
-        ("bad routes", From::Routes(Spread::Bad)),
-        ("routes nowhere", From::Routes(Spread::Nowhere)),
+        ("router", Origin::Router),
+        ("logits", Origin::Logits),
+        ("bad logits", Origin::BadLogits),
+        ("routes", Origin::Routes(Spread::Even)),
+        ("skewed routes", Origin::Routes(Spread::Skewed)),
+        ("routes to the same", Origin::Routes(Spread::Same(5))),
+        ("routes to one", Origin::Routes(Spread::One(1))),
+        ("routes with holes", Origin::Routes(Spread::Holes)),
+        ("bad routes", Origin::Routes(Spread::Bad)),
+        ("routes nowhere", Origin::Routes(Spread::Nowhere)),
     ];
     for (name, source) in sources {
         for tokens in [1, 12] {
@@ -131,7 +131,7 @@ fn parts(dtypes: [DType; 3]) -> Vec<Case> {
             let config = LayerConfig { gate: norm(feeds), shared, ..config.clone() };
             let name = format!("{name}{}", if norm_weight { " weight" } else { "" });
             cases.push(case(&name, LayerCase { norm_weight, ..with(config.clone()) }));
-            let routes = From::Routes(Spread::Even);
+            let routes = Origin::Routes(Spread::Even);
             cases.push(case(&format!("{name} routes"), LayerCase { norm_weight, source: routes, ..with(config) }));
         }
     }
