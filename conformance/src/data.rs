@@ -1,6 +1,6 @@
 //! Deterministic data, rounded to the stored format first, so that the reference sees exactly what a backend sees.
 
-use fused_moe_core::{DType, HostView, NO_EXPERT, Result, Shape};
+use fused_moe_core::{DType, Element, HostView, NO_EXPERT, Result, Shape};
 use half::{bf16, f16};
 
 /// An operand on the host: its numbers after rounding, and its bytes.
@@ -97,18 +97,16 @@ pub fn round(dtype: DType, x: f64) -> f64 {
 pub fn encode(dtype: DType, values: &Values) -> Vec<u8> {
     match values {
         Values::Ids(ids) => bytemuck::cast_slice(ids).to_vec(),
-        Values::Floats(values) => values
-            .iter()
-            .flat_map(|&x| {
-                let bytes = match dtype {
-                    DType::F16 => u32::from(f16::from_f32(x as f32).to_bits()),
-                    DType::BF16 => u32::from(bf16::from_f32(x as f32).to_bits()),
-                    _ => (x as f32).to_bits(),
-                };
-                bytes.to_ne_bytes().into_iter().take(dtype.size())
-            })
-            .collect(),
+        Values::Floats(values) => match dtype {
+            DType::F16 => bytes_of(values.iter().map(|&x| f16::from_f32(x as f32))),
+            DType::BF16 => bytes_of(values.iter().map(|&x| bf16::from_f32(x as f32))),
+            _ => bytes_of(values.iter().map(|&x| x as f32)),
+        },
     }
+}
+
+fn bytes_of<T: Element>(elements: impl Iterator<Item = T>) -> Vec<u8> {
+    bytemuck::cast_slice(&elements.collect::<Vec<T>>()).to_vec()
 }
 
 /// The bytes of a format to numbers.

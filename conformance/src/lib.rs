@@ -1,6 +1,6 @@
 //! The cases that every backend is held to, against the f64 reference of `fused-moe-core`.
 //!
-//! The same list of [`cases`] feeds a backend's tests, `fmoe check` and `fmoe bench`. Each stage is fed the reference's
+//! The same list of [`cases()`] feeds a backend's tests, `fmoe check` and `fmoe bench`. Each stage is fed the reference's
 //! inputs, so that a failure names its stage; whole layers follow.
 //!
 //! ```
@@ -16,10 +16,13 @@
 pub mod cases;
 pub mod compare;
 pub mod data;
+pub mod golden;
 pub mod image;
 pub mod operands;
 mod report;
+pub mod rows;
 mod run;
+pub mod shapes;
 pub mod stage;
 pub mod tolerance;
 

@@ -2,24 +2,23 @@
 #![allow(clippy::unwrap_used)]
 
 use fused_moe_conformance::{Options, run};
-use fused_moe_cpu::Cpu;
 use fused_moe_cpu::arch::Isa;
+use fused_moe_cpu::{Cpu, Result};
 
-fn hold(threads: usize, isa: Isa) {
-    let cpu = Cpu::with_threads(threads).unwrap().with_isa(isa).unwrap();
-    let report = run(&cpu, &Options::default(), &mut |_| {}).unwrap();
+fn hold(threads: usize, isa: Isa) -> Result<()> {
+    let cpu = Cpu::with_threads(threads)?.with_isa(isa)?;
+    let report = run(&cpu, &Options::default(), &mut |_| {})?;
     println!("{report}");
     assert!(report.passed(), "{isa} with {threads} threads");
+    Ok(())
 }
 
 #[test]
-fn one_thread() {
-    hold(1, Isa::best());
+fn one_thread() -> Result<()> {
+    hold(1, Isa::best())
 }
 
 #[test]
-fn two_threads_on_every_instruction_set() {
-    for isa in Isa::available() {
-        hold(2, isa);
-    }
+fn two_threads_on_every_instruction_set() -> Result<()> {
+    Isa::available().into_iter().try_for_each(|isa| hold(2, isa))
 }

@@ -67,7 +67,7 @@ impl Parts {
         Self { weights: true, routed_scale: 1.0, shared: SharedPart::None, residual: ResidualPart::None, norm: None };
 }
 
-const EPS: f32 = 1e-5;
+const EPS: f32 = 0.02;
 const SHARED_SCALE: f32 = 0.75;
 
 /// What RMSNorm makes of rows, and what it may be off by.

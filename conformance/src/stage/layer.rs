@@ -28,7 +28,7 @@ pub struct LayerCase {
     /// Formats of x and the residual, of the weights, of the outputs.
     pub dtypes: [DType; 3],
     /// Where the routes come from.
-    pub source: From,
+    pub source: Origin,
     /// How the experts' matrices lie.
     pub weights: Weights,
     /// Whether the experts have biases.
@@ -51,7 +51,7 @@ pub struct LayerCase {
 
 /// Where routes come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
+pub enum Origin {
     /// x.
     Router,
     /// Logits.
@@ -62,10 +62,12 @@ pub enum From {
     Routes(Spread),
 }
 
-const EPS: f32 = 1e-6;
+const EPS: f32 = 0.02;
 const VOCABULARY: usize = 11;
 /// Keys of tokens that go through a whole layer lie at least this far apart.
 const CLEAR: f64 = 2e-4;
+/// How many sets of data are tried for that.
+const ATTEMPTS: usize = 64;
 
 impl LayerCase {
     /// From x, with routes and counts.
@@ -74,7 +76,7 @@ impl LayerCase {
             tokens,
             config,
             dtypes,
-            source: From::Router,
+            source: Origin::Router,
             weights: Weights::packed(),
             bias: false,
             router_bias: false,
@@ -97,13 +99,12 @@ impl LayerCase {
         }
     }
 
-    /// Adds what is read, the routes' source aside; returns the canonical stacks and biases.
-    fn inputs(&self, data: Data, prepared: &mut Prepared) -> [(&'static str, Option<Tensor>); 4] {
+    /// Adds what is read, but for the experts and the routes' source.
+    fn inputs(&self, data: Data, prepared: &mut Prepared) {
         let LayerConfig { hidden, experts, top_k, .. } = self.config;
         let [x, weights, written] = self.dtypes;
         let (tokens, rule) = (self.tokens, self.config.routing);
         prepared.input("x", data.of("x").tokens(x, [tokens, hidden]));
-        self.experts().host(data, prepared);
         let mut host = |name, tensor| prepared.host.push((name, tensor));
         host("router", data.of("router").normal(weights, [experts, hidden], 1.5 / (hidden as f64).sqrt()));
         if self.router_bias {
@@ -145,11 +146,10 @@ impl LayerCase {
             let ids = (0..tokens).map(|t| ids.below(t as u64, VOCABULARY) as u32).collect();
             prepared.input("token_ids", Tensor::ids([tokens], ids));
         }
-        self.experts().canonical(data)
     }
 
     fn by_token_id(&self) -> bool {
-        self.config.routing.selection == Selection::Table && !matches!(self.source, From::Routes(_))
+        self.config.routing.selection == Selection::Table && !matches!(self.source, Origin::Routes(_))
     }
 
     /// The reference's weights, but for the experts' own.
@@ -182,9 +182,9 @@ impl LayerCase {
     /// The logits and what each may be off by.
     fn logits(&self, data: Data, prepared: &mut Prepared) -> [Vec<f64>; 2] {
         let LayerConfig { hidden, experts, .. } = self.config;
-        if self.source != From::Router {
+        if self.source != Origin::Router {
             let mut logits = data.of("logits").normal(self.dtypes[0], [self.tokens, experts], 1.5);
-            if self.source == From::BadLogits {
+            if self.source == Origin::BadLogits {
                 let values: Vec<f64> = logits.as_floats().to_vec();
                 let bad = |i: usize| i / experts % 4 == 1;
                 let values = values.iter().enumerate().map(|(i, &l)| if bad(i) { f64::NAN } else { l });
@@ -192,7 +192,7 @@ impl LayerCase {
             }
             let values = logits.as_floats().to_vec();
             let errors = vec![0.0; values.len()];
-            if !matches!(self.source, From::Routes(_)) {
+            if !matches!(self.source, Origin::Routes(_)) {
                 prepared.input("logits", logits);
             }
             return [values, errors];
@@ -234,20 +234,21 @@ impl Check for LayerCase {
     fn prepare(&self) -> Prepared {
         let LayerConfig { hidden, experts, top_k, .. } = self.config;
         let tokens = self.tokens;
+        let named = |attempt: usize| Data::new("layer").of(&format!("{tokens} {hidden} {experts} {attempt}"));
         let mut attempt = 0;
-        let (mut prepared, canonical, [logits, logit_errors], data) = loop {
-            let data = Data::new("layer").of(&format!("{tokens} {hidden} {experts} {attempt}"));
-            let mut prepared = Prepared::default();
-            let canonical = self.inputs(data, &mut prepared);
-            let logits = self.logits(data, &mut prepared);
-            attempt += 1;
-            if self.source != From::Router
-                || attempt == 64
-                || self.is_clear(&logits[0], &self.reference(&prepared, &canonical))
-            {
-                break (prepared, canonical, logits, data);
+        let (mut prepared, [logits, logit_errors]) = loop {
+            let (mut prepared, none) = (Prepared::default(), Default::default());
+            self.inputs(named(attempt), &mut prepared);
+            let logits = self.logits(named(attempt), &mut prepared);
+            let given = self.source != Origin::Router || attempt == ATTEMPTS;
+            if given || self.is_clear(&logits[0], &self.reference(&prepared, &none)) {
+                break (prepared, logits);
             }
+            attempt += 1;
         };
+        let data = named(attempt);
+        self.experts().host(data, &mut prepared);
+        let canonical = self.experts().canonical(data);
         let layer = self.reference(&prepared, &canonical);
         let norm =
             self.norm.map(|_| reference::Norm { weight: prepared.floats_if("norm_weight"), eps: f64::from(EPS) });
@@ -255,7 +256,7 @@ impl Check for LayerCase {
         let residual = prepared.floats_if("residual");
         let input = reference::Input { x: prepared.floats("x"), token_ids, residual, norm, tokens };
         let given = match self.source {
-            From::Routes(spread) => {
+            Origin::Routes(spread) => {
                 let ids = data.of("routes").routes([tokens, top_k, experts], spread);
                 Some((ids, data.of("weights").between(DType::F32, [tokens, top_k], 0.05, 0.9)))
             }
@@ -324,9 +325,9 @@ impl Check for LayerCase {
         let call = Forward {
             x: operands.input("x")?,
             source: match self.source {
-                From::Router => Source::Router,
-                From::Logits | From::BadLogits => Source::Logits(operands.input("logits")?),
-                From::Routes(_) => Source::Routes(Routing {
+                Origin::Router => Source::Router,
+                Origin::Logits | Origin::BadLogits => Source::Logits(operands.input("logits")?),
+                Origin::Routes(_) => Source::Routes(Routing {
                     experts: operands.input("given_experts")?,
                     weights: operands.input("given_weights")?,
                 }),

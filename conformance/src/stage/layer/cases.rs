@@ -1,4 +1,4 @@
-use super::{From, LayerCase};
+use super::{LayerCase, Origin};
 use crate::cases::{Case, FLOATS, Operation, Scale, Stage, dtype_name};
 use crate::data::Spread;
 use crate::stage::combine::ResidualPart;
@@ -37,7 +37,7 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         [70, 64, 48, 4, 1],
     ];
     if scale == Scale::Full {
-        sizes.extend([[200, 256, 192, 16, 4], [3, 1024, 256, 24, 8], [1, 2048, 768, 8, 2], [513, 131, 97, 3, 1]]);
+        sizes.extend([[200, 256, 192, 16, 4], [3, 1024, 256, 24, 8], [1, 1024, 384, 8, 2], [513, 131, 97, 3, 1]]);
     }
     for dtypes in FLOATS.map(|dtype| [dtype; 3]).into_iter().chain([[bf16, bf16, f32], [f32, bf16, f32]]) {
         for &[t, h, i, e, k] in &sizes {
@@ -69,16 +69,16 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
 fn sources(dtypes: [DType; 3]) -> Vec<Case> {
     let mut cases = Vec::new();
     let sources = [
-        ("router", From::Router),
-        ("logits", From::Logits),
-        ("bad logits", From::BadLogits),
-        ("routes", From::Routes(Spread::Even)),
-        ("skewed routes", From::Routes(Spread::Skewed)),
-        ("routes to the same", From::Routes(Spread::Same(5))),
-        ("routes to one", From::Routes(Spread::One(1))),
-        ("routes with holes", From::Routes(Spread::Holes)),
-        ("bad routes", From::Routes(Spread::Bad)),
-        ("routes nowhere", From::Routes(Spread::Nowhere)),
+        ("router", Origin::Router),
+        ("logits", Origin::Logits),
+        ("bad logits", Origin::BadLogits),
+        ("routes", Origin::Routes(Spread::Even)),
+        ("skewed routes", Origin::Routes(Spread::Skewed)),
+        ("routes to the same", Origin::Routes(Spread::Same(5))),
+        ("routes to one", Origin::Routes(Spread::One(1))),
+        ("routes with holes", Origin::Routes(Spread::Holes)),
+        ("bad routes", Origin::Routes(Spread::Bad)),
+        ("routes nowhere", Origin::Routes(Spread::Nowhere)),
     ];
     for (name, source) in sources {
         for tokens in [1, 12] {
@@ -103,7 +103,7 @@ fn parts(dtypes: [DType; 3]) -> Vec<Case> {
     let config = LayerConfig::new(37, 23, 10, 3);
     let shared = |gated, scale, activation| SharedConfig { intermediate: 14, activation, gated, scale };
     let norm =
-        |feeds_experts| GateConfig { norm: Some(GateNorm { eps: 1e-6, feeds_experts }), ..GateConfig::default() };
+        |feeds_experts| GateConfig { norm: Some(GateNorm { eps: 0.02, feeds_experts }), ..GateConfig::default() };
     let sum = WeightRule { normalize: Normalize::Sum { eps: 0.0 }, ..WeightRule::default() };
     let with = |config: LayerConfig| LayerCase::new(8, config, dtypes);
     let silu = Activation::default();
@@ -131,7 +131,7 @@ fn parts(dtypes: [DType; 3]) -> Vec<Case> {
             let config = LayerConfig { gate: norm(feeds), shared, ..config.clone() };
             let name = format!("{name}{}", if norm_weight { " weight" } else { "" });
             cases.push(case(&name, LayerCase { norm_weight, ..with(config.clone()) }));
-            let routes = From::Routes(Spread::Even);
+            let routes = Origin::Routes(Spread::Even);
             cases.push(case(&format!("{name} routes"), LayerCase { norm_weight, source: routes, ..with(config) }));
         }
     }
