@@ -14,6 +14,7 @@ pub mod operation;
 pub mod problem;
 pub mod reference;
 mod routing;
+mod statistics;
 mod status;
 mod tensor;
 pub mod weights;
@@ -22,6 +23,7 @@ pub use backend::{Backend, In, Layer, Numerics, Options, Out, Stream};
 pub use dtype::{DType, Element, Float};
 pub use error::{Error, Result};
 pub use routing::{Permutation, Routing};
+pub use statistics::Statistics;
 pub use status::Status;
 pub use tensor::{HostView, HostViewMut, Rows, RowsMut, Shape, Storage, View};
 
