@@ -12,6 +12,7 @@ use cudarc::driver::sys::{CUfunction, CUfunction_attribute_enum as FunctionAttri
 use nvrtc::Nvrtc;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 /// More shared memory than this has to be asked for.
@@ -66,6 +67,24 @@ impl Kernels {
         };
         self.loaded.write().unwrap_or_else(PoisonError::into_inner).insert(kernel, loaded);
         Ok(loaded.function)
+    }
+
+    /// Compiles and loads kernels that will be needed, several at a time.
+    pub(crate) fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
+        let missing: Vec<_> = kernels.iter().copied().filter(|&kernel| self.find(kernel).is_none()).collect();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(missing.len());
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(|| {
+                    while let Some(&kernel) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        // kept in the cache; what fails here fails again below, where it is reported
+                        let _ = self.compiler.code(kernel);
+                    }
+                });
+            }
+        });
+        missing.into_iter().try_for_each(|kernel| self.function(kernel).map(|_| ()))
     }
 
     fn find(&self, kernel: Kernel) -> Option<CUfunction> {

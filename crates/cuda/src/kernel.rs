@@ -3,7 +3,8 @@
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
-use crate::{accumulate, activation, combine, gate, linear, permute, route};
+use crate::grouped::GroupedKernel;
+use crate::{accumulate, activation, combine, copy, gate, linear, permute, route};
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 
@@ -26,6 +27,9 @@ pub(crate) enum Kernel {
     LinearTiled { x: DType, weight: DType, vector: u8 },
     Zero,
     Accumulate,
+    Copy,
+    Counts,
+    Grouped(GroupedKernel),
 }
 
 /// Threads a token of the fused gate and route.
@@ -34,8 +38,8 @@ pub(crate) const GATE_ROUTE_THREADS: u32 = 512;
 /// An activation without its numbers, as the device's headers name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ActivationKind {
-    form: &'static str,
-    function: &'static str,
+    pub(crate) form: &'static str,
+    pub(crate) function: &'static str,
 }
 
 impl From<Activation> for ActivationKind {
@@ -90,6 +94,9 @@ impl Kernel {
             Self::LinearTiled { .. } => "linear_tiled",
             Self::Zero => "zero",
             Self::Accumulate => "accumulate",
+            Self::Copy => "copy",
+            Self::Counts => "counts",
+            Self::Grouped(kernel) => kernel.entry(),
         }
     }
 
@@ -109,6 +116,9 @@ impl Kernel {
             Self::Linear { .. } | Self::LinearTiled { .. } => linear::LinearParams::DEFINITION,
             Self::Zero => accumulate::ZeroParams::DEFINITION,
             Self::Accumulate => accumulate::AccumulateParams::DEFINITION,
+            Self::Copy => copy::CopyParams::DEFINITION,
+            Self::Counts => copy::CountsParams::DEFINITION,
+            Self::Grouped(_) => crate::grouped::GroupedParams::DEFINITION,
         }
     }
 
@@ -136,6 +146,9 @@ impl Kernel {
             Self::LinearTiled { .. } => vec![TILES, own, include_str!("linear_tiled.cu")],
             Self::Zero => vec![own, include_str!("zero.cu")],
             Self::Accumulate => vec![own, include_str!("accumulate.cu")],
+            Self::Copy => vec![own, include_str!("copy.cu")],
+            Self::Counts => vec![own, include_str!("counts.cu")],
+            Self::Grouped(kernel) => [vec![REDUCE, ACTIVATION, own], kernel.parts()].concat(),
         }
     }
 
@@ -151,7 +164,7 @@ impl Kernel {
 
     /// Whether it may use more shared memory than a launch gives unasked.
     pub(crate) fn asks_for_shared(self) -> bool {
-        matches!(self, Self::Route { .. } | Self::GateRoute { .. } | Self::Permute { .. })
+        matches!(self, Self::Route { .. } | Self::GateRoute { .. } | Self::Permute { .. } | Self::Grouped(_))
     }
 
     /// What the text is specialised by.
@@ -212,14 +225,16 @@ impl Kernel {
                 ("WEIGHT_T", weight.to_string()),
                 ("VEC", number(vector.into())),
             ],
-            Self::Zero | Self::Accumulate => vec![],
+            Self::Grouped(kernel) => kernel.defines(),
+            Self::Zero | Self::Accumulate | Self::Copy | Self::Counts => vec![],
         }
     }
 
     /// Every kernel of every plan, formats and variants combined as far as they meet in one text.
     pub(crate) fn all() -> Vec<Self> {
         let floats = [DType::F32, DType::F16, DType::BF16];
-        let mut all = vec![Self::TileSchedule, Self::Zero, Self::Accumulate];
+        let mut all = vec![Self::TileSchedule, Self::Zero, Self::Accumulate, Self::Copy, Self::Counts];
+        all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
         for x in floats {
             for threads in [32, 256] {
                 all.push(Self::Route { logits: x, threads });

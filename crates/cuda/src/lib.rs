@@ -7,10 +7,14 @@
 mod accumulate;
 mod activation;
 mod combine;
+mod copy;
 #[allow(unsafe_code)]
 mod device;
+mod down;
 mod error;
 mod gate;
+mod gate_up;
+mod grouped;
 #[allow(unsafe_code)]
 mod jit;
 mod kernel;
@@ -20,18 +24,25 @@ mod layer;
 mod linear;
 #[allow(unsafe_code)]
 mod memory;
+mod pack;
 mod permute;
 mod plan;
+mod record;
 mod route;
 #[allow(unsafe_code)]
 mod stream;
+#[allow(unsafe_code)]
+mod upload;
+mod workspace;
 
 pub use device::{DeviceNumbers, device_count};
 pub use error::{Error, Result};
 pub use jit::{compile_all, compiler};
-pub use layer::{CudaLayer, Experts, Workspace};
+pub use layer::CudaLayer;
 pub use memory::{Memory, Mut, Ref};
+pub use pack::Experts;
 pub use stream::{CudaStream, Graph};
+pub use workspace::Workspace;
 
 use cudarc::driver::CudaContext;
 use device::Device;
@@ -40,7 +51,7 @@ use fused_moe_core::operation::*;
 use fused_moe_core::weights::{ExpertWeights, LayerWeights};
 use fused_moe_core::{Backend, Options};
 use jit::Kernels;
-use layer::unsupported;
+use record::Recorder;
 use std::sync::Arc;
 
 /// A CUDA device. Cheap to clone; clones share their kernels.
@@ -56,6 +67,7 @@ use std::sync::Arc;
 pub struct Cuda {
     device: Arc<Device>,
     kernels: Arc<Kernels>,
+    recorder: Option<Arc<Recorder>>,
 }
 
 impl Cuda {
@@ -76,7 +88,7 @@ impl Cuda {
     fn on(device: Device) -> Self {
         let device = Arc::new(device);
         let kernels = Arc::new(Kernels::new(Arc::clone(&device)));
-        Self { device, kernels }
+        Self { device, kernels, recorder: None }
     }
 
     /// The device's numbers.
@@ -102,6 +114,16 @@ impl Cuda {
 
     pub(crate) fn kernels(&self) -> &Kernels {
         &self.kernels
+    }
+
+    /// The same device, on which launches are noted and not made.
+    pub(crate) fn recording(&self) -> (Self, Arc<Recorder>) {
+        let recorder = Arc::new(Recorder::default());
+        (Self { recorder: Some(Arc::clone(&recorder)), ..self.clone() }, recorder)
+    }
+
+    pub(crate) fn recorder(&self) -> Option<&Recorder> {
+        self.recorder.as_deref()
     }
 }
 
@@ -195,16 +217,16 @@ impl Backend for Cuda {
         permute::tile_schedule(self, stream, operands)
     }
 
-    fn gate_up(&self, _stream: &CudaStream, _operands: GateUp<'_, Self>) -> Result<()> {
-        unsupported("gate_up")
+    fn gate_up(&self, stream: &CudaStream, operands: GateUp<'_, Self>) -> Result<()> {
+        gate_up::gate_up(self, stream, &operands)
     }
 
     fn activation(&self, stream: &CudaStream, operands: Activate<'_, Self>) -> Result<()> {
         activation::activation(self, stream, operands)
     }
 
-    fn down(&self, _stream: &CudaStream, _operands: Down<'_, Self>) -> Result<()> {
-        unsupported("down")
+    fn down(&self, stream: &CudaStream, operands: Down<'_, Self>) -> Result<()> {
+        down::down(self, stream, &operands)
     }
 
     fn combine(&self, stream: &CudaStream, operands: Combine<'_, Self>) -> Result<()> {
@@ -223,11 +245,11 @@ impl Backend for Cuda {
         accumulate::accumulate(self, stream, operands)
     }
 
-    fn pack(&self, _weights: &ExpertWeights<'_>) -> Result<Experts> {
-        unsupported("pack")
+    fn pack(&self, weights: &ExpertWeights<'_>) -> Result<Experts> {
+        Experts::new(self, weights)
     }
 
-    fn prepare(&self, _config: &LayerConfig, _weights: &LayerWeights<'_>, _options: &Options) -> Result<CudaLayer> {
-        unsupported("prepare")
+    fn prepare(&self, config: &LayerConfig, weights: &LayerWeights<'_>, options: &Options) -> Result<CudaLayer> {
+        CudaLayer::new(self, config, weights, options)
     }
 }

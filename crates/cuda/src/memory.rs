@@ -18,7 +18,7 @@ pub struct Memory {
 #[derive(Debug)]
 enum Owner {
     Allocation { _memory: Allocation },
-    Slice { _slice: Box<dyn Any + Send> },
+    Slice { _slice: Box<dyn Any + Send + Sync> },
     Foreign,
 }
 
@@ -26,6 +26,11 @@ impl Memory {
     pub(crate) fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
         let allocation = device.allocate(bytes)?;
         Ok(Self { address: allocation.address, bytes, owner: Owner::Allocation { _memory: allocation } })
+    }
+
+    /// Addresses that stand for memory while kernels are found and not launched.
+    pub(crate) fn placeholder(bytes: usize) -> Self {
+        Self { address: 1 << 40, bytes, owner: Owner::Foreign }
     }
 
     /// Memory that the host program owns.
@@ -38,7 +43,7 @@ impl Memory {
     }
 
     /// A cudarc slice, to be used on `stream`, which waits for what was written to it before.
-    pub fn from_slice<T: Send + 'static>(slice: CudaSlice<T>, stream: &CudaStream) -> Self {
+    pub fn from_slice<T: Send + Sync + 'static>(slice: CudaSlice<T>, stream: &CudaStream) -> Self {
         let bytes = slice.num_bytes();
         let address = slice.device_ptr(stream.driver()).0;
         Self { address, bytes, owner: Owner::Slice { _slice: Box::new(slice) } }
@@ -169,6 +174,15 @@ impl<'a> Mut<'a> {
 
     pub(crate) fn reborrow(&mut self) -> Mut<'_> {
         Mut(self.0)
+    }
+
+    /// The first `bytes` bytes (all, if there are fewer); what follows them is left.
+    pub(crate) fn split_off_front(&mut self, bytes: usize) -> Mut<'a> {
+        let bytes = bytes.min(self.0.bytes);
+        let front = Range { bytes, ..self.0 };
+        self.0.address += bytes as u64;
+        self.0.bytes -= bytes;
+        Mut(front)
     }
 }
 

@@ -1,5 +1,7 @@
 //! How an operation is carried out: a pure function of its problem and the device's numbers.
 
+pub(crate) mod grouped;
+
 use crate::device::DeviceNumbers;
 use crate::kernel::{GATE_ROUTE_THREADS, Kernel};
 use crate::launch::Grid;
@@ -169,11 +171,11 @@ fn vector(widest: u8, aligned: impl Fn(u64) -> bool) -> u8 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use fused_moe_core::config::RoutingRule;
 
-    fn device() -> DeviceNumbers {
+    pub(crate) fn device() -> DeviceNumbers {
         DeviceNumbers {
             name: "test".into(),
             compute_capability: (9, 0),
