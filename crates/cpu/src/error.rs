@@ -27,10 +27,10 @@ pub enum Error {
     /// No threads.
     #[error("threads: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
-    /// `FMOE_CPU_ISA` names an instruction set that is unknown or not here.
-    #[error("FMOE_CPU_ISA={name}: expected one of {available}")]
+    /// An instruction set, asked for in the program or by `FMOE_CPU_ISA`, is unknown or not here.
+    #[error("instruction set {name}: expected one of {available}")]
     Isa {
-        /// What it says.
+        /// What was asked for.
         name: String,
         /// What this processor has.
         available: String,

@@ -1,28 +1,39 @@
 //! The CPU backend: operations and layers on host memory, multi-threaded and vectorised.
 //!
-//! The stages are called in order by [`layer`]; each is public as a method of [`Cpu`] through
+//! The stages are called in order by [`CpuLayer`]; each is public as a method of [`Cpu`] through
 //! [`Backend`](fused_moe_core::Backend).
 #![deny(unsafe_code)]
 
 mod activation;
+#[allow(unsafe_code)]
+pub mod arch;
 mod combine;
+mod device;
 mod down;
 mod error;
 mod gate;
 mod gate_up;
+mod grouped;
 mod layer;
 mod linear;
 mod memory;
 mod pack;
 mod permute;
+mod plan;
 mod pool;
 mod route;
+mod rows;
+mod table;
+mod workspace;
 
 pub use error::{Error, Result};
-pub use layer::{CpuLayer, Workspace};
+pub use layer::CpuLayer;
 pub use memory::Memory;
 pub use pack::Experts;
+pub use workspace::Workspace;
 
+use arch::{Isa, Kernels};
+use device::Caches;
 use fused_moe_core::config::LayerConfig;
 use fused_moe_core::operation::*;
 use fused_moe_core::weights::{ExpertWeights, LayerWeights};
@@ -38,7 +49,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// ```
 /// use fused_moe_core::{View, operation::Gate, Backend};
 /// use fused_moe_cpu::Cpu;
-/// let cpu = Cpu::new();
+/// let cpu = Cpu::new()?;
 /// let stream = cpu.stream()?;
 /// let (x, router) = ([1.0f32, 2.0], [0.5f32, 0.0, 0.0, 0.5, 1.0, 1.0]);
 /// let mut logits = [0.0f32; 3];
@@ -49,35 +60,57 @@ use std::sync::atomic::{AtomicU32, Ordering};
 #[derive(Clone, Debug)]
 pub struct Cpu {
     pool: Pool,
-}
-
-impl Default for Cpu {
-    fn default() -> Self {
-        Self::new()
-    }
+    kernels: Kernels,
+    caches: Caches,
 }
 
 impl Cpu {
-    /// On rayon's global pool.
-    pub fn new() -> Self {
-        Self { pool: Pool::global() }
+    /// On rayon's global pool, with the fastest instruction set here.
+    ///
+    /// The variable `FMOE_CPU_ISA` (`scalar`, `avx2`, `avx512`) forces another one, here and in the constructors below.
+    ///
+    /// Errors: `Isa` when it names one that is unknown or not here.
+    pub fn new() -> Result<Self> {
+        Self::on(Pool::global())
     }
 
     /// On a pool of the caller's.
-    pub fn with_pool(pool: Arc<rayon::ThreadPool>) -> Self {
-        Self { pool: Pool::of(pool) }
+    ///
+    /// Errors: `Isa`, as for [`new`](Self::new).
+    pub fn with_pool(pool: Arc<rayon::ThreadPool>) -> Result<Self> {
+        Self::on(Pool::of(pool))
     }
 
     /// On a pool of its own with so many threads; 0 means one for each processor.
     ///
-    /// Errors: `Threads` when they cannot be started.
+    /// Errors: `Threads` when they cannot be started, `Isa` as for [`new`](Self::new).
     pub fn with_threads(threads: usize) -> Result<Self> {
-        Ok(Self { pool: Pool::with_threads(threads)? })
+        Self::on(Pool::with_threads(threads)?)
+    }
+
+    fn on(pool: Pool) -> Result<Self> {
+        Ok(Self { pool, kernels: device::kernels()?, caches: Caches::read() })
+    }
+
+    /// The same with another instruction set.
+    ///
+    /// Errors: `Isa` when the processor has it not.
+    pub fn with_isa(self, isa: Isa) -> Result<Self> {
+        Ok(Self { kernels: device::kernels_of(isa)?, ..self })
     }
 
     /// How many threads work on a call.
     pub fn threads(&self) -> usize {
         self.pool.threads()
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.kernels.isa()
+    }
+
+    pub(crate) fn device(&self) -> plan::Device {
+        plan::Device { threads: self.threads(), isa: self.isa(), caches: self.caches }
     }
 }
 
@@ -118,7 +151,8 @@ impl Backend for Cpu {
     }
 
     fn describe(&self) -> String {
-        format!("{} threads", self.threads())
+        let name = device::model_name().unwrap_or_else(|| "CPU".to_owned());
+        format!("{name}, {}, {} threads", self.isa(), self.threads())
     }
 
     fn stream(&self) -> Result<CpuStream> {
@@ -185,8 +219,8 @@ impl Backend for Cpu {
         permute::tile_schedule(operands)
     }
 
-    fn gate_up(&self, stream: &CpuStream, operands: GateUp<'_, Self>) -> Result<()> {
-        gate_up::gate_up(self, stream, operands)
+    fn gate_up(&self, _stream: &CpuStream, operands: GateUp<'_, Self>) -> Result<()> {
+        gate_up::gate_up(self, operands)
     }
 
     fn activation(&self, _stream: &CpuStream, operands: Activate<'_, Self>) -> Result<()> {

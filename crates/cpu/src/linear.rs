@@ -1,7 +1,29 @@
 use crate::Cpu;
 use crate::error::Result;
+use crate::grouped::{Epilogue, Gather, Grouped, Groups, grouped};
+use crate::plan::GroupedPlan;
+use crate::table::{RowOrder, Table};
 use fused_moe_core::operation::Linear;
 
-pub(crate) fn linear(_cpu: &Cpu, _operands: Linear<'_, Cpu>) -> Result<()> {
-    Ok(())
+/// The grouped product with one expert.
+pub(crate) fn linear(cpu: &Cpu, operands: Linear<'_, Cpu>) -> Result<()> {
+    let problem = operands.problem()?;
+    let Linear { x, weight, bias, out } = operands;
+    let table = Table { matrices: weight, height: problem.outer, places: None, bias, order: RowOrder::Single };
+    // One output a token may come as [T].
+    let out = if out.cols() == problem.outer { out } else { out.reshape([problem.rows, problem.outer])? };
+    grouped(
+        cpu,
+        &GroupedPlan::linear(&problem, &cpu.device()),
+        Grouped {
+            rows: problem.rows,
+            groups: Groups::One,
+            x,
+            gather: Gather::Rows,
+            input_weights: None,
+            table,
+            epilogue: Epilogue::Store,
+            out,
+        },
+    )
 }

@@ -27,8 +27,10 @@ impl Pool {
     /// Runs `work` where [`for_each`](Self::for_each) needs no hand-over to the pool.
     pub(crate) fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         match &self.0 {
+            _ if self.threads() == 1 => work(),
             Some(pool) => pool.install(work),
-            None => work(),
+            None if rayon::current_thread_index().is_some() => work(),
+            None => rayon::join(work, || ()).0,
         }
     }
 

@@ -10,7 +10,7 @@ fn every_kernel_compiles() {
         Err(error) => panic!("{error}"),
     }
     for architecture in architectures() {
-        let count = compile_all(architecture).unwrap_or_else(|error| panic!("{error}"));
+        let count = compile_all(&architecture).unwrap_or_else(|error| panic!("{error}"));
         println!("{count} kernels for {architecture}");
     }
 }

@@ -1,0 +1,174 @@
+//! AVX-512 F, BW, VL and DQ.
+
+use super::simd::{Simd, Task};
+use fused_moe_core::dtype::{DType, Float};
+use std::arch::x86_64::*;
+
+/// Proof that the CPU has AVX-512 F, BW, VL and DQ, with AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(());
+
+/// Runs a task.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+pub(super) fn run<T: Task>(task: T) -> T::Output {
+    task.run(Avx512(()))
+}
+
+/// An intrinsic that touches no memory.
+macro_rules! isa {
+    ($e:expr) => {
+        // SAFETY: a value of Avx512 exists, so the CPU has the instruction.
+        unsafe { $e }
+    };
+}
+
+/// The lowest `count` lanes, `count` < 16.
+#[inline(always)]
+fn first(count: usize) -> __mmask16 {
+    ((1u32 << (count & 15)) - 1) as __mmask16
+}
+
+impl Avx512 {
+    /// bf16 bits to f32.
+    #[inline(always)]
+    fn widen_bf16(self, bits: __m256i) -> __m512 {
+        isa!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))))
+    }
+
+    /// The lanes as 16-bit numbers of the format.
+    #[inline(always)]
+    fn narrow(self, dtype: DType, v: __m512) -> __m256i {
+        match dtype {
+            DType::F16 => isa!(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)),
+            _ => isa!({
+                let bits = _mm512_castps_si512(v);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+                // A NaN could carry over into infinity: keep its upper half and make it quiet.
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+                let bits = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
+                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits))
+            }),
+        }
+    }
+}
+
+impl Simd for Avx512 {
+    type Vector = __m512;
+    const LANES: usize = 16;
+    const WIDE_TILE: bool = true;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        isa!(_mm512_set1_ps(x))
+    }
+
+    #[inline(always)]
+    unsafe fn load_raw<X: Float>(self, from: *const X) -> __m512 {
+        // SAFETY: the caller vouches for 16 elements, of the size that DTYPE says; self proves the instructions.
+        unsafe {
+            match X::DTYPE {
+                DType::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())),
+                DType::BF16 => self.widen_bf16(_mm256_loadu_si256(from.cast())),
+                _ => _mm512_loadu_ps(from.cast()),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn load_part<X: Float>(self, from: &[X]) -> __m512 {
+        let (mask, from) = (first(from.len()), from.as_ptr());
+        // SAFETY: the mask keeps to the slice's elements, of the size that DTYPE says; self proves the instructions.
+        unsafe {
+            match X::DTYPE {
+                DType::F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast())),
+                DType::BF16 => self.widen_bf16(_mm256_maskz_loadu_epi16(mask, from.cast())),
+                _ => _mm512_maskz_loadu_ps(mask, from.cast()),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_raw<Y: Float>(self, v: __m512, to: *mut Y) {
+        // SAFETY: the caller vouches for 16 elements, of the size that DTYPE says; self proves the instructions.
+        unsafe {
+            match Y::DTYPE {
+                DType::F16 | DType::BF16 => _mm256_storeu_si256(to.cast(), self.narrow(Y::DTYPE, v)),
+                _ => _mm512_storeu_ps(to.cast(), v),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn store_part<Y: Float>(self, v: __m512, to: &mut [Y]) {
+        let (mask, to) = (first(to.len()), to.as_mut_ptr());
+        // SAFETY: the mask keeps to the slice's elements, of the size that DTYPE says; self proves the instructions.
+        unsafe {
+            match Y::DTYPE {
+                DType::F16 | DType::BF16 => _mm256_mask_storeu_epi16(to.cast(), mask, self.narrow(Y::DTYPE, v)),
+                _ => _mm512_mask_storeu_ps(to.cast(), mask, v),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        isa!(_mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        isa!(_mm512_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        isa!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        isa!(_mm512_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        isa!(_mm512_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        isa!(_mm512_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        isa!(_mm512_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        isa!(_mm512_abs_ps(a))
+    }
+
+    #[inline(always)]
+    fn if_negative(self, x: __m512, yes: __m512, no: __m512) -> __m512 {
+        isa!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_setzero_ps()), no, yes))
+    }
+
+    #[inline(always)]
+    fn scale_by_power(self, a: __m512, n: __m512) -> __m512 {
+        isa!(_mm512_scalef_ps(a, n))
+    }
+
+    #[inline(always)]
+    fn sum(self, a: __m512) -> f32 {
+        // Not _mm512_reduce_add_ps: its order is the compiler's choice.
+        isa!({
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        })
+    }
+}

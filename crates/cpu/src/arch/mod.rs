@@ -1,0 +1,214 @@
+//! The vector kernels of the CPU backend, and all of its unsafe code.
+//!
+//! An algorithm is written once, as a `Task` over the `Simd` trait; an instruction set is one file that implements the
+//! trait and has one function with the instruction set enabled, into which everything is inlined. [`Kernels`] is the
+//! proof that the CPU has an instruction set, and offers the tasks as safe functions on slices.
+//!
+//! Slices that should have equal lengths are cut to the shortest of them (and checked in debug builds).
+//! For the same inputs and the same [`Isa`] the results have the same bits, wherever the slices lie.
+
+mod activation;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod dot;
+mod elementwise;
+mod math;
+mod scalar;
+mod shared;
+mod simd;
+#[cfg(test)]
+mod tests;
+
+pub use shared::SharedSlice;
+
+use activation::{Activate, Buffers};
+use dot::Dot;
+use elementwise::{Axpy, Convert, ExpSum, Scale, ScaleBy, SumSquares};
+use fused_moe_core::config::Activation;
+use fused_moe_core::dtype::Float;
+use simd::Task;
+use std::fmt;
+use std::str::FromStr;
+
+/// An instruction set that there are kernels for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Isa {
+    /// The target's baseline; on every CPU.
+    Scalar,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, VL and DQ.
+    Avx512,
+}
+
+impl Isa {
+    /// All of them, the fastest last.
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+
+    /// Those that this CPU has, the fastest last.
+    pub fn available() -> Vec<Self> {
+        Self::ALL.into_iter().filter(|isa| isa.is_available()).collect()
+    }
+
+    /// The fastest that this CPU has.
+    pub fn best() -> Self {
+        Self::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Self::Scalar)
+    }
+
+    /// Whether this CPU has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => false,
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        })
+    }
+}
+
+/// A name that is no [`Isa`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("isa: expected scalar, avx2 or avx512, got {name:?}")]
+pub struct UnknownIsa {
+    /// The name.
+    pub name: String,
+}
+
+impl FromStr for Isa {
+    type Err = UnknownIsa;
+
+    fn from_str(name: &str) -> Result<Self, UnknownIsa> {
+        let known = Self::ALL.into_iter().find(|isa| isa.to_string() == name);
+        known.ok_or_else(|| UnknownIsa { name: name.to_owned() })
+    }
+}
+
+/// The kernels of one instruction set; a value proves that the CPU has it.
+///
+/// ```
+/// use fused_moe_cpu::arch::Kernels;
+/// let (row, token, mut out) = ([1.0f32, 2.0, 3.0], [1.0f32, 1.0, 2.0], [0.0]);
+/// Kernels::best().dot_tile(&[&row], &[&token], &mut out);
+/// assert_eq!(out, [9.0]);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernels {
+    isa: Isa,
+}
+
+impl Kernels {
+    /// The kernels of an instruction set, if this CPU has it.
+    pub fn new(isa: Isa) -> Option<Self> {
+        isa.is_available().then_some(Self { isa })
+    }
+
+    /// The kernels of [`Isa::best`].
+    pub fn best() -> Self {
+        Self { isa: Isa::best() }
+    }
+
+    /// Whose they are.
+    pub fn isa(self) -> Isa {
+        self.isa
+    }
+
+    /// `out[m * tokens.len() + n] = sum_k weights[m][k] * tokens[n][k]`, summed in f32.
+    ///
+    /// - `weights`: `[M][k]`, `tokens`: `[N][k]`; any M and N. All have the same length; otherwise the shortest counts.
+    /// - `out`: `[M, N]`; what lies beyond M N elements is not written, and what it is too short for is left out.
+    ///
+    /// The bits of an element of `out` depend on its row, its token and the instruction set only.
+    pub fn dot_tile<W: Float, X: Float>(self, weights: &[&[W]], tokens: &[&[X]], out: &mut [f32]) {
+        debug_assert!(out.len() >= weights.len() * tokens.len());
+        self.run(Dot { weights, tokens, out });
+    }
+
+    /// `to = from` in f32; exact.
+    pub fn to_f32<X: Float>(self, from: &[X], to: &mut [f32]) {
+        self.run(Convert { from, to });
+    }
+
+    /// `to = from`, each the nearest number of Y, ties to even; NaN stays NaN.
+    pub fn from_f32<Y: Float>(self, from: &[f32], to: &mut [Y]) {
+        self.run(Convert { from, to });
+    }
+
+    /// `acc += w * x`, rounded once where the instruction set can.
+    pub fn axpy<X: Float>(self, w: f32, x: &[X], acc: &mut [f32]) {
+        self.run(Axpy { w, x, acc });
+    }
+
+    /// `sum x^2`.
+    pub fn sum_squares<X: Float>(self, x: &[X]) -> f32 {
+        self.run(SumSquares { x })
+    }
+
+    /// `out = (x * factor) * weight`; without the last factor where `weight` is `None`.
+    pub fn scale<X: Float>(self, x: &[X], factor: f32, weight: Option<&[f32]>, out: &mut [f32]) {
+        match weight {
+            None => self.run(Scale { x, factor, out }),
+            Some(weight) => self.run(ScaleBy { x, factor, weight, out }),
+        }
+    }
+
+    /// `out = act(gate, up)`. A plain activation does not read `gate`, which may then be empty.
+    ///
+    /// NaN in gives NaN out, and infinities give what the formula gives, so `silu(-inf) = -inf * 0 = NaN`.
+    pub fn activation(self, activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        self.run(Activate { activation, buffers: Buffers::Apart { gate, up, out } });
+    }
+
+    /// [`activation`](Self::activation) that writes over `gate`. A plain one does not depend on what was there.
+    pub fn activation_into_gate(self, activation: Activation, gate: &mut [f32], up: &[f32]) {
+        self.run(Activate { activation, buffers: Buffers::IntoGate { gate, up } });
+    }
+
+    /// [`activation`](Self::activation) that writes over `up`.
+    pub fn activation_into_up(self, activation: Activation, gate: &[f32], up: &mut [f32]) {
+        self.run(Activate { activation, buffers: Buffers::IntoUp { gate, up } });
+    }
+
+    /// `x = exp(x - max)`; returns the sum of the new x.
+    pub fn exp_sum(self, x: &mut [f32], max: f32) -> f32 {
+        self.run(ExpSum { x, max })
+    }
+
+    /// Runs a task with the instruction set.
+    fn run<T: Task>(self, task: T) -> T::Output {
+        match self.isa {
+            Isa::Scalar => scalar::run(task),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is private and only set to what is_available() confirmed.
+            Isa::Avx2 => unsafe { avx2::run(task) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is private and only set to what is_available() confirmed.
+            Isa::Avx512 => unsafe { avx512::run(task) },
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 => scalar::run(task),
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! One buffer that several threads write at once.
+
+use bytemuck::{cast, try_cast_slice_mut};
+use fused_moe_core::dtype::Element;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
+
+const _: () = assert!(align_of::<AtomicU16>() == align_of::<u16>() && align_of::<AtomicU32>() == align_of::<u32>());
+
+/// A mutable slice that several threads may store to, each its own elements.
+///
+/// Two threads that store to one element are a mistake, but not undefined behaviour: one of the values stays.
+/// The elements can be read when the borrow ends.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedSlice<'a, T> {
+    cells: Cells<'a>,
+    element: PhantomData<&'a [T]>,
+}
+
+/// The elements' bits.
+#[derive(Clone, Copy, Debug)]
+enum Cells<'a> {
+    Two(&'a [AtomicU16]),
+    Four(&'a [AtomicU32]),
+}
+
+impl<'a, T: Element> SharedSlice<'a, T> {
+    /// Shares a slice for as long as it is borrowed.
+    pub fn new(slice: &'a mut [T]) -> Self {
+        // An element has as many bits as the integer that it is cast to, so neither cast fails.
+        let cells = match size_of::<T>() {
+            2 => {
+                let bits: &'a mut [u16] = try_cast_slice_mut(slice).unwrap_or_default();
+                // SAFETY: an atomic integer has the size, the bits and (see below) the alignment of the integer, and
+                // nothing else reaches the elements while this borrow of them lasts.
+                Cells::Two(unsafe { &*(std::ptr::from_mut(bits) as *const [AtomicU16]) })
+            }
+            _ => {
+                let bits: &'a mut [u32] = try_cast_slice_mut(slice).unwrap_or_default();
+                // SAFETY: as above.
+                Cells::Four(unsafe { &*(std::ptr::from_mut(bits) as *const [AtomicU32]) })
+            }
+        };
+        Self { cells, element: PhantomData }
+    }
+
+    /// How many elements.
+    pub fn len(self) -> usize {
+        match self.cells {
+            Cells::Two(cells) => cells.len(),
+            Cells::Four(cells) => cells.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    /// `slice[index] = value`; nothing where the index is out of range.
+    pub fn store(self, index: usize, value: T) {
+        self.store_slice(index, &[value]);
+    }
+
+    /// `slice[start..][..values.len()] = values`; what does not fit is left out.
+    pub fn store_slice(self, start: usize, values: &[T]) {
+        debug_assert!(start.checked_add(values.len()).is_some_and(|end| end <= self.len()));
+        match self.cells {
+            Cells::Two(cells) => {
+                for (cell, value) in cells.get(start..).unwrap_or_default().iter().zip(values) {
+                    cell.store(cast(*value), Relaxed);
+                }
+            }
+            Cells::Four(cells) => {
+                for (cell, value) in cells.get(start..).unwrap_or_default().iter().zip(values) {
+                    cell.store(cast(*value), Relaxed);
+                }
+            }
+        }
+    }
+}

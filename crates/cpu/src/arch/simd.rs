@@ -1,0 +1,106 @@
+//! What the algorithms of this module need from an instruction set.
+
+use fused_moe_core::dtype::Float;
+
+/// The most lanes any instruction set has.
+const MAX_LANES: usize = 16;
+
+/// An instruction set. A value of the type proves that the CPU has it, so every method but `load_raw` and `store_raw`
+/// is safe; only the `run` function of the instruction set's file makes one.
+///
+/// Methods are `#[inline(always)]`: they must end up inside `run`, where the instruction set is enabled.
+pub(super) trait Simd: Copy {
+    /// `LANES` numbers in f32.
+    type Vector: Copy;
+    /// How many, at most `MAX_LANES`.
+    const LANES: usize;
+    /// Whether a tile of 4 weight rows and 6 tokens fits the registers; otherwise 4 rows and 2 tokens do.
+    const WIDE_TILE: bool;
+
+    /// x in every lane.
+    fn splat(self, x: f32) -> Self::Vector;
+    /// `LANES` elements as f32.
+    ///
+    /// # Safety
+    /// `LANES` elements are readable at `from`.
+    unsafe fn load_raw<X: Float>(self, from: *const X) -> Self::Vector;
+    /// `LANES` elements, each the nearest to its lane, ties to even; NaN stays NaN.
+    ///
+    /// # Safety
+    /// `LANES` elements are writable at `to`.
+    unsafe fn store_raw<Y: Float>(self, v: Self::Vector, to: *mut Y);
+    /// a + b.
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// a - b.
+    fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// a * b.
+    fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// a / b.
+    fn div(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// a * b + c, rounded once where the CPU can.
+    fn fma(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// The smaller; b where either is NaN.
+    fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// The larger; b where either is NaN.
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// |a|.
+    fn abs(self, a: Self::Vector) -> Self::Vector;
+    /// yes where x < 0, else no.
+    fn if_negative(self, x: Self::Vector, yes: Self::Vector, no: Self::Vector) -> Self::Vector;
+    /// a * 2^n, rounded once, for whole n in -160..=160. NaN a stays NaN.
+    fn scale_by_power(self, a: Self::Vector, n: Self::Vector) -> Self::Vector;
+    /// The sum of the lanes, in an order that never changes.
+    fn sum(self, a: Self::Vector) -> f32;
+
+    /// The first `LANES` elements of a slice as f32; zeros where it is shorter.
+    #[inline(always)]
+    fn load<X: Float>(self, from: &[X]) -> Self::Vector {
+        if from.len() >= Self::LANES {
+            // SAFETY: the slice has LANES elements.
+            unsafe { self.load_raw(from.as_ptr()) }
+        } else {
+            self.load_part(from)
+        }
+    }
+
+    /// `load` for fewer than `LANES` elements.
+    #[inline(always)]
+    fn load_part<X: Float>(self, from: &[X]) -> Self::Vector {
+        let mut padded = [X::zeroed(); MAX_LANES];
+        for (p, x) in padded.iter_mut().zip(from) {
+            *p = *x;
+        }
+        // SAFETY: `padded` has MAX_LANES >= LANES elements.
+        unsafe { self.load_raw(padded.as_ptr()) }
+    }
+
+    /// The first lanes to the first `LANES` elements of a slice, or to all of it where it is shorter.
+    #[inline(always)]
+    fn store<Y: Float>(self, v: Self::Vector, to: &mut [Y]) {
+        if to.len() >= Self::LANES {
+            // SAFETY: the slice has LANES elements.
+            unsafe { self.store_raw(v, to.as_mut_ptr()) }
+        } else {
+            self.store_part(v, to);
+        }
+    }
+
+    /// `store` for fewer than `LANES` elements.
+    #[inline(always)]
+    fn store_part<Y: Float>(self, v: Self::Vector, to: &mut [Y]) {
+        let mut padded = [Y::zeroed(); MAX_LANES];
+        // SAFETY: `padded` has MAX_LANES >= LANES elements.
+        unsafe { self.store_raw(v, padded.as_mut_ptr()) }
+        for (y, p) in to.iter_mut().zip(&padded) {
+            *y = *p;
+        }
+    }
+}
+
+/// An algorithm, written once over the instruction sets.
+pub(super) trait Task {
+    /// What it returns.
+    type Output;
+    /// Runs it. Implementations are `#[inline(always)]`, and so is all they call that touches a vector.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}

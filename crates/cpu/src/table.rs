@@ -1,0 +1,156 @@
+//! Where weights lie and where results go, as the grouped product sees them.
+
+use crate::arch::{Kernels, SharedSlice};
+use crate::error::Result;
+use crate::rows::Floats;
+use fused_moe_core::dtype::Float;
+use fused_moe_core::{DType, HostView, HostViewMut, Rows};
+use half::{bf16, f16};
+
+/// How the rows of an expert's matrix follow each other. Whatever it is, kernels number them as pairs: row 2i is the
+/// i-th of the gate and row 2i + 1 the i-th of up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RowOrder {
+    /// No pairs: down, a dense matrix, up without a gate.
+    Single,
+    /// g0, u0, g1, u1, ...
+    Pairs,
+    /// All of the gate, then all of up.
+    Halves,
+}
+
+impl RowOrder {
+    /// Rows that make one output.
+    pub(crate) fn rows_per_output(self) -> usize {
+        if self == Self::Single { 1 } else { 2 }
+    }
+}
+
+/// The matrices of the experts, and which is whose: the only way from an expert to its weights.
+#[derive(Clone, Copy)]
+pub(crate) struct Table<'a> {
+    /// Matrix after matrix, `[places * height, C]`.
+    pub(crate) matrices: HostView<'a>,
+    /// Rows of a matrix.
+    pub(crate) height: usize,
+    /// The place of each expert's matrix, where it has one; `None`: expert e is at place e.
+    pub(crate) places: Option<&'a [Option<usize>]>,
+    /// `[places, height]`, rows in the order of the matrix.
+    pub(crate) bias: Option<HostView<'a>>,
+    /// How gate and up follow each other.
+    pub(crate) order: RowOrder,
+}
+
+impl<'a> Table<'a> {
+    pub(crate) fn dtype(&self) -> DType {
+        self.matrices.dtype()
+    }
+
+    /// The same, given its matrices as numbers.
+    pub(crate) fn typed<W>(&self, rows: Rows<'a, W>) -> Result<TypedTable<'a, W>> {
+        let Self { height, places, order, .. } = *self;
+        Ok(TypedTable { rows, bias: Floats::optional(&self.bias)?, height, places, order })
+    }
+}
+
+/// A [`Table`] of weights in format W.
+#[derive(Clone, Copy)]
+pub(crate) struct TypedTable<'a, W> {
+    rows: Rows<'a, W>,
+    bias: Option<Floats<'a>>,
+    height: usize,
+    places: Option<&'a [Option<usize>]>,
+    order: RowOrder,
+}
+
+impl<'a, W: Float> TypedTable<'a, W> {
+    pub(crate) fn order(&self) -> RowOrder {
+        self.order
+    }
+
+    /// How many outputs an expert's matrix has.
+    pub(crate) fn outputs(&self) -> usize {
+        self.height / self.order.rows_per_output()
+    }
+
+    /// The matrix of expert e, if it is here.
+    pub(crate) fn expert(&self, e: usize) -> Option<ExpertRows<'a, W>> {
+        let place = match self.places {
+            Some(places) => (*places.get(e)?)?,
+            None => e,
+        };
+        Some(ExpertRows { table: *self, place })
+    }
+}
+
+/// One expert's matrix and bias, rows numbered as pairs.
+#[derive(Clone, Copy)]
+pub(crate) struct ExpertRows<'a, W> {
+    table: TypedTable<'a, W>,
+    place: usize,
+}
+
+impl<'a, W: Float> ExpertRows<'a, W> {
+    fn position(&self, i: usize) -> usize {
+        match self.table.order {
+            RowOrder::Halves => (i % 2) * (self.table.height / 2) + i / 2,
+            RowOrder::Single | RowOrder::Pairs => i,
+        }
+    }
+
+    pub(crate) fn row(&self, i: usize) -> &'a [W] {
+        self.table.rows.row(self.place * self.table.height + self.position(i))
+    }
+
+    pub(crate) fn bias(&self, i: usize) -> f32 {
+        self.table.bias.map_or(0.0, |bias| bias.at(self.place, self.position(i)))
+    }
+}
+
+/// The most elements that one call of [`OutRows::store`] takes.
+pub(crate) const MAX_STORE: usize = 64;
+
+/// Rows of floats in any format that several threads write.
+#[derive(Clone, Copy)]
+pub(crate) struct OutRows<'a> {
+    cells: Cells<'a>,
+    stride: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Cells<'a> {
+    F32(SharedSlice<'a, f32>),
+    F16(SharedSlice<'a, f16>),
+    BF16(SharedSlice<'a, bf16>),
+}
+
+impl<'a> OutRows<'a> {
+    pub(crate) fn new(view: HostViewMut<'a>) -> Result<Self> {
+        let stride = view.row_stride();
+        let cells = match view.dtype() {
+            DType::F16 => Cells::F16(SharedSlice::new(view.typed_mut()?.into_data())),
+            DType::BF16 => Cells::BF16(SharedSlice::new(view.typed_mut()?.into_data())),
+            _ => Cells::F32(SharedSlice::new(view.typed_mut()?.into_data())),
+        };
+        Ok(Self { cells, stride })
+    }
+
+    /// Writes at most [`MAX_STORE`] elements of a row, from column `col` on.
+    pub(crate) fn store(&self, kernels: Kernels, [row, col]: [usize; 2], values: &[f32]) {
+        let start = row * self.stride + col;
+        match self.cells {
+            Cells::F32(cells) => cells.store_slice(start, values),
+            Cells::F16(cells) => store_narrow(kernels, cells, start, values),
+            Cells::BF16(cells) => store_narrow(kernels, cells, start, values),
+        }
+    }
+}
+
+fn store_narrow<Y: Float>(kernels: Kernels, cells: SharedSlice<'_, Y>, start: usize, values: &[f32]) {
+    let mut narrow = [Y::from_f32(0.0); MAX_STORE];
+    for (values, start) in values.chunks(MAX_STORE).zip((start..).step_by(MAX_STORE)) {
+        let narrow = &mut narrow[..values.len()];
+        kernels.from_f32(values, narrow);
+        cells.store_slice(start, narrow);
+    }
+}
