@@ -303,6 +303,9 @@ impl<'a> View<&'a [u8]> {
     pub fn typed<T: Element>(&self) -> Result<Rows<'a, T>> {
         let (start, end) = range_of::<T, _>(self)?;
         let bytes: &'a [u8] = self.storage;
+        if start == end {
+            return Ok(Rows { data: &[], rows: self.rows(), cols: self.cols(), stride: self.row_stride });
+        }
         let data = bytemuck::try_cast_slice(&bytes[start..end]).map_err(|_| misaligned(self))?;
         Ok(Rows { data, rows: self.rows(), cols: self.cols(), stride: self.row_stride })
     }
@@ -322,6 +325,9 @@ impl<'a> View<&'a mut [u8]> {
     pub fn typed_mut<T: Element>(self) -> Result<RowsMut<'a, T>> {
         let (start, end) = range_of::<T, _>(&self)?;
         let (rows, cols, stride, error) = (self.rows(), self.cols(), self.row_stride, misaligned(&self));
+        if start == end {
+            return Ok(RowsMut { data: &mut [], rows, cols, stride });
+        }
         let data = bytemuck::try_cast_slice_mut(&mut self.storage[start..end]).map_err(|_| error)?;
         Ok(RowsMut { data, rows, cols, stride })
     }

@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant_
             f32 value[VEC];
             if (NORM && STASH) load<VEC>(stash + h, value);
             else value_of(p, t, h, factor, value);
-            store<VEC>(row_of<OUT_T>(p.out, t) + h, value);
+            store<VEC>(p.out, t, h, value);
             if (NORM) {
                 f32 weight[VEC];
                 if (p.norm_weight.data) load<VEC>(p.norm_weight, 0, h, weight);

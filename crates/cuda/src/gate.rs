@@ -7,7 +7,7 @@ use fused_moe_core::operation::{Gate, GateRoute};
 params! {
     GateParams {
         x: Tensor, router: Tensor, bias: Tensor, norm_weight: Tensor, normed: Tensor, logits: Tensor,
-        tokens: u64, hidden: u64, experts: u64, scale: f32, softcap: f32, eps: f32,
+        tokens: u64, hidden: u64, experts: u64, scale: f32, softcap: f32, eps: f32, norm: u32,
     }
 }
 
@@ -30,6 +30,7 @@ impl GateParams {
             scale: operands.config.scale,
             softcap: operands.config.softcap.unwrap_or(0.0),
             eps: operands.config.norm.map_or(0.0, |norm| norm.eps),
+            norm: operands.config.norm.is_some().into(),
         })
     }
 
@@ -43,7 +44,7 @@ impl GateParams {
 pub(crate) fn gate(cuda: &Cuda, stream: &CudaStream, operands: &Gate<'_, Cuda>) -> Result<()> {
     let problem = operands.problem()?;
     let params = GateParams::new(operands)?;
-    let plan = plan::gate(&problem, operands.config.norm.is_some(), |n| params.aligned(n));
+    let plan = plan::gate(&problem, |n| params.aligned(n));
     launch(cuda, stream, plan.kernel, plan.grid, &params)
 }
 
@@ -53,8 +54,7 @@ pub(crate) fn gate_route(cuda: &Cuda, stream: &CudaStream, operands: GateRoute<'
         gate: GateParams::new(&operands.gate)?,
         choice: ChoiceParams::new(&problem.1, &operands.choice, stream)?,
     };
-    let norm = operands.gate.config.norm.is_some();
-    match plan::gate_route(&problem, norm, |n| params.gate.aligned(n), cuda.numbers()) {
+    match plan::gate_route(&problem, |n| params.gate.aligned(n), cuda.numbers()) {
         Some(plan) => launch(cuda, stream, plan.kernel, plan.grid, &params),
         None => {
             gate(cuda, stream, &operands.gate)?;

@@ -10,11 +10,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) gate_route(const __grid_co
         f32* logits = row_of<f32>(p.logits, t);
         for (u64 e = warp; e < p.experts; e += THREADS / 32) {
             f32 sum[1], squares[1];
-            dot_rows<X_T, ROUTER_T, 1, VEC, NORM>(p.x, t, p.tokens, row_of<const ROUTER_T>(p.router, e), p.norm_weight,
+            dot_rows<X_T, ROUTER_T, 1, VEC>(p.x, t, p.tokens, row_of<const ROUTER_T>(p.router, e), p.norm_weight,
                                                   p.hidden, sum, squares);
-            const f32 factor = NORM ? norm_factor(squares[0], p.hidden, p.eps) : 1.0f;
+            const f32 factor = norm_factor(p, squares[0]);
             if (lane == 0) logits[e] = finish_logit(p, sum[0], factor, e);
-            if (NORM && e == 0 && p.normed.data) write_normed<X_T>(p, t, factor, lane, 32);
+            if (e == 0 && p.normed.data) write_normed<X_T>(p, t, factor, lane, 32);
         }
         __syncthreads();
         route_token<f32, THREADS>(q.choice, logits, t, threadIdx.x, scratch);

@@ -214,10 +214,17 @@ impl Compiler {
 /// Returns how many there are. Errors: `NoCompiler`, `Compile`.
 pub fn compile_all(architecture: &str) -> Result<usize> {
     let compiler = Compiler::new(architecture.to_string());
+    compiler.nvrtc()?;
     let kernels = Kernel::all();
-    for &kernel in &kernels {
-        compiler.code(kernel)?;
-    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let share = |thread| kernels.iter().skip(thread).step_by(threads).try_for_each(|&k| compiler.code(k).map(drop));
+        let workers: Vec<_> = (0..threads).map(|thread| scope.spawn(move || share(thread))).collect();
+        workers.into_iter().try_for_each(|worker| match worker.join() {
+            Ok(compiled) => compiled,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    })?;
     Ok(kernels.len())
 }
 

@@ -11,19 +11,19 @@ use fused_moe_core::config::{Activation, Function};
 /// A kernel and what it is specialised by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
-    Gate { x: DType, router: DType, vector: u8, tokens: u8, norm: bool },
-    GateTiled { x: DType, router: DType, vector: u8, norm: bool },
-    GateRoute { x: DType, router: DType, vector: u8, norm: bool },
+    Gate { x: DType, router: DType, vector: u8 },
+    GateTiled { x: DType, router: DType, vector: u8 },
+    GateRoute { x: DType, router: DType, vector: u8 },
     Route { logits: DType, threads: u16 },
     GatherWeights { scores: DType },
-    Permute { warps: u8 },
-    PermuteCount { warps: u8 },
-    PermuteScan { parts: u16 },
-    PermuteScatter { warps: u8 },
+    Permute,
+    PermuteCount,
+    PermuteScan,
+    PermuteScatter,
     TileSchedule,
-    Activation { activation: ActivationKind, gate: DType, up: DType, out: DType },
-    Combine { y: DType, out: DType, vector: u8, norm: bool, stash: bool },
-    Linear { x: DType, weight: DType, vector: u8, tokens: u8 },
+    Activation { activation: ActivationKind },
+    Combine { y: DType, vector: u8, norm: bool, stash: bool },
+    Linear { x: DType, weight: DType, vector: u8 },
     LinearTiled { x: DType, weight: DType, vector: u8 },
     Zero,
     Accumulate,
@@ -31,6 +31,9 @@ pub(crate) enum Kernel {
     Counts,
     Grouped(GroupedKernel),
 }
+
+/// Tokens that a warp of a matrix-vector kernel takes at once.
+pub(crate) const TOKENS: u32 = 4;
 
 /// Threads a token of the fused gate and route.
 pub(crate) const GATE_ROUTE_THREADS: u32 = 512;
@@ -83,10 +86,10 @@ impl Kernel {
             Self::GateRoute { .. } => "gate_route",
             Self::Route { .. } => "route",
             Self::GatherWeights { .. } => "gather_weights",
-            Self::Permute { .. } => "permute",
-            Self::PermuteCount { .. } => "permute_count",
-            Self::PermuteScan { .. } => "permute_scan",
-            Self::PermuteScatter { .. } => "permute_scatter",
+            Self::Permute => "permute",
+            Self::PermuteCount => "permute_count",
+            Self::PermuteScan => "permute_scan",
+            Self::PermuteScatter => "permute_scatter",
             Self::TileSchedule => "tile_schedule",
             Self::Activation { .. } => "activation",
             Self::Combine { .. } => "combine",
@@ -107,7 +110,7 @@ impl Kernel {
             Self::GateRoute { .. } => gate::GateRouteParams::DEFINITION,
             Self::Route { .. } => route::RouteParams::DEFINITION,
             Self::GatherWeights { .. } => route::GatherWeightsParams::DEFINITION,
-            Self::Permute { .. } | Self::PermuteCount { .. } | Self::PermuteScan { .. } | Self::PermuteScatter { .. } => {
+            Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter => {
                 permute::PermuteParams::DEFINITION
             }
             Self::TileSchedule => permute::TileScheduleParams::DEFINITION,
@@ -135,10 +138,10 @@ impl Kernel {
             }
             Self::Route { .. } => vec![REDUCE, choice, ROUTE, own, include_str!("route.cu")],
             Self::GatherWeights { .. } => vec![REDUCE, own, include_str!("gather_weights.cu")],
-            Self::Permute { .. } => vec![own, PERMUTE, include_str!("permute.cu")],
-            Self::PermuteCount { .. } => vec![own, PERMUTE, include_str!("permute_count.cu")],
-            Self::PermuteScan { .. } => vec![own, PERMUTE, include_str!("permute_scan.cu")],
-            Self::PermuteScatter { .. } => vec![own, PERMUTE, include_str!("permute_scatter.cu")],
+            Self::Permute => vec![own, PERMUTE, include_str!("permute.cu")],
+            Self::PermuteCount => vec![own, PERMUTE, include_str!("permute_count.cu")],
+            Self::PermuteScan => vec![own, PERMUTE, include_str!("permute_scan.cu")],
+            Self::PermuteScatter => vec![own, PERMUTE, include_str!("permute_scatter.cu")],
             Self::TileSchedule => vec![permute, PERMUTE, own, include_str!("tile_schedule.cu")],
             Self::Activation { .. } => vec![ACTIVATION, own, include_str!("activation.cu")],
             Self::Combine { .. } => vec![REDUCE, own, include_str!("combine.cu")],
@@ -164,138 +167,114 @@ impl Kernel {
 
     /// Whether it may use more shared memory than a launch gives unasked.
     pub(crate) fn asks_for_shared(self) -> bool {
-        matches!(self, Self::Route { .. } | Self::GateRoute { .. } | Self::Permute { .. } | Self::Grouped(_))
+        matches!(self, Self::Route { .. } | Self::GateRoute { .. } | Self::Permute | Self::Grouped(_))
     }
 
     /// What the text is specialised by.
     pub(crate) fn defines(self) -> Vec<(&'static str, String)> {
         let number = |n: u32| n.to_string();
+        let product = |x: DType, name, weight: DType, vector: u8| {
+            vec![("X_T", x.to_string()), (name, weight.to_string()), ("VEC", number(vector.into()))]
+        };
+        let with = |mut defines: Vec<_>, name, value| {
+            defines.push((name, value));
+            defines
+        };
         match self {
-            Self::Gate { x, router, vector, tokens, norm } => vec![
-                ("X_T", x.to_string()),
-                ("ROUTER_T", router.to_string()),
-                ("VEC", number(vector.into())),
-                ("TOKENS", number(tokens.into())),
-                ("NORM", norm.to_string()),
-            ],
-            Self::GateTiled { x, router, vector, norm } => vec![
-                ("X_T", x.to_string()),
-                ("ROUTER_T", router.to_string()),
-                ("VEC", number(vector.into())),
-                ("NORM", norm.to_string()),
-            ],
-            Self::GateRoute { x, router, vector, norm } => vec![
-                ("X_T", x.to_string()),
-                ("ROUTER_T", router.to_string()),
-                ("VEC", number(vector.into())),
-                ("NORM", norm.to_string()),
-                ("THREADS", number(GATE_ROUTE_THREADS)),
-            ],
+            Self::Gate { x, router, vector } => with(product(x, "ROUTER_T", router, vector), "TOKENS", number(TOKENS)),
+            Self::GateTiled { x, router, vector } => product(x, "ROUTER_T", router, vector),
+            Self::GateRoute { x, router, vector } => {
+                with(product(x, "ROUTER_T", router, vector), "THREADS", number(GATE_ROUTE_THREADS))
+            }
             Self::Route { logits, threads } => {
                 vec![("LOGITS_T", logits.to_string()), ("THREADS", number(threads.into()))]
             }
             Self::GatherWeights { scores } => vec![("SCORES_T", scores.to_string())],
-            Self::Permute { warps } | Self::PermuteCount { warps } | Self::PermuteScatter { warps } => {
-                vec![("WARPS", number(warps.into()))]
+            Self::Activation { activation } => {
+                vec![("FORM", activation.form.to_string()), ("FUNCTION", activation.function.to_string())]
             }
-            Self::PermuteScan { parts } => vec![("WARPS", number(32)), ("PARTS", number(parts.into()))],
-            Self::TileSchedule => vec![("WARPS", number(32))],
-            Self::Activation { activation, gate, up, out } => vec![
-                ("FORM", activation.form.to_string()),
-                ("FUNCTION", activation.function.to_string()),
-                ("GATE_T", gate.to_string()),
-                ("UP_T", up.to_string()),
-                ("OUT_T", out.to_string()),
-            ],
-            Self::Combine { y, out, vector, norm, stash } => vec![
+            Self::Combine { y, vector, norm, stash } => vec![
                 ("Y_T", y.to_string()),
-                ("OUT_T", out.to_string()),
                 ("VEC", number(vector.into())),
                 ("NORM", norm.to_string()),
                 ("STASH", stash.to_string()),
             ],
-            Self::Linear { x, weight, vector, tokens } => vec![
-                ("X_T", x.to_string()),
-                ("WEIGHT_T", weight.to_string()),
-                ("VEC", number(vector.into())),
-                ("TOKENS", number(tokens.into())),
-            ],
-            Self::LinearTiled { x, weight, vector } => vec![
-                ("X_T", x.to_string()),
-                ("WEIGHT_T", weight.to_string()),
-                ("VEC", number(vector.into())),
-            ],
+            Self::Linear { x, weight, vector } => {
+                with(product(x, "WEIGHT_T", weight, vector), "TOKENS", number(TOKENS))
+            }
+            Self::LinearTiled { x, weight, vector } => product(x, "WEIGHT_T", weight, vector),
+            Self::Permute
+            | Self::PermuteCount
+            | Self::PermuteScan
+            | Self::PermuteScatter
+            | Self::TileSchedule
+            | Self::Zero
+            | Self::Accumulate
+            | Self::Copy
+            | Self::Counts => vec![],
             Self::Grouped(kernel) => kernel.defines(),
-            Self::Zero | Self::Accumulate | Self::Copy | Self::Counts => vec![],
         }
     }
 
-    /// Every kernel of every plan, formats and variants combined as far as they meet in one text.
+    /// Every kernel of every plan.
     pub(crate) fn all() -> Vec<Self> {
-        let floats = [DType::F32, DType::F16, DType::BF16];
-        let mut all = vec![Self::TileSchedule, Self::Zero, Self::Accumulate, Self::Copy, Self::Counts];
+        let mut all = vec![
+            Self::Permute,
+            Self::PermuteCount,
+            Self::PermuteScan,
+            Self::PermuteScatter,
+            Self::TileSchedule,
+            Self::Zero,
+            Self::Accumulate,
+            Self::Copy,
+            Self::Counts,
+        ];
         all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
-        for x in floats {
-            for threads in [32, 256] {
-                all.push(Self::Route { logits: x, threads });
-            }
+        for x in FLOATS {
+            all.extend([32, 256].map(|threads| Self::Route { logits: x, threads }));
             all.push(Self::GatherWeights { scores: x });
-            for w in floats {
+            for vector in [1, 4] {
+                for (norm, stash) in [(false, false), (true, false), (true, true)] {
+                    all.push(Self::Combine { y: x, vector, norm, stash });
+                }
+            }
+            for w in FLOATS {
                 for vector in [1, crate::plan::dot_vector(x, w)] {
-                    for norm in [false, true] {
-                        for tokens in crate::plan::TOKENS {
-                            all.push(Self::Gate { x, router: w, vector, tokens, norm });
-                        }
-                        all.push(Self::GateRoute { x, router: w, vector, norm });
-                    }
-                    for tokens in crate::plan::TOKENS {
-                        all.push(Self::Linear { x, weight: w, vector, tokens });
-                    }
+                    all.push(Self::Gate { x, router: w, vector });
+                    all.push(Self::GateRoute { x, router: w, vector });
+                    all.push(Self::Linear { x, weight: w, vector });
                 }
                 for vector in [1, 4] {
-                    for norm in [false, true] {
-                        all.push(Self::GateTiled { x, router: w, vector, norm });
-                    }
+                    all.push(Self::GateTiled { x, router: w, vector });
                     all.push(Self::LinearTiled { x, weight: w, vector });
-                    for (norm, stash) in [(false, false), (true, false), (true, true)] {
-                        all.push(Self::Combine { y: x, out: w, vector, norm, stash });
-                    }
-                }
-                for out in floats {
-                    let activation = Activation::default().into();
-                    all.push(Self::Activation { activation, gate: x, up: w, out });
                 }
             }
         }
-        let limit = 1.0;
-        let mut activations = vec![
-            Activation::ClampedSilu { limit },
-            Activation::ClampedSwish { alpha: 1.0, limit },
-            Activation::SiluThenClamp { limit },
-        ];
-        for function in [
-            Function::Silu,
-            Function::GeluTanh,
-            Function::GeluErf,
-            Function::Relu,
-            Function::ReluSquared,
-            Function::Identity,
-        ] {
-            activations.extend([Activation::Gated(function), Activation::Plain(function)]);
-        }
-        for activation in activations {
-            let (activation, f32) = (activation.into(), DType::F32);
-            all.push(Self::Activation { activation, gate: f32, up: f32, out: f32 });
-        }
-        for experts in [1, 128, 160, 256, 384, 512, 768, 1024, 2048, 4096] {
-            let (warps, parts) = (crate::plan::permute_warps(experts), crate::plan::scan_parts(experts));
-            all.extend([Self::Permute { warps }, Self::PermuteCount { warps }, Self::PermuteScatter { warps }]);
-            all.push(Self::PermuteScan { parts });
-        }
-        let mut seen = std::collections::HashSet::new();
-        all.retain(|&kernel| seen.insert(kernel));
+        all.extend(activations().map(|activation| Self::Activation { activation: activation.into() }));
         all
     }
+}
+
+const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// One activation of every kind.
+fn activations() -> impl Iterator<Item = Activation> {
+    let functions = [
+        Function::Silu,
+        Function::GeluTanh,
+        Function::GeluErf,
+        Function::Relu,
+        Function::ReluSquared,
+        Function::Identity,
+    ];
+    let (alpha, limit) = (1.0, 1.0);
+    let clamped = [
+        Activation::ClampedSilu { limit },
+        Activation::ClampedSwish { alpha, limit },
+        Activation::SiluThenClamp { limit },
+    ];
+    let plain = functions.into_iter().flat_map(|f| [Activation::Gated(f), Activation::Plain(f)]);
+    clamped.into_iter().chain(plain)
 }
 
 #[cfg(test)]

@@ -92,10 +92,14 @@ impl Tensor {
         view.map_or(Ok(Self::default()), Self::of)
     }
 
-    /// Whether groups of `bytes` bytes at the beginning of each row are aligned; an absent operand is.
+    /// Bytes of an element.
+    pub(crate) fn element_bytes(&self) -> u64 {
+        if self.dtype == 0 || self.dtype == 3 { 4 } else { 2 }
+    }
+
+    /// Whether groups of so many elements are aligned at the beginning of each row; an absent operand's are.
     pub(crate) fn aligned(&self, elements: u64) -> bool {
-        let size = if self.dtype == 0 || self.dtype == 3 { 4 } else { 2 };
-        self.data.is_multiple_of(size * elements) && self.stride.is_multiple_of(elements)
+        self.data.is_multiple_of(self.element_bytes() * elements) && self.stride.is_multiple_of(elements)
     }
 }
 

@@ -6,7 +6,7 @@ extern "C" __global__ void __launch_bounds__(256) linear_tiled(const __grid_cons
     const u64 first_row = (u64)blockIdx.x / tile_cols * TILE, first_col = (u64)blockIdx.x % tile_cols * TILE;
     f32 sum[4][4], squares;
     const Tensor none = {};
-    multiply_tile<X_T, WEIGHT_T, VEC, false>(p.x, first_row, p.rows, p.weight, first_col, p.outer, none, p.inner, tiles,
+    multiply_tile<X_T, WEIGHT_T, VEC>(p.x, first_row, p.rows, p.weight, first_col, p.outer, none, p.inner, tiles,
                                              sum, squares);
     for (int i = 0; i < 4; i++) {
         const u64 r = first_row + threadIdx.x / 16 * 4 + i;

@@ -1,18 +1,18 @@
 // Groups the slots by expert, in one block: for few slots.
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) permute(const __grid_constant__ PermuteParams p) {
+extern "C" __global__ void __launch_bounds__(1024) permute(const __grid_constant__ PermuteParams p) {
     extern __shared__ u32 counts[];
     __shared__ u32 parts[32];
     const u32 experts = p.experts_total;
-    u32* rows = counts + WARPS * (u64)experts;
+    u32* rows = counts + (blockDim.x / 32) * (u64)experts;
     const Slots block = {0, p.slots};
     count_block(p, block, counts, [&](u64 e, u32 n) { rows[e] = n; });
-    scan_block<32 * WARPS>(rows, experts, parts);
-    for (u64 i = threadIdx.x; i < WARPS * (u64)experts; i += 32 * WARPS) counts[i] += rows[i % experts];
+    scan_block(rows, experts, parts);
+    for (u64 i = threadIdx.x; i < (blockDim.x / 32) * (u64)experts; i += blockDim.x) counts[i] += rows[i % experts];
     u32* offsets = reinterpret_cast<u32*>(p.offsets.data);
-    for (u32 e = threadIdx.x; e <= experts; e += 32 * WARPS) offsets[e] = rows[e];
+    for (u32 e = threadIdx.x; e <= experts; e += blockDim.x) offsets[e] = rows[e];
     __syncthreads();
     scatter_block(p, block, counts);
     u32* row_slot = reinterpret_cast<u32*>(p.row_slot.data);
-    for (u64 r = rows[experts] + threadIdx.x; r < p.slots; r += 32 * WARPS) row_slot[r] = NO_ROW;
+    for (u64 r = rows[experts] + threadIdx.x; r < p.slots; r += blockDim.x) row_slot[r] = NO_ROW;
 }

@@ -6,7 +6,7 @@ use fused_moe_core::operation::{Permute, TileSchedule};
 params! {
     PermuteParams {
         experts: Tensor, row_slot: Tensor, slot_row: Tensor, offsets: Tensor, slots: u64, slots_per_block: u64,
-        blocks: u64, status: u64, experts_total: u32, top_k: u32, first: u32, end: u32,
+        blocks: u64, status: u64, experts_total: u32, top_k: u32, first: u32, end: u32, parts: u32,
     }
 }
 
@@ -32,6 +32,7 @@ pub(crate) fn permute(cuda: &Cuda, stream: &CudaStream, operands: Permute<'_, Cu
         top_k: operands.experts.cols() as u32,
         first: problem.first as u32,
         end: problem.end as u32,
+        parts: plan.parts as u32,
     };
     plan.launches.iter().flatten().try_for_each(|plan| launch(cuda, stream, plan.kernel, plan.grid, &params))
 }

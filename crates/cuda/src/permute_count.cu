@@ -1,7 +1,7 @@
 // First of three: the experts' slots of each block. They are left where the block later writes slot_row, so that the sort
 // needs no memory of its own: a block has E slots at least.
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) permute_count(const __grid_constant__ PermuteParams p) {
+extern "C" __global__ void __launch_bounds__(1024) permute_count(const __grid_constant__ PermuteParams p) {
     extern __shared__ u32 counts[];
     const u64 begin = blockIdx.x * p.slots_per_block;
     const Slots block = {begin, blockIdx.x + 1 == gridDim.x ? p.slots : begin + p.slots_per_block};

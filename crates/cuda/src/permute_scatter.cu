@@ -1,13 +1,13 @@
 // Third of three: each block sorts its slots to their rows.
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) permute_scatter(const __grid_constant__ PermuteParams p) {
+extern "C" __global__ void __launch_bounds__(1024) permute_scatter(const __grid_constant__ PermuteParams p) {
     extern __shared__ u32 counts[];
     const u32 experts = p.experts_total;
     const u64 begin = blockIdx.x * p.slots_per_block;
     const Slots block = {begin, blockIdx.x + 1 == gridDim.x ? p.slots : begin + p.slots_per_block};
     const u32* rows = reinterpret_cast<const u32*>(p.slot_row.data) + begin;
     count_block(p, block, counts, [](u64, u32) {});
-    for (u64 i = threadIdx.x; i < WARPS * (u64)experts; i += 32 * WARPS) counts[i] += rows[i % experts];
+    for (u64 i = threadIdx.x; i < (blockDim.x / 32) * (u64)experts; i += blockDim.x) counts[i] += rows[i % experts];
     __syncthreads();
     scatter_block(p, block, counts);
     u32* row_slot = reinterpret_cast<u32*>(p.row_slot.data);

@@ -3,7 +3,7 @@
 pub(crate) mod grouped;
 
 use crate::device::DeviceNumbers;
-use crate::kernel::{GATE_ROUTE_THREADS, Kernel};
+use crate::kernel::{GATE_ROUTE_THREADS, Kernel, TOKENS};
 use crate::launch::Grid;
 use fused_moe_core::DType;
 use fused_moe_core::problem::{ChoiceProblem, CombineProblem, GateProblem, LinearProblem, PermuteProblem};
@@ -16,9 +16,6 @@ pub(crate) struct Plan {
     pub(crate) why: &'static str,
 }
 
-/// Tokens that a warp of a matrix-vector kernel takes at once.
-pub(crate) const TOKENS: [u8; 2] = [1, 4];
-
 /// Tokens up to which a warp a column reads the weights fast enough.
 const FEW_TOKENS: usize = 48;
 
@@ -27,31 +24,25 @@ pub(crate) const fn dot_vector(x: DType, weight: DType) -> u8 {
     if x.size() == 2 && weight.size() == 2 { 8 } else { 4 }
 }
 
-fn tokens_at_once(tokens: usize) -> u8 {
-    if tokens == 1 { TOKENS[0] } else { TOKENS[1] }
-}
-
 const TILE: usize = 64;
 const FEW: &str = "few tokens: a warp a column streams the weights once";
 const MANY: &str = "many tokens: 64 x 64 tiles share what they read";
 
 /// `aligned` says whether groups of so many elements of x, router and norm weight may be read at once.
-pub(crate) fn gate(problem: &GateProblem, norm: bool, aligned: impl Fn(u64) -> bool) -> Plan {
+pub(crate) fn gate(problem: &GateProblem, aligned: impl Fn(u64) -> bool) -> Plan {
     let GateProblem { tokens, experts, x, router, .. } = *problem;
     if tokens <= FEW_TOKENS {
-        let (vector, at_once) = (vector(dot_vector(x, router), aligned), tokens_at_once(tokens));
-        let kernel = Kernel::Gate { x, router, vector, tokens: at_once, norm };
-        let grid = Grid::plane(experts.div_ceil(8), tokens.div_ceil(at_once.into()), 256);
+        let kernel = Kernel::Gate { x, router, vector: vector(dot_vector(x, router), aligned) };
+        let grid = Grid::plane(experts.div_ceil(8), tokens.div_ceil(TOKENS as usize), 256);
         return Plan { kernel, grid, why: FEW };
     }
-    let kernel = Kernel::GateTiled { x, router, vector: vector(4, aligned), norm };
+    let kernel = Kernel::GateTiled { x, router, vector: vector(4, aligned) };
     Plan { kernel, grid: Grid::plane(tokens.div_ceil(TILE), experts.div_ceil(TILE), 256), why: MANY }
 }
 
 /// Whether a block can have a token's router product and its choice, and how; otherwise the two go one after the other.
 pub(crate) fn gate_route(
     problem: &(GateProblem, ChoiceProblem),
-    norm: bool,
     aligned: impl Fn(u64) -> bool,
     device: &DeviceNumbers,
 ) -> Option<Plan> {
@@ -59,7 +50,7 @@ pub(crate) fn gate_route(
     let shared = route_shared(choice);
     let few = *tokens <= FEW_TOKENS && *experts <= 512 && shared + 1024 <= device.shared_per_block;
     few.then(|| Plan {
-        kernel: Kernel::GateRoute { x: *x, router: *router, vector: vector(dot_vector(*x, *router), aligned), norm },
+        kernel: Kernel::GateRoute { x: *x, router: *router, vector: vector(dot_vector(*x, *router), aligned) },
         grid: Grid::line(*tokens, GATE_ROUTE_THREADS).with_shared(shared),
         why: "few tokens and experts: a block a token, logits and choice in one launch",
     })
@@ -87,7 +78,7 @@ fn route_shared(problem: &ChoiceProblem) -> usize {
 }
 
 /// A block's warps count apart, as many as have room for their counts in shared memory.
-pub(crate) const fn permute_warps(experts: usize) -> u8 {
+const fn permute_warps(experts: usize) -> u32 {
     let mut warps = 32;
     while warps > 1 && warps as usize * experts > 11 * 1024 {
         warps /= 2;
@@ -96,9 +87,9 @@ pub(crate) const fn permute_warps(experts: usize) -> u8 {
 }
 
 /// Threads an expert of the scan over blocks.
-pub(crate) const fn scan_parts(experts: usize) -> u16 {
+const fn scan_parts(experts: usize) -> usize {
     let parts = 1024 / experts;
-    if parts > 1 { parts as u16 } else { 1 }
+    if parts > 1 { parts } else { 1 }
 }
 
 /// One launch for few slots, else three.
@@ -107,39 +98,39 @@ pub(crate) struct PermutePlan {
     pub(crate) launches: [Option<Plan>; 3],
     pub(crate) blocks: usize,
     pub(crate) slots_per_block: usize,
+    pub(crate) parts: usize,
 }
 
 pub(crate) fn permute(problem: &PermuteProblem, device: &DeviceNumbers) -> PermutePlan {
     let &PermuteProblem { slots, experts, .. } = problem;
     let warps = permute_warps(experts);
-    let threads = 32 * u32::from(warps);
-    let counts = 4 * experts * usize::from(warps);
+    let threads = 32 * warps;
+    let counts = 4 * experts * warps as usize;
     let multiprocessors = (device.multiprocessors as usize).max(1);
     let slots_per_block = slots.div_ceil(multiprocessors).max(experts).max(1024);
     let blocks = slots / slots_per_block;
     if blocks <= 2 {
-        let kernel = Kernel::Permute { warps };
         let grid = Grid::line(1, threads).with_shared(counts + 4 * (experts + 1));
-        let one = Plan { kernel, grid, why: "few slots: one block sorts them" };
-        return PermutePlan { launches: [Some(one), None, None], blocks: 1, slots_per_block: slots };
+        let one = Plan { kernel: Kernel::Permute, grid, why: "few slots: one block sorts them" };
+        return PermutePlan { launches: [Some(one), None, None], blocks: 1, slots_per_block: slots, parts: 1 };
     }
     let parts = scan_parts(experts);
     let why = "many slots: each block counts, one block scans, each block sorts";
     let all = Grid::line(blocks, threads).with_shared(counts);
-    let scan = Grid::line(1, 1024).with_shared(4 * (experts + 1 + experts * usize::from(parts)));
+    let scan = Grid::line(1, 1024).with_shared(4 * (experts + 1 + experts * parts));
     let launches = [
-        Some(Plan { kernel: Kernel::PermuteCount { warps }, grid: all, why }),
-        Some(Plan { kernel: Kernel::PermuteScan { parts }, grid: scan, why }),
-        Some(Plan { kernel: Kernel::PermuteScatter { warps }, grid: all, why }),
+        Some(Plan { kernel: Kernel::PermuteCount, grid: all, why }),
+        Some(Plan { kernel: Kernel::PermuteScan, grid: scan, why }),
+        Some(Plan { kernel: Kernel::PermuteScatter, grid: all, why }),
     ];
-    PermutePlan { launches, blocks, slots_per_block }
+    PermutePlan { launches, blocks, slots_per_block, parts }
 }
 
 pub(crate) fn combine(problem: &CombineProblem, norm: bool, aligned: impl Fn(u64) -> bool) -> Plan {
-    let &CombineProblem { tokens, hidden, y, out, .. } = problem;
+    let &CombineProblem { tokens, hidden, y, .. } = problem;
     let vector = if hidden.is_multiple_of(4) { vector(4, aligned) } else { 1 };
     let stash = norm && 4 * hidden <= 40 * 1024;
-    let kernel = Kernel::Combine { y, out, vector, norm, stash };
+    let kernel = Kernel::Combine { y, vector, norm, stash };
     let (pieces, why) = if norm {
         (1, "a block a token: its norm needs all of it")
     } else {
@@ -152,9 +143,9 @@ pub(crate) fn combine(problem: &CombineProblem, norm: bool, aligned: impl Fn(u64
 pub(crate) fn linear(problem: &LinearProblem, aligned: impl Fn(u64) -> bool) -> Plan {
     let &LinearProblem { rows, outer, x, weight, .. } = problem;
     if rows <= FEW_TOKENS {
-        let (vector, at_once) = (vector(dot_vector(x, weight), aligned), tokens_at_once(rows));
-        let grid = Grid::plane(outer.div_ceil(8), rows.div_ceil(at_once.into()), 256);
-        return Plan { kernel: Kernel::Linear { x, weight, vector, tokens: at_once }, grid, why: FEW };
+        let kernel = Kernel::Linear { x, weight, vector: vector(dot_vector(x, weight), aligned) };
+        let grid = Grid::plane(outer.div_ceil(8), rows.div_ceil(TOKENS as usize), 256);
+        return Plan { kernel, grid, why: FEW };
     }
     let tiles = rows.div_ceil(TILE).saturating_mul(outer.div_ceil(TILE));
     let kernel = Kernel::LinearTiled { x, weight, vector: vector(4, aligned) };
@@ -194,11 +185,11 @@ pub(crate) mod tests {
 
     #[test]
     fn few_tokens_stream_and_many_share() {
-        assert_eq!(gate(&gate_problem(1), false, |_| true).grid.blocks, [16, 1, 1]);
-        assert!(matches!(gate(&gate_problem(1), false, |_| true).kernel, Kernel::Gate { vector: 8, tokens: 1, .. }));
-        assert!(matches!(gate(&gate_problem(9), true, |_| false).kernel, Kernel::Gate { vector: 1, tokens: 4, .. }));
-        assert!(matches!(gate(&gate_problem(49), false, |_| true).kernel, Kernel::GateTiled { .. }));
-        assert_eq!(gate(&gate_problem(0), false, |_| true).grid.blocks[1], 0);
+        assert_eq!(gate(&gate_problem(1), |_| true).grid.blocks, [16, 1, 1]);
+        assert!(matches!(gate(&gate_problem(1), |_| true).kernel, Kernel::Gate { vector: 8, .. }));
+        assert!(matches!(gate(&gate_problem(9), |_| false).kernel, Kernel::Gate { vector: 1, .. }));
+        assert!(matches!(gate(&gate_problem(49), |_| true).kernel, Kernel::GateTiled { .. }));
+        assert_eq!(gate(&gate_problem(0), |_| true).grid.blocks[1], 0);
     }
 
     #[test]
@@ -229,7 +220,7 @@ pub(crate) mod tests {
         };
         assert_eq!(route(&problem(128)).grid, Grid::line(2, 128).with_shared(4 * 1024));
         assert_eq!(route(&problem(4096)).grid, Grid::line(5, 256).with_shared(32 * 1024));
-        let both = |tokens| gate_route(&(gate_problem(tokens), problem(128)), false, |_| true, &device());
+        let both = |tokens| gate_route(&(gate_problem(tokens), problem(128)), |_| true, &device());
         assert!(both(1).is_some() && both(1000).is_none());
     }
 

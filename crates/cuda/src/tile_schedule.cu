@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(1024) tile_schedule(const __grid_co
         first_tile[e] = rows / p.tile_rows + (rows % p.tile_rows != 0);
     }
     __syncthreads();
-    scan_block<1024>(first_tile, p.experts_total, parts);
+    scan_block(first_tile, p.experts_total, parts);
     const u32 count = first_tile[p.experts_total];
     if (threadIdx.x == 0) *reinterpret_cast<u32*>(p.count.data) = count;
     for (u64 i = threadIdx.x; i < count && i < p.capacity; i += 1024) {

@@ -1,7 +1,8 @@
 // What becomes of a router sum.
 
-__device__ __forceinline__ f32 norm_factor(f32 squares, u64 hidden, f32 eps) {
-    return 1.0f / sqrtf(squares / (f32)hidden + eps);
+// 1 where there is no norm
+__device__ __forceinline__ f32 norm_factor(const GateParams& p, f32 squares) {
+    return p.norm ? 1.0f / sqrtf(squares / (f32)p.hidden + p.eps) : 1.0f;
 }
 
 __device__ __forceinline__ f32 finish_logit(const GateParams& p, f32 sum, f32 factor, u64 e) {

@@ -1,6 +1,6 @@
 // A stable counting sort of a block's slots: warp by warp in slot order, so that no order of arrival shows.
 //
-// counts [WARPS][E] in shared memory: first how many slots of each expert a warp has, then where its next one goes.
+// counts [warps][E] in shared memory: first how many slots of each expert a warp has, then where its next one goes.
 
 struct Slots {
     u64 begin, end;
@@ -14,7 +14,7 @@ __device__ __forceinline__ u32 expert_of(const PermuteParams& p, u64 slot, u32& 
 }
 
 __device__ __forceinline__ Slots slots_of_warp(Slots block) {
-    const u64 rounds = (block.end - block.begin + 32 * WARPS - 1) / (32 * WARPS);
+    const u64 rounds = (block.end - block.begin + blockDim.x - 1) / blockDim.x;
     Slots s = {block.begin + threadIdx.x / 32 * rounds * 32, 0};
     s.end = s.begin + rounds * 32 < block.end ? s.begin + rounds * 32 : block.end;
     return s;
@@ -38,7 +38,7 @@ template <class Visit> __device__ __forceinline__ u32 for_each_slot(const Permut
 // counts[w][e] = slots of expert e in warps before w; totals of the block through `total(e, n)`.
 template <class Total> __device__ __forceinline__ void count_block(const PermuteParams& p, Slots block, u32* counts, Total total) {
     const u64 experts = p.experts_total;
-    for (u64 i = threadIdx.x; i < WARPS * experts; i += 32 * WARPS) counts[i] = 0;
+    for (u64 i = threadIdx.x; i < blockDim.x / 32 * experts; i += blockDim.x) counts[i] = 0;
     __syncthreads();
     u32* mine = counts + threadIdx.x / 32 * experts;
     const u32 status = for_each_slot(p, slots_of_warp(block), [&](u64, u32 e, u32 rank, u32 n) {
@@ -46,9 +46,9 @@ template <class Total> __device__ __forceinline__ void count_block(const Permute
     });
     raise(p.status, status);
     __syncthreads();
-    for (u64 e = threadIdx.x; e < experts; e += 32 * WARPS) {
+    for (u64 e = threadIdx.x; e < experts; e += blockDim.x) {
         u32 before = 0;
-        for (u32 w = 0; w < WARPS; w++) {
+        for (u32 w = 0; w < blockDim.x / 32; w++) {
             const u32 n = counts[w * experts + e];
             counts[w * experts + e] = before;
             before += n;
@@ -77,10 +77,10 @@ __device__ __forceinline__ void scatter_block(const PermuteParams& p, Slots bloc
 }
 
 // Exclusive sums of values[0 .. n] in shared memory, by the whole block; the last entry becomes the total.
-template <int N> __device__ __forceinline__ void scan_block(u32* values, u32 n, u32* parts) {
+__device__ __forceinline__ void scan_block(u32* values, u32 n, u32* parts) {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 carry = 0;
-    for (u32 base = 0; base < n; base += N) {
+    for (u32 base = 0; base < n; base += blockDim.x) {
         const u32 i = base + threadIdx.x;
         const u32 own = i < n ? values[i] : 0;
         u32 sum = own;
@@ -92,7 +92,7 @@ template <int N> __device__ __forceinline__ void scan_block(u32* values, u32 n, 
         if (lane == 31) parts[warp] = sum;
         __syncthreads();
         u32 before = carry, all = carry;
-        for (u32 w = 0; w < N / 32; w++) {
+        for (u32 w = 0; w < blockDim.x / 32; w++) {
             if (w < warp) before += parts[w];
             all += parts[w];
         }

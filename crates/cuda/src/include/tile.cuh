@@ -11,9 +11,9 @@ struct Tiles {
 };
 
 // Four neighbours of a row, zeros outside.
-template <class T, int VEC>
+template <class T, int WIDE>
 __device__ __forceinline__ void load_four(const T* row, bool inside, u64 col, u64 width, f32 (&to)[4]) {
-    if (VEC == 4 && inside && col + 4 <= width) {
+    if (WIDE == 4 && inside && col + 4 <= width) {
         load<4>(row + col, to);
         return;
     }
@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_four(const T* row, bool inside, u64 col, u6
 
 // sum[i][j] is row first_row + 4 * (thread / 16) + i, column first_col + 4 * (thread % 16) + j.
 // squares: of the row first_row + thread / 4, complete in each of its four threads.
-template <class X, class W, int VEC, bool NORM>
+template <class X, class W, int WIDE>
 __device__ __forceinline__ void multiply_tile(const Tensor& x, u64 first_row, u64 rows, const Tensor& weight, u64 first_col,
                                               u64 cols, const Tensor& norm_weight, u64 width, Tiles& tiles,
                                               f32 (&sum)[4][4], f32& squares) {
@@ -37,15 +37,13 @@ __device__ __forceinline__ void multiply_tile(const Tensor& x, u64 first_row, u6
         for (int j = 0; j < 4; j++) sum[i][j] = 0.0f;
     squares = 0.0f;
     f32 a[4], b[4];
-    load_four<X, VEC>(x_row, x_inside, c, width, a);
-    load_four<W, VEC>(w_row, w_inside, c, width, b);
+    load_four<X, WIDE>(x_row, x_inside, c, width, a);
+    load_four<W, WIDE>(w_row, w_inside, c, width, b);
     for (u64 k = 0; k < width; k += TILE_K) {
-        if (NORM) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                squares = fmaf(a[i], a[i], squares);
-                if (norm_weight.data && k + c + i < width) a[i] *= element(norm_weight, 0, k + c + i);
-            }
+        for (int i = 0; i < 4; i++) {
+            squares = fmaf(a[i], a[i], squares);
+            if (norm_weight.data && k + c + i < width) a[i] *= element(norm_weight, 0, k + c + i);
         }
         __syncthreads();
 #pragma unroll
@@ -55,8 +53,8 @@ __device__ __forceinline__ void multiply_tile(const Tensor& x, u64 first_row, u6
         }
         __syncthreads();
         if (k + TILE_K < width) {
-            load_four<X, VEC>(x_row, x_inside, k + TILE_K + c, width, a);
-            load_four<W, VEC>(w_row, w_inside, k + TILE_K + c, width, b);
+            load_four<X, WIDE>(x_row, x_inside, k + TILE_K + c, width, a);
+            load_four<W, WIDE>(w_row, w_inside, k + TILE_K + c, width, b);
         }
 #pragma unroll
         for (int i = 0; i < TILE_K; i++) {
@@ -69,8 +67,6 @@ __device__ __forceinline__ void multiply_tile(const Tensor& x, u64 first_row, u6
                 for (int n = 0; n < 4; n++) sum[m][n] = fmaf(u[m], v[n], sum[m][n]);
         }
     }
-    if (NORM) {
-        squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-        squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-    }
+    squares += __shfl_xor_sync(0xffffffffu, squares, 1);
+    squares += __shfl_xor_sync(0xffffffffu, squares, 2);
 }

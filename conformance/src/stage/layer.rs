@@ -1,0 +1,382 @@
+//! The whole layer.
+
+use super::choice::relative_error;
+use super::combine::{ResidualPart, norm_errors};
+use super::experts::{Experts, Weights};
+use super::{Check, magnitude, magnitudes, sums};
+use crate::data::{Data, Spread, Tensor};
+use crate::operands::{Operands, Output, Prepared};
+use crate::tolerance;
+use fused_moe_core::config::{LayerConfig, Selection};
+use fused_moe_core::operation::{Forward, NextNorm, Residual, RoutesOut, Source};
+use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix, Orientation, SharedWeights, Table};
+use fused_moe_core::{Backend, DType, Error, Layer, NO_EXPERT, Numerics, Options, Routing, reference};
+use std::borrow::Cow;
+use std::ops::Range;
+
+mod cases;
+
+pub(crate) use cases::cases;
+
+/// A case of a whole layer.
+#[derive(Clone, Debug)]
+pub struct LayerCase {
+    /// T.
+    pub tokens: usize,
+    /// What the layer is.
+    pub config: LayerConfig,
+    /// Formats of x and the residual, of the weights, of the outputs.
+    pub dtypes: [DType; 3],
+    /// Where the routes come from.
+    pub source: From,
+    /// How the experts' matrices lie.
+    pub weights: Weights,
+    /// Whether the experts have biases.
+    pub bias: bool,
+    /// Whether the router has a bias.
+    pub router_bias: bool,
+    /// Whether the gate's norm has a weight.
+    pub norm_weight: bool,
+    /// What the result is added to.
+    pub residual: ResidualPart,
+    /// Whether the next norm is asked for, and whether it has a weight.
+    pub norm: Option<bool>,
+    /// Whether routes and counts are asked for.
+    pub routes: bool,
+    /// The experts that live here.
+    pub local: Option<Range<usize>>,
+    /// What results may depend on.
+    pub numerics: Numerics,
+}
+
+/// Where routes come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum From {
+    /// x.
+    Router,
+    /// Logits.
+    Logits,
+    /// Logits, NaN for every fourth token.
+    BadLogits,
+    /// Given routes.
+    Routes(Spread),
+}
+
+const EPS: f32 = 1e-6;
+const VOCABULARY: usize = 11;
+/// Keys of tokens that go through a whole layer lie at least this far apart.
+const CLEAR: f64 = 2e-4;
+
+impl LayerCase {
+    /// From x, with routes and counts.
+    pub fn new(tokens: usize, config: LayerConfig, dtypes: [DType; 3]) -> Self {
+        Self {
+            tokens,
+            config,
+            dtypes,
+            source: From::Router,
+            weights: Weights::packed(),
+            bias: false,
+            router_bias: false,
+            norm_weight: false,
+            residual: ResidualPart::None,
+            norm: None,
+            routes: true,
+            local: None,
+            numerics: Numerics::Fast,
+        }
+    }
+
+    fn experts(&self) -> Experts {
+        Experts {
+            sizes: [self.config.hidden, self.config.intermediate, self.config.experts],
+            dtype: self.dtypes[1],
+            activation: self.config.activation,
+            weights: self.weights,
+            bias: self.bias,
+        }
+    }
+
+    /// Adds what is read, the routes' source aside; returns the canonical stacks and biases.
+    fn inputs(&self, data: Data, prepared: &mut Prepared) -> [(&'static str, Option<Tensor>); 4] {
+        let LayerConfig { hidden, experts, top_k, .. } = self.config;
+        let [x, weights, written] = self.dtypes;
+        let (tokens, rule) = (self.tokens, self.config.routing);
+        prepared.input("x", data.of("x").tokens(x, [tokens, hidden]));
+        self.experts().host(data, prepared);
+        let mut host = |name, tensor| prepared.host.push((name, tensor));
+        host("router", data.of("router").normal(weights, [experts, hidden], 1.5 / (hidden as f64).sqrt()));
+        if self.router_bias {
+            host("router_bias", data.of("router_bias").normal(weights, [experts], 0.5));
+        }
+        if self.norm_weight {
+            host("router_norm", data.of("router_norm").between(weights, [hidden], 0.5, 1.5));
+        }
+        if matches!(rule.selection, Selection::TopK { bias: true, .. }) {
+            host("correction_bias", data.of("correction_bias").normal(DType::F32, [experts], 0.3));
+        }
+        if rule.weights.expert_scale.is_some() {
+            host("expert_scale", data.of("expert_scale").between(weights, [experts], 0.5, 2.0));
+        }
+        if rule.selection == Selection::Table {
+            host("table", data.of("table").routes([VOCABULARY, top_k, experts], Spread::Even));
+        }
+        if let Some(shared) = self.config.shared {
+            let width = shared.intermediate;
+            let rows = shared.activation.gate_up_rows(width);
+            let scale = |inner: usize| 1.3 / (inner as f64).sqrt();
+            host("shared_gate_up", data.of("shared_gate_up").normal(weights, [rows, hidden], scale(hidden)));
+            host("shared_down", data.of("shared_down").normal(weights, [hidden, width], scale(width)));
+            if shared.gated {
+                host("shared_gate", data.of("shared_gate").normal(weights, [hidden], scale(hidden)));
+            }
+        }
+        if self.residual == ResidualPart::InPlace {
+            host("residual", data.of("residual").tokens(written, [tokens, hidden]));
+        }
+        if self.residual == ResidualPart::Of {
+            prepared.input("residual", data.of("residual").tokens(x, [tokens, hidden]));
+        }
+        if self.norm == Some(true) {
+            prepared.input("norm_weight", data.of("norm_weight").between(weights, [hidden], 0.5, 1.5));
+        }
+        if self.by_token_id() {
+            let ids = data.of("token_ids");
+            let ids = (0..tokens).map(|t| ids.below(t as u64, VOCABULARY) as u32).collect();
+            prepared.input("token_ids", Tensor::ids([tokens], ids));
+        }
+        self.experts().canonical(data)
+    }
+
+    fn by_token_id(&self) -> bool {
+        self.config.routing.selection == Selection::Table && !matches!(self.source, From::Routes(_))
+    }
+
+    /// The reference's weights, but for the experts' own.
+    fn reference<'a>(
+        &self,
+        prepared: &'a Prepared,
+        canonical: &'a [(&'static str, Option<Tensor>); 4],
+    ) -> reference::Layer<'a> {
+        let [gate_up, down, gate_up_bias, down_bias] =
+            canonical.each_ref().map(|(_, t)| t.as_ref().map(Tensor::as_floats));
+        reference::Layer {
+            router: prepared.floats("router"),
+            router_bias: prepared.floats_if("router_bias"),
+            router_norm: prepared.floats_if("router_norm"),
+            correction_bias: prepared.floats_if("correction_bias"),
+            expert_scale: prepared.floats_if("expert_scale"),
+            table: (self.config.routing.selection == Selection::Table).then(|| prepared.ids("table")),
+            gate_up: gate_up.unwrap_or_default(),
+            gate_up_bias,
+            down: down.unwrap_or_default(),
+            down_bias,
+            shared: self.config.shared.map(|_| reference::SharedExpert {
+                gate_up: prepared.floats("shared_gate_up"),
+                down: prepared.floats("shared_down"),
+                gate: prepared.floats_if("shared_gate"),
+            }),
+        }
+    }
+
+    /// The logits and what each may be off by.
+    fn logits(&self, data: Data, prepared: &mut Prepared) -> [Vec<f64>; 2] {
+        let LayerConfig { hidden, experts, .. } = self.config;
+        if self.source != From::Router {
+            let mut logits = data.of("logits").normal(self.dtypes[0], [self.tokens, experts], 1.5);
+            if self.source == From::BadLogits {
+                let values: Vec<f64> = logits.as_floats().to_vec();
+                let bad = |i: usize| i / experts % 4 == 1;
+                let values = values.iter().enumerate().map(|(i, &l)| if bad(i) { f64::NAN } else { l });
+                logits = Tensor::floats(self.dtypes[0], [self.tokens, experts], values.collect::<Vec<_>>());
+            }
+            let values = logits.as_floats().to_vec();
+            let errors = vec![0.0; values.len()];
+            if !matches!(self.source, From::Routes(_)) {
+                prepared.input("logits", logits);
+            }
+            return [values, errors];
+        }
+        let op = reference::Gate {
+            x: prepared.floats("x"),
+            router: prepared.floats("router"),
+            bias: prepared.floats_if("router_bias"),
+            norm_weight: prepared.floats_if("router_norm"),
+            config: self.config.gate,
+            tokens: self.tokens,
+            hidden,
+            experts,
+        };
+        let gated = reference::gate(&op);
+        let (n, router, bias) = (magnitudes(&gated.normed), magnitudes(op.router), op.bias.map(magnitudes));
+        let mut config = self.config.gate;
+        (config.norm, config.softcap, config.scale) = (None, None, config.scale.abs());
+        let (x, bias) = (&n[..], bias.as_deref());
+        let bound = reference::gate(&reference::Gate { x, router: &router, bias, norm_weight: None, config, ..op });
+        [gated.logits, sums(2 * hidden, bound.logits)]
+    }
+
+    /// Whether every choice among the logits is clear, in the order of the choice too.
+    fn is_clear(&self, logits: &[f64], layer: &reference::Layer<'_>) -> bool {
+        let LayerConfig { experts, top_k, routing: rule, .. } = self.config;
+        let (correction_bias, tokens) = (layer.correction_bias, self.tokens);
+        matches!(rule.selection, Selection::Table)
+            || (1..=top_k).all(|top_k| {
+                let expert_scale = None;
+                let op = reference::Route { rule, correction_bias, expert_scale, table: None, tokens, experts, top_k };
+                let mut witness = reference::route(logits, &op).witness.into_iter();
+                witness.all(|w| w.next.key == f64::NEG_INFINITY || w.last.key - w.next.key > CLEAR)
+            })
+    }
+}
+
+impl Check for LayerCase {
+    fn prepare(&self) -> Prepared {
+        let LayerConfig { hidden, experts, top_k, .. } = self.config;
+        let tokens = self.tokens;
+        let mut attempt = 0;
+        let (mut prepared, canonical, [logits, logit_errors], data) = loop {
+            let data = Data::new("layer").of(&format!("{tokens} {hidden} {experts} {attempt}"));
+            let mut prepared = Prepared::default();
+            let canonical = self.inputs(data, &mut prepared);
+            let logits = self.logits(data, &mut prepared);
+            attempt += 1;
+            if self.source != From::Router
+                || attempt == 64
+                || self.is_clear(&logits[0], &self.reference(&prepared, &canonical))
+            {
+                break (prepared, canonical, logits, data);
+            }
+        };
+        let layer = self.reference(&prepared, &canonical);
+        let norm =
+            self.norm.map(|_| reference::Norm { weight: prepared.floats_if("norm_weight"), eps: f64::from(EPS) });
+        let token_ids = self.by_token_id().then(|| prepared.ids("token_ids"));
+        let residual = prepared.floats_if("residual");
+        let input = reference::Input { x: prepared.floats("x"), token_ids, residual, norm, tokens };
+        let given = match self.source {
+            From::Routes(spread) => {
+                let ids = data.of("routes").routes([tokens, top_k, experts], spread);
+                Some((ids, data.of("weights").between(DType::F32, [tokens, top_k], 0.05, 0.9)))
+            }
+            _ => None,
+        };
+        let mut output = match &given {
+            Some((ids, weights)) => {
+                reference::forward_from_routes(&self.config, &layer, &input, ids.as_ids(), weights.as_floats())
+            }
+            None => reference::forward_from_logits(&self.config, &layer, &input, &logits),
+        };
+        let routes = output.routes.clone();
+        if let Some(local) = &self.local {
+            let here =
+                |&id: &u32| if local.contains(&(id as usize)) || id as usize >= experts { id } else { NO_EXPERT };
+            let ids: Vec<u32> = routes.experts.iter().map(here).collect();
+            let status = output.status;
+            output = reference::forward_from_routes(&self.config, &layer, &input, &ids, &routes.weights);
+            output.status |= status;
+        }
+        let relative = (0..tokens)
+            .map(|t| relative_error(&logits[t * experts..][..experts], &logit_errors[t * experts..][..experts]))
+            .fold(0.0, f64::max);
+        let relative = if given.is_some() { 0.0 } else { relative };
+        let inner = hidden + self.config.intermediate + top_k + self.config.shared.map_or(0, |s| s.intermediate);
+        let part = tolerance::layer(inner, self.dtypes[0], relative);
+        let bound = magnitude::of(&self.config, &layer, &input, &output);
+        let errors: Vec<f64> = bound.iter().map(|m| part * m).collect();
+        let weight_errors = routes.weights.iter().map(|w| relative * w.abs()).collect();
+        let counts = output.permutation.counts();
+        let normed = output.normed.map(|normed| {
+            let errors = norm_errors(&output.y, &normed, &errors, hidden);
+            Output::floats("normed", self.dtypes[2], [tokens, hidden], [normed, errors])
+        });
+        let mut y = Output::floats("y", self.dtypes[2], [tokens, hidden], [output.y, errors]);
+        prepared.status = output.status;
+        if self.residual == ResidualPart::InPlace {
+            let at = prepared.host.iter().position(|(name, _)| *name == "residual");
+            y.initial = at.map(|at| prepared.host.remove(at).1);
+        }
+        prepared.output(y).outputs.extend(normed);
+        if self.routes {
+            prepared
+                .output(Output::ids("experts", [tokens, top_k], routes.experts))
+                .output(Output::floats("weights", DType::F32, [tokens, top_k], [routes.weights, weight_errors]))
+                .output(Output::ids("counts", [experts], counts));
+        }
+        if let Some((ids, weights)) = given {
+            prepared.input("given_experts", ids).input("given_weights", weights);
+        }
+        prepared
+    }
+
+    fn call<B: Backend>(&self, backend: &B, stream: &B::Stream, mut operands: Operands<'_, B>) -> Result<(), B::Error> {
+        let options = Options { numerics: self.numerics, local_experts: self.local.clone() };
+        let layer = backend.prepare(&self.config, &self.layer_weights(&operands)?, &options)?;
+        // the second run takes a workspace that is too large, the first one of foreign memory that is not zero
+        let mut workspace = if operands.attempt == 0 {
+            let bytes = layer.workspace_bytes(self.tokens)?;
+            let mut memory = backend.allocate(bytes)?;
+            backend.upload(&vec![0xff; bytes], &mut memory)?;
+            layer.workspace_in(memory, self.tokens)?
+        } else {
+            layer.workspace(self.tokens + 3)?
+        };
+        let call = Forward {
+            x: operands.input("x")?,
+            source: match self.source {
+                From::Router => Source::Router,
+                From::Logits | From::BadLogits => Source::Logits(operands.input("logits")?),
+                From::Routes(_) => Source::Routes(Routing {
+                    experts: operands.input("given_experts")?,
+                    weights: operands.input("given_weights")?,
+                }),
+            },
+            token_ids: operands.input_if("token_ids"),
+            residual: match self.residual {
+                ResidualPart::None => None,
+                ResidualPart::Of => Some(Residual::Of(operands.input("residual")?)),
+                ResidualPart::InPlace => Some(Residual::InPlace),
+            },
+            norm: match operands.output_if("normed") {
+                Some(out) => Some(NextNorm { weight: operands.input_if("norm_weight"), eps: EPS, out }),
+                None => None,
+            },
+            routes: match (operands.output_if("experts"), operands.output_if("weights")) {
+                (Some(experts), Some(weights)) => Some(RoutesOut { experts, weights }),
+                _ => None,
+            },
+            counts: operands.output_if("counts"),
+            y: operands.output("y")?,
+        };
+        layer.run(stream, call, &mut workspace)
+    }
+}
+
+impl LayerCase {
+    fn layer_weights<'a, B: Backend>(&self, operands: &Operands<'a, B>) -> Result<LayerWeights<'a>, Error> {
+        let view = |name| operands.host_if(name).map(Tensor::view).transpose();
+        let shared = match self.config.shared {
+            None => None,
+            Some(shared) => {
+                let (gate_up, width) = (operands.host("shared_gate_up")?.view()?, shared.intermediate);
+                let gated = shared.activation.gate_up_rows(width) - width;
+                let of = |view| Matrix::new(view, Orientation::OutIn);
+                let gate = (gated > 0).then(|| of(gate_up.row_range(0, gated)?)).transpose()?;
+                let down = of(operands.host("shared_down")?.view()?)?;
+                let matrices = ExpertMatrices::new(gate, of(gate_up.row_range(gated, width)?)?, down);
+                Some(SharedWeights { matrices, gate: view("shared_gate")? })
+            }
+        };
+        let table = operands.host_if("table");
+        Ok(LayerWeights {
+            router: view("router")?,
+            router_bias: view("router_bias")?,
+            router_norm: view("router_norm")?,
+            correction_bias: view("correction_bias")?,
+            expert_scale: view("expert_scale")?,
+            table: table.map(|table| Table { experts: Cow::Borrowed(table.as_ids()), vocabulary: VOCABULARY }),
+            experts: self.experts().of_host(operands)?,
+            shared,
+        })
+    }
+}

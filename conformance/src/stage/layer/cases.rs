@@ -1,0 +1,176 @@
+use super::{From, LayerCase};
+use crate::cases::{Case, FLOATS, Operation, Scale, Stage, dtype_name};
+use crate::data::Spread;
+use crate::stage::combine::ResidualPart;
+use crate::stage::experts::Weights;
+use crate::stage::gate_up::ACTIVATIONS;
+use crate::stage::route::rules;
+use fused_moe_core::config::*;
+use fused_moe_core::{DType, Numerics};
+
+fn case(name: &str, layer: LayerCase) -> Case {
+    let LayerConfig { hidden, intermediate, experts, top_k, .. } = layer.config;
+    let sizes = format!("T={} H={hidden} I={intermediate} E={experts} K={top_k}", layer.tokens);
+    let name = format!("{name} {sizes}").trim_start().to_string();
+    let (dtype, placement) = (dtype_name(layer.dtypes), Default::default());
+    Case { stage: Stage::Layer, name, dtype, placement, operation: Operation::Layer(Box::new(layer)) }
+}
+
+/// The cases of whole layers.
+pub(crate) fn cases(scale: Scale) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let (f32, f16, bf16) = (DType::F32, DType::F16, DType::BF16);
+    let mut sizes = vec![
+        [0, 16, 8, 4, 2],
+        [1, 1, 1, 1, 1],
+        [1, 64, 32, 8, 2],
+        [1, 48, 24, 8, 8],
+        [2, 32, 16, 8, 2],
+        [5, 17, 13, 12, 3],
+        [33, 31, 37, 24, 2],
+        [6, 33, 19, 60, 4],
+        [9, 29, 11, 128, 8],
+        [3, 21, 9, 160, 6],
+        [4, 16, 7, 256, 8],
+        [2, 9, 5, 512, 10],
+        [1, 5, 3, 4096, 3],
+        [70, 64, 48, 4, 1],
+    ];
+    if scale == Scale::Full {
+        sizes.extend([[200, 256, 192, 16, 4], [3, 1024, 256, 24, 8], [1, 2048, 768, 8, 2], [513, 131, 97, 3, 1]]);
+    }
+    for dtypes in FLOATS.map(|dtype| [dtype; 3]).into_iter().chain([[bf16, bf16, f32], [f32, bf16, f32]]) {
+        for &[t, h, i, e, k] in &sizes {
+            let plain = LayerCase::new(t, LayerConfig::new(h, i, e, k), dtypes);
+            cases.push(case("", plain.clone()));
+            if t == 5 || t == 1 {
+                let numerics = Numerics::BatchInvariant;
+                cases.push(case("batch-invariant", LayerCase { numerics, ..plain.clone() }));
+            }
+            if t == 5 {
+                cases.push(case("", plain.clone()).strided());
+                cases.push(case("nothing besides", LayerCase { routes: false, ..plain }));
+            }
+        }
+    }
+    for dtypes in FLOATS.map(|dtype| [dtype; 3]).into_iter().chain([[f32, f16, f32]]) {
+        cases.extend(sources(dtypes));
+        cases.extend(parts(dtypes));
+    }
+    for (name, rule) in rules() {
+        let config = LayerConfig { routing: rule, ..LayerConfig::new(24, 20, 16, 3) };
+        cases.push(case(name, LayerCase::new(7, config.clone(), [f32; 3])));
+        cases.push(case(name, LayerCase::new(7, config, [bf16; 3])));
+    }
+    cases
+}
+
+/// From x, logits, routes; with experts that are elsewhere.
+fn sources(dtypes: [DType; 3]) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let sources = [
+        ("router", From::Router),
+        ("logits", From::Logits),
+        ("bad logits", From::BadLogits),
+        ("routes", From::Routes(Spread::Even)),
+        ("skewed routes", From::Routes(Spread::Skewed)),
+        ("routes to the same", From::Routes(Spread::Same(5))),
+        ("routes to one", From::Routes(Spread::One(1))),
+        ("routes with holes", From::Routes(Spread::Holes)),
+        ("bad routes", From::Routes(Spread::Bad)),
+        ("routes nowhere", From::Routes(Spread::Nowhere)),
+    ];
+    for (name, source) in sources {
+        for tokens in [1, 12] {
+            for (kind, local) in [("", None), (" local", Some(2..7)), (" nothing local", Some(3..3))] {
+                let shared =
+                    SharedConfig { intermediate: 10, activation: Activation::default(), gated: true, scale: 1.0 };
+                let config = LayerConfig { shared: Some(shared), ..LayerConfig::new(40, 22, 9, 3) };
+                let layer = LayerCase { source, local: local.clone(), ..LayerCase::new(tokens, config, dtypes) };
+                cases.push(case(&format!("{name}{kind}"), layer.clone()));
+                if tokens == 12 && local.is_none() {
+                    cases.push(case(name, layer).strided());
+                }
+            }
+        }
+    }
+    cases
+}
+
+/// What there is besides router and experts.
+fn parts(dtypes: [DType; 3]) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let config = LayerConfig::new(37, 23, 10, 3);
+    let shared = |gated, scale, activation| SharedConfig { intermediate: 14, activation, gated, scale };
+    let norm =
+        |feeds_experts| GateConfig { norm: Some(GateNorm { eps: 1e-6, feeds_experts }), ..GateConfig::default() };
+    let sum = WeightRule { normalize: Normalize::Sum { eps: 0.0 }, ..WeightRule::default() };
+    let with = |config: LayerConfig| LayerCase::new(8, config, dtypes);
+    let silu = Activation::default();
+    let plain = with(config.clone());
+    for (name, residual) in [("residual", ResidualPart::Of), ("in place", ResidualPart::InPlace)] {
+        for (kind, norm) in [("", None), (" norm", Some(true)), (" norm without weight", Some(false))] {
+            cases.push(case(&format!("{name}{kind}"), LayerCase { residual, norm, ..plain.clone() }));
+        }
+    }
+    cases.push(case("norm", LayerCase { norm: Some(true), ..plain.clone() }));
+    cases.push(case("biases", LayerCase { bias: true, router_bias: true, ..plain.clone() }));
+    for (name, shared) in [
+        ("shared", shared(false, 1.0, silu)),
+        ("shared gated", shared(true, 1.0, silu)),
+        ("shared scaled", shared(true, 0.5, Activation::Gated(Function::GeluTanh))),
+        ("shared without gate", shared(false, 2.0, Activation::Plain(Function::ReluSquared))),
+    ] {
+        let config = LayerConfig { shared: Some(shared), ..config.clone() };
+        cases.push(case(name, with(config.clone())));
+        cases.push(case(name, LayerCase { tokens: 1, ..with(config) }));
+    }
+    for (name, feeds) in [("gate norm", false), ("gate norm feeds experts", true)] {
+        for norm_weight in [false, true] {
+            let shared = Some(shared(true, 1.0, silu));
+            let config = LayerConfig { gate: norm(feeds), shared, ..config.clone() };
+            let name = format!("{name}{}", if norm_weight { " weight" } else { "" });
+            cases.push(case(&name, LayerCase { norm_weight, ..with(config.clone()) }));
+            let routes = From::Routes(Spread::Even);
+            cases.push(case(&format!("{name} routes"), LayerCase { norm_weight, source: routes, ..with(config) }));
+        }
+    }
+    for (kind, activation) in ACTIVATIONS {
+        let routing = RoutingRule { weights: sum, ..RoutingRule::default() };
+        let config = LayerConfig { activation, routing, ..config.clone() };
+        cases.push(case(kind, LayerCase { bias: true, ..with(config.clone()) }));
+        cases.push(case(kind, LayerCase { tokens: 1, bias: true, ..with(config.clone()) }));
+        let config = LayerConfig { weight_on: WeightOn::Input, routed_scale: 1.75, ..config };
+        cases.push(case(&format!("{kind} weight on input"), LayerCase { bias: true, ..with(config) }));
+    }
+    for activation in [silu, Activation::Plain(Function::Relu)] {
+        for weights in Weights::all(activation) {
+            for bias in [false, true] {
+                let gated = if activation.is_gated() { "gated" } else { "plain" };
+                let name = format!("{gated} {:?}{}", weights, if bias { " bias" } else { "" });
+                let config = LayerConfig { activation, ..config.clone() };
+                cases.push(case(&name, LayerCase { weights, bias, ..with(config) }));
+            }
+        }
+    }
+    let everything = LayerCase {
+        bias: true,
+        router_bias: true,
+        norm_weight: true,
+        residual: ResidualPart::Of,
+        norm: Some(true),
+        ..with(LayerConfig {
+            gate: GateConfig { scale: 0.8, softcap: Some(4.0), ..norm(true) },
+            routing: rules()[7].1,
+            shared: Some(shared(true, 0.5, silu)),
+            routed_scale: 1.5,
+            ..LayerConfig::new(37, 23, 12, 3)
+        })
+    };
+    cases.push(case("everything", LayerCase { tokens: 0, ..everything.clone() }));
+    cases.push(case("everything", LayerCase { tokens: 1, ..everything.clone() }));
+    cases.push(case("everything local", LayerCase { local: Some(1..8), ..everything.clone() }));
+    cases.push(case("everything", everything.clone()));
+    cases.push(case("everything", everything).strided());
+    cases
+}

@@ -1,0 +1,245 @@
+//! Operations captured into a graph replay with whatever their operands then hold; foreign streams and memory work.
+
+use fused_moe_core::config::{Normalize, RoutingRule, WeightRule};
+use fused_moe_core::operation::{Choice, Combine, Gate, GateRoute, Permute, Route, SlotRows};
+use fused_moe_core::{Backend, DType, Status, Stream, View};
+use fused_moe_cuda::{Cuda, CudaStream, Error, Graph, Memory, Result};
+use std::time::Instant;
+
+fn device() -> Option<Cuda> {
+    match Cuda::new(0) {
+        Ok(cuda) => Some(cuda),
+        Err(Error::NoDriver { .. }) => {
+            println!("no NVIDIA driver: not run");
+            None
+        }
+        Err(Error::NoDevice { .. }) => {
+            println!("no NVIDIA device: not run");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Numbers in -1 .. 1 that differ with the seed.
+fn numbers(count: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2654435761) | 1;
+    (0..count)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            state as f32 / u32::MAX as f32 * 2.0 - 1.0
+        })
+        .collect()
+}
+
+struct Shape {
+    tokens: usize,
+    hidden: usize,
+    experts: usize,
+    top_k: usize,
+}
+
+/// A router's memory: f32 throughout.
+struct Router {
+    cuda: Cuda,
+    shape: Shape,
+    x: Memory,
+    router: Memory,
+    logits: Memory,
+    experts: Memory,
+    weights: Memory,
+    row_slot: Memory,
+    slot_row: Memory,
+    offsets: Memory,
+    rows: Memory,
+    y: Memory,
+}
+
+/// What the operations leave behind.
+#[derive(Debug, PartialEq)]
+struct Found {
+    experts: Vec<u8>,
+    weights: Vec<u8>,
+    row_slot: Vec<u8>,
+    slot_row: Vec<u8>,
+    offsets: Vec<u8>,
+    y: Vec<u8>,
+}
+
+const RULE: RoutingRule = RoutingRule {
+    score: fused_moe_core::config::Score::Softmax,
+    selection: fused_moe_core::config::Selection::TopK {
+        by: fused_moe_core::config::SelectBy::Score,
+        bias: false,
+        groups: None,
+    },
+    weights: WeightRule {
+        value: fused_moe_core::config::WeightValue::Score,
+        expert_scale: None,
+        normalize: Normalize::Sum { eps: 0.0 },
+        scale: 1.0,
+    },
+};
+
+impl Router {
+    fn new(cuda: &Cuda, shape: Shape) -> Result<Self> {
+        let Shape { tokens, hidden, experts, top_k } = shape;
+        let slots = tokens * top_k;
+        let words = |count: usize| cuda.allocate(4 * count);
+        let mut router = words(experts * hidden)?;
+        cuda.upload(bytemuck::cast_slice(&numbers(experts * hidden, 1)), &mut router)?;
+        let mut rows = words(slots * hidden)?;
+        cuda.upload(bytemuck::cast_slice(&numbers(slots * hidden, 2)), &mut rows)?;
+        Ok(Self {
+            cuda: cuda.clone(),
+            x: words(tokens * hidden)?,
+            router,
+            logits: words(tokens * experts)?,
+            experts: words(slots)?,
+            weights: words(slots)?,
+            row_slot: words(slots)?,
+            slot_row: words(slots)?,
+            offsets: words(experts + 1)?,
+            rows,
+            y: words(tokens * hidden)?,
+            shape,
+        })
+    }
+
+    fn fill(&mut self, seed: u32) -> Result<()> {
+        let x = numbers(self.shape.tokens * self.shape.hidden, seed);
+        self.cuda.upload(bytemuck::cast_slice(&x), &mut self.x)
+    }
+
+    fn enqueue(&mut self, stream: &CudaStream, fused: bool) -> Result<()> {
+        let Shape { tokens, hidden, experts, top_k } = self.shape;
+        let (f32, u32, slots) = (DType::F32, DType::U32, tokens * top_k);
+        let x = View::new(self.x.read(), f32, 0, [tokens, hidden])?;
+        let router = View::new(self.router.read(), f32, 0, [experts, hidden])?;
+        let ids = View::new(self.experts.write(), u32, 0, [tokens, top_k])?;
+        let weights = View::new(self.weights.write(), f32, 0, [tokens, top_k])?;
+        let choice = Choice::new(RULE, ids, weights);
+        if fused {
+            let logits = View::new(self.logits.write(), f32, 0, [tokens, experts])?;
+            let gate = Gate::new(x, router, logits);
+            self.cuda.gate_route(stream, GateRoute { gate, choice })?;
+        } else {
+            let logits = View::new(self.logits.write(), f32, 0, [tokens, experts])?;
+            self.cuda.gate(stream, Gate::new(x, router, logits))?;
+            let logits = View::new(self.logits.read(), f32, 0, [tokens, experts])?;
+            self.cuda.route(stream, Route { logits, choice })?;
+        }
+        self.cuda.permute(
+            stream,
+            Permute {
+                experts: View::new(self.experts.read(), u32, 0, [tokens, top_k])?,
+                experts_total: experts,
+                local: 0..experts,
+                row_slot: View::new(self.row_slot.write(), u32, 0, [slots])?,
+                slot_row: View::new(self.slot_row.write(), u32, 0, [slots])?,
+                offsets: View::new(self.offsets.write(), u32, 0, [experts + 1])?,
+            },
+        )?;
+        let y = View::new(self.rows.read(), f32, 0, [slots, hidden])?;
+        let slot_row = View::new(self.slot_row.read(), u32, 0, [slots])?;
+        let weights = View::new(self.weights.read(), f32, 0, [tokens, top_k])?;
+        let out = View::new(self.y.write(), f32, 0, [tokens, hidden])?;
+        self.cuda.combine(stream, Combine::new(SlotRows::Permuted { y, slot_row }, weights, out))
+    }
+
+    fn found(&self, stream: &CudaStream) -> Result<Found> {
+        assert_eq!(stream.status()?, Status::OK);
+        let read = |memory: &Memory| {
+            let mut bytes = vec![0; memory.bytes()];
+            self.cuda.download(stream, memory, &mut bytes).map(|()| bytes)
+        };
+        Ok(Found {
+            experts: read(&self.experts)?,
+            weights: read(&self.weights)?,
+            row_slot: read(&self.row_slot)?,
+            slot_row: read(&self.slot_row)?,
+            offsets: read(&self.offsets)?,
+            y: read(&self.y)?,
+        })
+    }
+}
+
+#[test]
+fn a_graph_replays_with_new_inputs() -> Result<()> {
+    let Some(cuda) = device() else { return Ok(()) };
+    for (tokens, hidden, experts, top_k) in [(1, 2048, 128, 8), (37, 333, 60, 4), (9000, 64, 160, 6)] {
+        let stream = cuda.stream()?;
+        let mut router = Router::new(&cuda, Shape { tokens, hidden, experts, top_k })?;
+        router.fill(3)?;
+        router.enqueue(&stream, true)?;
+        let first = router.found(&stream)?;
+        let graph = Graph::capture(&stream, || router.enqueue(&stream, true))?;
+        router.fill(4)?;
+        graph.replay(&stream)?;
+        let replayed = router.found(&stream)?;
+        assert_ne!(first, replayed, "other inputs");
+        router.enqueue(&stream, false)?;
+        assert_eq!(router.found(&stream)?, replayed, "gate and route apart, the same bits");
+        router.fill(3)?;
+        graph.replay(&stream)?;
+        assert_eq!(router.found(&stream)?, first, "the same inputs again, T = {tokens}");
+    }
+    Ok(())
+}
+
+#[test]
+fn streams_and_memory_of_the_host_program() -> Result<()> {
+    let Some(cuda) = device() else { return Ok(()) };
+    let theirs = cuda.context().new_stream().unwrap();
+    let stream = CudaStream::from_cudarc(&cuda, theirs.clone())?;
+    let x = theirs.clone_htod(&numbers(4 * 64, 5)).unwrap();
+    let mut out = theirs.alloc_zeros::<f32>(4 * 64).unwrap();
+    let view = |storage| View::new(storage, DType::F32, 0, [4, 64]);
+    let out_view = View::new(fused_moe_cuda::Mut::from_slice(&mut out, &stream), DType::F32, 0, [4, 64])?;
+    let y = view(fused_moe_cuda::Ref::from_slice(&x, &stream))?;
+    let weight = fused_moe_core::operation::Factor::Value(2.0);
+    cuda.accumulate(&stream, fused_moe_core::operation::Accumulate { acc: out_view, weight, y })?;
+    stream.synchronize()?;
+    let expected: Vec<f32> = numbers(4 * 64, 5).iter().map(|x| 2.0 * x).collect();
+    assert_eq!(theirs.clone_dtoh(&out).unwrap(), expected);
+
+    // SAFETY: the context's own default stream, and memory that outlives its use.
+    let (stream, memory) = unsafe {
+        let stream = CudaStream::from_raw(&cuda, std::ptr::null_mut())?;
+        let own = cuda.allocate(1024)?;
+        (stream, (Memory::from_raw(own.address() + 256, 256), own))
+    };
+    let mut word = [1u8; 256];
+    cuda.download(&stream, &memory.0, &mut word)?;
+    assert_eq!(word, [0; 256]);
+    let misaligned = View::new(memory.0.read(), DType::F32, 2, [3]);
+    assert!(misaligned.is_err());
+    assert!(matches!(cuda.allocate(1 << 50), Err(Error::OutOfMemory { free: 1.., .. })));
+    Ok(())
+}
+
+#[test]
+fn timing() -> Result<()> {
+    let Some(cuda) = device() else { return Ok(()) };
+    for tokens in [1, 32, 2048, 8192] {
+        let stream = cuda.stream()?;
+        let mut router = Router::new(&cuda, Shape { tokens, hidden: 2048, experts: 128, top_k: 8 })?;
+        router.fill(3)?;
+        let start = Instant::now();
+        router.enqueue(&stream, true)?;
+        stream.synchronize()?;
+        let first = start.elapsed();
+        let graph = Graph::capture(&stream, || router.enqueue(&stream, true))?;
+        graph.replay(&stream)?;
+        stream.synchronize()?;
+        let start = Instant::now();
+        for _ in 0..100 {
+            graph.replay(&stream)?;
+        }
+        stream.synchronize()?;
+        println!("T={tokens}: first call {first:?}, routing stages {:?} a replay (f32)", start.elapsed() / 100);
+    }
+    Ok(())
+}
