@@ -22,6 +22,7 @@ mod kernel;
 mod launch;
 mod layer;
 mod linear;
+mod measure;
 #[allow(unsafe_code)]
 mod memory;
 mod pack;
@@ -39,6 +40,7 @@ pub use device::{DeviceNumbers, device_count};
 pub use error::{Error, Result};
 pub use jit::{compile_all, compiler};
 pub use layer::CudaLayer;
+pub use measure::time_replays;
 pub use memory::{Memory, Mut, Ref};
 pub use pack::Experts;
 pub use stream::{CudaStream, Graph};

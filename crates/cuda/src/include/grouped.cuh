@@ -82,7 +82,7 @@ __device__ __forceinline__ void store_outputs(const GroupedParams& p, u64 bias, 
     }
 }
 
-// Which tile of which expert is whose: tiles of TILE_M rows and TILE_N columns, expert by expert, rows before columns, so
+// Which tile of which expert is whose: tiles of M rows and some outputs, expert by expert, rows before columns, so
 // that blocks that run together read the same weights. Every block makes the list of first tiles for itself.
 struct Tile {
     u64 item;
@@ -95,13 +95,13 @@ struct Schedule {
     u32 experts, columns;
     u64 items;
 
-    template <int THREADS, int TILE_M> __device__ __forceinline__ void make(const GroupedParams& p, u32* memory, u32 column_tiles) {
+    template <int N, int M> __device__ __forceinline__ void make(const GroupedParams& p, u32* memory, u32 column_tiles) {
         first_tile = memory;
         experts = p.experts;
         columns = column_tiles;
-        for (u32 e = threadIdx.x; e < experts; e += THREADS) {
+        for (u32 e = threadIdx.x; e < experts; e += N) {
             const RowRange range = rows_of(p, e);
-            first_tile[e] = (range.end - range.begin + TILE_M - 1) / TILE_M;
+            first_tile[e] = (range.end - range.begin + M - 1) / M;
         }
         __syncthreads();
         if (threadIdx.x < 32) {
@@ -125,7 +125,7 @@ struct Schedule {
     }
 
     // The tile of `item`, which is not before `tile`'s; false when there is none.
-    template <int TILE_M> __device__ __forceinline__ bool find(const GroupedParams& p, u64 item, Tile& tile) const {
+    template <int M> __device__ __forceinline__ bool find(const GroupedParams& p, u64 item, Tile& tile) const {
         tile.item = item;
         if (item >= items) return false;
         u32 e = tile.expert;
@@ -134,8 +134,8 @@ struct Schedule {
         const u32 local = (u32)(item - (u64)first_tile[e] * columns), row_tiles = first_tile[e + 1] - first_tile[e];
         const RowRange range = rows_of(p, e);
         tile.column = local / row_tiles;
-        tile.first_row = range.begin + local % row_tiles * TILE_M;
-        tile.rows = range.end - tile.first_row < TILE_M ? range.end - tile.first_row : TILE_M;
+        tile.first_row = range.begin + local % row_tiles * M;
+        tile.rows = range.end - tile.first_row < M ? range.end - tile.first_row : M;
         return true;
     }
 };

@@ -86,7 +86,7 @@ fn dot(sizes: &Sizes, aligned: impl Fn(u64) -> bool) -> GroupedPlan {
     let vector = vector(super::dot_vector(x, weight), aligned);
     let unroll = inner.div_ceil(32 * usize::from(vector)).next_power_of_two().min(LOADS / 2);
     let each = (LOADS / (unroll * product.halves())).clamp(1, 4);
-    let at_once = if slots || rows == 1 { 1 } else { ROWS_AT_ONCE };
+    let at_once = if (slots || rows == 1) && x == weight { 1 } else { ROWS_AT_ONCE };
     let (outputs_each, unroll) = (each as u8, unroll as u8);
     let kernel = GroupedKernel::Dot { product, x, weight, vector, outputs: outputs_each, unroll, rows: at_once };
     let grid = Grid::plane(outputs.div_ceil(DOT_WARPS * each), rows, 32 * DOT_WARPS as u32);
@@ -148,7 +148,7 @@ pub(crate) fn all() -> Vec<GroupedKernel> {
         for x in floats {
             for weight in floats {
                 for vector in [1, super::dot_vector(x, weight)] {
-                    for rows in [1, ROWS_AT_ONCE] {
+                    for rows in [1, ROWS_AT_ONCE].into_iter().filter(|&rows| rows > 1 || x == weight) {
                         let outputs = if product.gated { 1 } else { 2 };
                         all.push(GroupedKernel::Dot { product, x, weight, vector, outputs, unroll: 8, rows });
                     }
