@@ -264,6 +264,55 @@ fn many_slots() -> Result<()> {
 }
 
 #[test]
+fn many_tokens_with_norm() -> Result<()> {
+    use fused_moe_core::config::{GateConfig, GateNorm};
+    let Some(cuda) = device() else { return Ok(()) };
+    let f32 = DType::F32;
+    for (tokens, hidden, experts) in [(49, 64, 128), (200, 333, 61), (130, 68, 7)] {
+        let stream = cuda.stream()?;
+        let config =
+            GateConfig { norm: Some(GateNorm { eps: 1e-5, feeds_experts: false }), scale: 0.5, softcap: Some(3.0) };
+        let values = [tokens * hidden, experts * hidden, experts, hidden].map(|count| numbers(count, count as u32));
+        let mut memory = values.each_ref().map(|values| cuda.allocate(4 * values.len()).unwrap());
+        for (values, memory) in values.iter().zip(&mut memory) {
+            cuda.upload(bytemuck::cast_slice(values), memory)?;
+        }
+        let (mut logits, mut normed) = (cuda.allocate(4 * tokens * experts)?, cuda.allocate(4 * tokens * hidden)?);
+        let [x, router, bias, norm_weight] = &memory;
+        let operands = Gate {
+            bias: Some(View::new(bias.read(), f32, 0, [experts])?),
+            norm_weight: Some(View::new(norm_weight.read(), f32, 0, [hidden])?),
+            config,
+            normed: Some(View::new(normed.write(), f32, 0, [tokens, hidden])?),
+            ..Gate::new(
+                View::new(x.read(), f32, 0, [tokens, hidden])?,
+                View::new(router.read(), f32, 0, [experts, hidden])?,
+                View::new(logits.write(), f32, 0, [tokens, experts])?,
+            )
+        };
+        cuda.gate(&stream, operands)?;
+        let [x, router, bias, norm_weight] = values.map(|values| values.into_iter().map(f64::from).collect::<Vec<_>>());
+        let expected = fused_moe_core::reference::gate(&fused_moe_core::reference::Gate {
+            x: &x,
+            router: &router,
+            bias: Some(&bias),
+            norm_weight: Some(&norm_weight),
+            config,
+            tokens,
+            hidden,
+            experts,
+        });
+        for (memory, expected) in [(&logits, &expected.logits), (&normed, &expected.normed)] {
+            let mut found = vec![0f32; expected.len()];
+            cuda.download(&stream, memory, bytemuck::cast_slice_mut(&mut found))?;
+            let error = found.iter().zip(expected).map(|(f, e)| (f64::from(*f) - e).abs()).fold(0.0, f64::max);
+            assert!(error < 1e-5, "T = {tokens}: off by {error:e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn timing() -> Result<()> {
     let Some(cuda) = device() else { return Ok(()) };
     for tokens in [1, 32, 2048, 8192] {
