@@ -42,8 +42,7 @@ pub(crate) fn activation(cuda: &Cuda, stream: &CudaStream, operands: Activate<'_
     up.data += ahead as u64 * up.element_bytes();
     let (limit, alpha) = constants(problem.activation);
     let (rows, width) = (problem.rows, problem.intermediate);
-    let params =
-        ActivationParams { gate, up, out, rows: rows as u64, width: width as u64, step, limit, alpha };
+    let params = ActivationParams { gate, up, out, rows: rows as u64, width: width as u64, step, limit, alpha };
     let kernel = Kernel::Activation { activation: problem.activation.into() };
     launch(cuda, stream, kernel, plan::elementwise(rows, width), &params)
 }

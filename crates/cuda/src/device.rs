@@ -41,8 +41,12 @@ impl DeviceNumbers {
 
 /// Looks for the driver's library without loading it through cudarc, which panics where there is none.
 pub(crate) fn find_driver() -> Result<()> {
-    let names: Vec<String> =
-        ["cuda", "nvcuda"].iter().flat_map(|name| cudarc::get_lib_name_candidates(name)).collect();
+    let mut names: Vec<String> = Vec::new();
+    for name in ["cuda", "nvcuda"].iter().flat_map(|name| cudarc::get_lib_name_candidates(name)) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
     let mut reason = String::new();
     for name in &names {
         // SAFETY: the driver's initialisers are made to run in any process.

@@ -2,7 +2,7 @@
 
 extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ GateParams p) {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u64 expert = (u64)blockIdx.x * 8 + warp;
+    const u64 expert = (u64)blockIdx.x * (blockDim.x / 32) + warp;
     const u64 e = expert < p.experts ? expert : p.experts - 1;
     const u64 groups = (p.tokens + TOKENS - 1) / TOKENS;
     for (u64 group = blockIdx.y; group < groups; group += gridDim.y) {

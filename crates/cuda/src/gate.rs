@@ -44,7 +44,7 @@ impl GateParams {
 pub(crate) fn gate(cuda: &Cuda, stream: &CudaStream, operands: &Gate<'_, Cuda>) -> Result<()> {
     let problem = operands.problem()?;
     let params = GateParams::new(operands)?;
-    let plan = plan::gate(&problem, |n| params.aligned(n));
+    let plan = plan::gate(&problem, |n| params.aligned(n), cuda.numbers());
     launch(cuda, stream, plan.kernel, plan.grid, &params)
 }
 
@@ -54,7 +54,7 @@ pub(crate) fn gate_route(cuda: &Cuda, stream: &CudaStream, operands: GateRoute<'
         gate: GateParams::new(&operands.gate)?,
         choice: ChoiceParams::new(&problem.1, &operands.choice, stream)?,
     };
-    match plan::gate_route(&problem, |n| params.gate.aligned(n), cuda.numbers()) {
+    match plan::gate_route(&problem, |n| params.gate.aligned(n)) {
         Some(plan) => launch(cuda, stream, plan.kernel, plan.grid, &params),
         None => {
             gate(cuda, stream, &operands.gate)?;

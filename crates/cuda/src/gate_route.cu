@@ -1,11 +1,10 @@
-// gate and route in one launch, a block a token: the logits by warps, then the choice by the block.
+// gate and route in one launch, a block a token: the logits by warps, then the choice by one of them.
 
 extern "C" __global__ void __launch_bounds__(THREADS) gate_route(const __grid_constant__ GateRouteParams q) {
     extern __shared__ u64 shared[];
-    __shared__ u64 parts[32];
     const GateParams& p = q.gate;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const RouteScratch scratch = {shared, reinterpret_cast<f32*>(shared + p.experts), parts};
+    const RouteScratch scratch = {shared, reinterpret_cast<f32*>(shared + p.experts), nullptr};
     for (u64 t = blockIdx.x; t < p.tokens; t += gridDim.x) {
         f32* logits = row_of<f32>(p.logits, t);
         for (u64 e = warp; e < p.experts; e += THREADS / 32) {
@@ -17,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gate_route(const __grid_co
             if (e == 0 && p.normed.data) write_normed<X_T>(p, t, factor, lane, 32);
         }
         __syncthreads();
-        route_token<f32, THREADS>(q.choice, logits, t, threadIdx.x, scratch);
+        if (warp == 0) route_token<f32, 32>(q.choice, logits, t, lane, scratch);
         __syncthreads();
     }
 }

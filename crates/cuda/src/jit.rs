@@ -110,8 +110,8 @@ fn load(kernel: Kernel, code: &[u8], device: &Device) -> Result<Loaded> {
     let entry = CString::new(kernel.entry())
         .map_err(|_| Error::Driver { during, reason: "a kernel's name holds a zero byte".into() })?;
     // SAFETY: a CUBIN says itself how long it is; the code comes from NVRTC or from a cache entry whose checksum held.
-    let module = unsafe { result::module::load_data(code.as_ptr().cast::<c_void>()) }
-        .map_err(|e| driver_error(during, e))?;
+    let module =
+        unsafe { result::module::load_data(code.as_ptr().cast::<c_void>()) }.map_err(|e| driver_error(during, e))?;
     // SAFETY: the module was loaded above.
     let found = unsafe { result::module::get_function(module, entry) };
     let found = found.and_then(|function| {
@@ -120,7 +120,10 @@ fn load(kernel: Kernel, code: &[u8], device: &Device) -> Result<Loaded> {
             let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function was found above.
             let fixed = unsafe {
-                result::function::get_function_attribute(function, FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
+                result::function::get_function_attribute(
+                    function,
+                    FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+                )
             }?;
             // SAFETY: as above.
             unsafe { result::function::set_function_attribute(function, attribute, shared as i32 - fixed) }?;

@@ -19,6 +19,6 @@ pub(crate) fn linear(cuda: &Cuda, stream: &CudaStream, operands: Linear<'_, Cuda
         inner: problem.inner as u64,
         outer: problem.outer as u64,
     };
-    let plan = plan::linear(&problem, |n| params.x.aligned(n) && params.weight.aligned(n));
+    let plan = plan::linear(&problem, |n| params.x.aligned(n) && params.weight.aligned(n), cuda.numbers());
     launch(cuda, stream, plan.kernel, plan.grid, &params)
 }

@@ -29,37 +29,41 @@ const FEW: &str = "few tokens: a warp a column streams the weights once";
 const MANY: &str = "many tokens: 64 x 64 tiles share what they read";
 
 /// `aligned` says whether groups of so many elements of x, router and norm weight may be read at once.
-pub(crate) fn gate(problem: &GateProblem, aligned: impl Fn(u64) -> bool) -> Plan {
+pub(crate) fn gate(problem: &GateProblem, aligned: impl Fn(u64) -> bool, device: &DeviceNumbers) -> Plan {
     let GateProblem { tokens, experts, x, router, .. } = *problem;
     if tokens <= FEW_TOKENS {
         let kernel = Kernel::Gate { x, router, vector: vector(dot_vector(x, router), aligned) };
-        let grid = Grid::plane(experts.div_ceil(8), tokens.div_ceil(TOKENS as usize), 256);
+        let grid = warp_a_column(experts, tokens, device);
         return Plan { kernel, grid, why: FEW };
     }
     let kernel = Kernel::GateTiled { x, router, vector: vector(4, aligned) };
     Plan { kernel, grid: Grid::plane(tokens.div_ceil(TILE), experts.div_ceil(TILE), 256), why: MANY }
 }
 
-/// Whether a block can have a token's router product and its choice, and how; otherwise the two go one after the other.
-pub(crate) fn gate_route(
-    problem: &(GateProblem, ChoiceProblem),
-    aligned: impl Fn(u64) -> bool,
-    device: &DeviceNumbers,
-) -> Option<Plan> {
-    let (GateProblem { tokens, experts, x, router, .. }, choice) = problem;
-    let shared = route_shared(choice);
-    let few = *tokens <= FEW_TOKENS && *experts <= 512 && shared + 1024 <= device.shared_per_block;
-    few.then(|| Plan {
+/// The largest router that one block reads as fast as a second launch takes.
+const ROUTER_OF_A_BLOCK: usize = 128 * 1024;
+
+/// Whether a block has a token's router product and its choice, and how; otherwise the two go one after the other, with the
+/// same bits.
+pub(crate) fn gate_route(problem: &(GateProblem, ChoiceProblem), aligned: impl Fn(u64) -> bool) -> Option<Plan> {
+    let (GateProblem { tokens, hidden, experts, x, router }, choice) = problem;
+    let fits = hidden.saturating_mul(*experts).saturating_mul(router.size()) <= ROUTER_OF_A_BLOCK;
+    (*tokens <= FEW_TOKENS && fits && warp_routes(choice)).then(|| Plan {
         kernel: Kernel::GateRoute { x: *x, router: *router, vector: vector(dot_vector(*x, *router), aligned) },
-        grid: Grid::line(*tokens, GATE_ROUTE_THREADS).with_shared(shared),
-        why: "few tokens and experts: a block a token, logits and choice in one launch",
+        grid: Grid::line(*tokens, GATE_ROUTE_THREADS).with_shared(route_shared(choice)),
+        why: "few tokens and a small router: a block a token, logits and choice in one launch",
     })
 }
 
+/// Whether a warp is enough for a token's choice.
+fn warp_routes(problem: &ChoiceProblem) -> bool {
+    problem.experts <= 512 && route_shared(problem) <= 8 * 1024
+}
+
 pub(crate) fn route(problem: &ChoiceProblem) -> Plan {
-    let &ChoiceProblem { tokens, experts, logits, .. } = problem;
+    let &ChoiceProblem { tokens, logits, .. } = problem;
     let shared = route_shared(problem);
-    if experts <= 512 && shared <= 8 * 1024 {
+    if warp_routes(problem) {
         let grid = Grid::line(tokens.div_ceil(4), 128).with_shared(4 * shared);
         return Plan { kernel: Kernel::Route { logits, threads: 32 }, grid, why: "a warp holds the keys of a token" };
     }
@@ -140,16 +144,24 @@ pub(crate) fn combine(problem: &CombineProblem, norm: bool, aligned: impl Fn(u64
     Plan { kernel, grid, why }
 }
 
-pub(crate) fn linear(problem: &LinearProblem, aligned: impl Fn(u64) -> bool) -> Plan {
+pub(crate) fn linear(problem: &LinearProblem, aligned: impl Fn(u64) -> bool, device: &DeviceNumbers) -> Plan {
     let &LinearProblem { rows, outer, x, weight, .. } = problem;
     if rows <= FEW_TOKENS {
         let kernel = Kernel::Linear { x, weight, vector: vector(dot_vector(x, weight), aligned) };
-        let grid = Grid::plane(outer.div_ceil(8), rows.div_ceil(TOKENS as usize), 256);
+        let grid = warp_a_column(outer, rows, device);
         return Plan { kernel, grid, why: FEW };
     }
     let tiles = rows.div_ceil(TILE).saturating_mul(outer.div_ceil(TILE));
     let kernel = Kernel::LinearTiled { x, weight, vector: vector(4, aligned) };
     Plan { kernel, grid: Grid::line(tiles, 256), why: MANY }
+}
+
+/// Blocks of up to 8 warps, of fewer where that gives every multiprocessor some.
+fn warp_a_column(columns: usize, rows: usize, device: &DeviceNumbers) -> Grid {
+    let groups = rows.div_ceil(TOKENS as usize);
+    let share = columns.saturating_mul(groups) / (device.multiprocessors as usize).max(1);
+    let warps = share.clamp(1, 8).next_power_of_two();
+    Grid::plane(columns.div_ceil(warps), groups, 32 * warps as u32)
 }
 
 /// Rows of an element-wise kernel along y, pieces of 256 elements along x.
@@ -185,11 +197,12 @@ pub(crate) mod tests {
 
     #[test]
     fn few_tokens_stream_and_many_share() {
-        assert_eq!(gate(&gate_problem(1), |_| true).grid.blocks, [16, 1, 1]);
-        assert!(matches!(gate(&gate_problem(1), |_| true).kernel, Kernel::Gate { vector: 8, .. }));
-        assert!(matches!(gate(&gate_problem(9), |_| false).kernel, Kernel::Gate { vector: 1, .. }));
-        assert!(matches!(gate(&gate_problem(49), |_| true).kernel, Kernel::GateTiled { .. }));
-        assert_eq!(gate(&gate_problem(0), |_| true).grid.blocks[1], 0);
+        assert_eq!(gate(&gate_problem(1), |_| true, &device()).grid, Grid::plane(128, 1, 32));
+        assert_eq!(gate(&gate_problem(48), |_| true, &device()).grid, Grid::plane(16, 12, 256));
+        assert!(matches!(gate(&gate_problem(1), |_| true, &device()).kernel, Kernel::Gate { vector: 8, .. }));
+        assert!(matches!(gate(&gate_problem(9), |_| false, &device()).kernel, Kernel::Gate { vector: 1, .. }));
+        assert!(matches!(gate(&gate_problem(49), |_| true, &device()).kernel, Kernel::GateTiled { .. }));
+        assert_eq!(gate(&gate_problem(0), |_| true, &device()).grid.blocks[1], 0);
     }
 
     #[test]
@@ -220,14 +233,19 @@ pub(crate) mod tests {
         };
         assert_eq!(route(&problem(128)).grid, Grid::line(2, 128).with_shared(4 * 1024));
         assert_eq!(route(&problem(4096)).grid, Grid::line(5, 256).with_shared(32 * 1024));
-        let both = |tokens| gate_route(&(gate_problem(tokens), problem(128)), |_| true, &device());
-        assert!(both(1).is_some() && both(1000).is_none());
+        let both = |tokens, hidden| {
+            gate_route(&(GateProblem { hidden, ..gate_problem(tokens) }, problem(128)), |_| true).is_some()
+        };
+        assert!(both(1, 512) && !both(1, 2048) && !both(1000, 512));
     }
 
     #[test]
     fn combine_keeps_a_row_where_it_fits() {
         let problem = |hidden| CombineProblem { tokens: 3, top_k: 2, hidden, y: DType::BF16, out: DType::BF16 };
-        assert!(matches!(combine(&problem(2048), true, |_| true).kernel, Kernel::Combine { stash: true, vector: 4, .. }));
+        assert!(matches!(
+            combine(&problem(2048), true, |_| true).kernel,
+            Kernel::Combine { stash: true, vector: 4, .. }
+        ));
         assert!(matches!(combine(&problem(20000), true, |_| true).kernel, Kernel::Combine { stash: false, .. }));
         assert!(matches!(combine(&problem(2047), false, |_| true).kernel, Kernel::Combine { vector: 1, .. }));
         assert_eq!(combine(&problem(2048), false, |_| true).grid.blocks, [3, 2, 1]);

@@ -1,9 +1,7 @@
 use crate::error::{Error, Result};
 use crate::launch::{Grid, Tensor, launch, params};
 use crate::{Cuda, CudaStream, kernel::Kernel, plan};
-use fused_moe_core::config::{
-    ExpertScale, GroupScore, Masked, Normalize, Score, SelectBy, Selection, WeightValue,
-};
+use fused_moe_core::config::{ExpertScale, GroupScore, Masked, Normalize, Score, SelectBy, Selection, WeightValue};
 use fused_moe_core::operation::{Choice, GatherWeights, Route};
 use fused_moe_core::problem::ChoiceProblem;
 

@@ -1,6 +1,6 @@
 //! The CUDA backend against the reference.
 
-use fused_moe_conformance::{Options, run};
+use fused_moe_conformance::{Options, Scale, run};
 use fused_moe_core::Backend;
 use fused_moe_cuda::{Cuda, Error};
 
@@ -14,7 +14,8 @@ fn the_reference_agrees() {
     };
     println!("{}", cuda.describe());
     let filter = std::env::var("FMOE_FILTER").ok();
-    let options = Options { filter, ..Options::default() };
+    let scale = if std::env::var_os("FMOE_FULL").is_some() { Scale::Full } else { Scale::Quick };
+    let options = Options { filter, scale, ..Options::default() };
     let report = run(&cuda, &options, &mut |_| {}).unwrap();
     println!("{report}");
     assert!(report.passed());

@@ -47,6 +47,8 @@ struct Scores {
         if (is_nan(logit)) return 0.0f;
         if (kind == SCORE_SOFTMAX) return sum == 0.0f ? 0.0f : term(logit) / sum;
         if (kind == SCORE_SIGMOID) return sigmoid(logit);
+        // far below zero softplus is exp, and its root is there where it is not
+        if (kind == SCORE_SQRT_SOFTPLUS && logit < -20.0f) return expf(0.5f * logit);
         if (kind == SCORE_SQRT_SOFTPLUS) return sqrtf(log1pf(expf(-fabsf(logit))) + (logit > 0.0f ? logit : 0.0f));
         return logit;
     }

@@ -92,8 +92,7 @@ impl Nvrtc {
         let mut program = ptr::null_mut();
         // SAFETY: the strings outlive the program, which is destroyed below.
         unsafe {
-            let made =
-                (self.create)(&mut program, source.as_ptr(), name.as_ptr(), 0, ptr::null(), ptr::null());
+            let made = (self.create)(&mut program, source.as_ptr(), name.as_ptr(), 0, ptr::null(), ptr::null());
             if made != 0 {
                 return Err(Failure { code: self.error(made), log: String::new() });
             }
