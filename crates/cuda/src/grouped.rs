@@ -116,15 +116,17 @@ impl GroupedKernel {
             ("FUNCTION", function.to_string()),
         ];
         match self {
-            Self::Mma { format, tile: MmaTile { rows, columns, warps: [m, n], stages, blocks }, .. } => defines.extend([
-                ("W_T", format.to_string()),
-                ("TILE_M", rows.to_string()),
-                ("TILE_N", columns.to_string()),
-                ("WARPS_M", m.to_string()),
-                ("WARPS_N", n.to_string()),
-                ("STAGES", stages.to_string()),
-                ("BLOCKS", blocks.to_string()),
-            ]),
+            Self::Mma { format, tile: MmaTile { rows, columns, warps: [m, n], stages, blocks }, .. } => {
+                defines.extend([
+                    ("W_T", format.to_string()),
+                    ("TILE_M", rows.to_string()),
+                    ("TILE_N", columns.to_string()),
+                    ("WARPS_M", m.to_string()),
+                    ("WARPS_N", n.to_string()),
+                    ("STAGES", stages.to_string()),
+                    ("BLOCKS", blocks.to_string()),
+                ])
+            }
             Self::Dot { x, weight, vector, outputs, unroll, rows, .. } => defines.extend([
                 ("X_T", x.to_string()),
                 ("W_T", weight.to_string()),
@@ -133,11 +135,9 @@ impl GroupedKernel {
                 ("UNROLL", unroll.to_string()),
                 ("ROWS", rows.to_string()),
             ]),
-            Self::Tiled { x, weight, vector, .. } => defines.extend([
-                ("X_T", x.to_string()),
-                ("W_T", weight.to_string()),
-                ("VEC", vector.to_string()),
-            ]),
+            Self::Tiled { x, weight, vector, .. } => {
+                defines.extend([("X_T", x.to_string()), ("W_T", weight.to_string()), ("VEC", vector.to_string())])
+            }
         }
         defines
     }

@@ -1,9 +1,9 @@
 //! Every kernel, what it is specialised by, and the text it is compiled from.
 
+use crate::grouped::GroupedKernel;
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
-use crate::grouped::GroupedKernel;
 use crate::{accumulate, activation, combine, copy, gate, linear, permute, route};
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};

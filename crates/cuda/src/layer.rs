@@ -146,7 +146,7 @@ impl Layer<Cuda> for CudaLayer {
 
     fn explain(&self, tokens: usize) -> String {
         let (cuda, recorder) = self.cuda.recording();
-        let source = if self.router.is_some() { Rehearsed::Router } else { Rehearsed::Logits };
+        let source = if self.router.is_some() { Rehearsed::Router } else { Rehearsed::PlainLogits };
         match self.rehearse(&cuda, tokens, source) {
             Ok(()) => format!("{tokens} tokens on {}:{}", self.cuda.numbers().name, recorder.lines()),
             Err(error) => error.to_string(),
@@ -162,7 +162,10 @@ impl Layer<Cuda> for CudaLayer {
 #[derive(Clone, Copy)]
 enum Rehearsed {
     Router,
+    PlainLogits,
+    /// With a norm and counts.
     Logits,
+    /// Which are written out.
     Routes,
 }
 
@@ -172,7 +175,7 @@ impl CudaLayer {
         let (cuda, recorder) = self.cuda.recording();
         let mut tokens = 1;
         while tokens <= max_tokens {
-            for source in [Rehearsed::Router, Rehearsed::Logits, Rehearsed::Routes] {
+            for source in [Rehearsed::Router, Rehearsed::PlainLogits, Rehearsed::Logits, Rehearsed::Routes] {
                 if self.router.is_some() || !matches!(source, Rehearsed::Router) {
                     self.rehearse(&cuda, tokens, source)?;
                 }
@@ -200,6 +203,9 @@ impl CudaLayer {
         }
         match source {
             Rehearsed::Router => {}
+            Rehearsed::PlainLogits => {
+                call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
+            }
             Rehearsed::Logits => {
                 call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
                 call.counts = Some(View::new(counts.write(), U32, 0, [experts])?);
@@ -208,7 +214,8 @@ impl CudaLayer {
             }
             Rehearsed::Routes => {
                 let ids = View::new(ids.read(), U32, 0, slots)?;
-                call.source = Source::Routes(Routing { experts: ids, weights: View::new(logits.read(), F32, 0, slots)? });
+                call.source =
+                    Source::Routes(Routing { experts: ids, weights: View::new(logits.read(), F32, 0, slots)? });
                 let [experts, weights] = &mut out;
                 call.routes = Some(RoutesOut {
                     experts: View::new(experts.write(), U32, 0, slots)?,
@@ -247,10 +254,7 @@ impl CudaLayer {
         let groups = if alone {
             Groups::Slots { experts: Tensor::of(&routing.experts)? }
         } else {
-            Groups::Offsets {
-                offsets: Tensor::of(&offsets)?,
-                row_slot: Tensor::of(&row_slot)?,
-            }
+            Groups::Offsets { offsets: Tensor::of(&offsets)?, row_slot: Tensor::of(&row_slot)? }
         };
         let x = self.expert_input(cuda, stream, x, &mut scratch.tokens, &mut scratch.y)?;
         let (between, outputs) = formats(x.dtype(), self.problem.gate_up, self.problem.down);
@@ -293,11 +297,7 @@ impl CudaLayer {
         cuda.combine(
             stream,
             Combine {
-                rows: if alone {
-                    SlotRows::Slots(y_rows)
-                } else {
-                    SlotRows::Permuted { y: y_rows, slot_row }
-                },
+                rows: if alone { SlotRows::Slots(y_rows) } else { SlotRows::Permuted { y: y_rows, slot_row } },
                 weights: (!on_input).then_some(routing.weights),
                 routed_scale: config.routed_scale,
                 shared,
@@ -305,7 +305,7 @@ impl CudaLayer {
                     Residual::Of(view) => Residual::Of(view),
                     Residual::InPlace => Residual::InPlace,
                 }),
-                norm: norm.map(|NextNorm { weight, eps, out }| NextNorm { weight, eps, out }),
+                norm,
                 out: y,
             },
         )?;

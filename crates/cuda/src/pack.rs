@@ -104,13 +104,8 @@ impl Experts {
             ],
         };
         let places = sizes.places(experts.len());
-        let packed = Self {
-            memory: Memory::new(cuda.device(), places.bytes)?,
-            sizes,
-            places,
-            local,
-            experts: experts.len(),
-        };
+        let packed =
+            Self { memory: Memory::new(cuda.device(), places.bytes)?, sizes, places, local, experts: experts.len() };
         packed.fill(cuda, here)?;
         Ok(packed)
     }
@@ -142,7 +137,8 @@ impl Experts {
             })?;
         }
         if self.sizes.biased[1] {
-            upload.rows(room(self.places.biases[1]), here.len(), heights[1] * 4, |e, to| column(here[e].down_bias, to))?;
+            upload
+                .rows(room(self.places.biases[1]), here.len(), heights[1] * 4, |e, to| column(here[e].down_bias, to))?;
         }
         for (place, table) in self.places.tables.into_iter().zip(&tables) {
             upload.rows(room(place), 1, table.len(), |_, to| to.copy_from_slice(table))?;
@@ -154,7 +150,9 @@ impl Experts {
     fn entries(&self, i: usize) -> Vec<u8> {
         let (rows, cols, dtype) = self.sizes.matrices()[i];
         let entry = |e: usize| {
-            let Some(place) = e.checked_sub(self.local.start).filter(|_| self.local.contains(&e)) else { return [0; 2] };
+            let Some(place) = e.checked_sub(self.local.start).filter(|_| self.local.contains(&e)) else {
+                return [0; 2];
+            };
             let at = |begin: usize, bytes: usize| self.memory.address() + (begin + place * bytes) as u64;
             let bias = if self.sizes.biased[i] { at(self.places.biases[i], rows * 4) } else { 0 };
             [at(self.places.matrices[i], rows * cols * dtype.size()), bias]

@@ -37,7 +37,8 @@ impl Pinned {
     fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
         let stream = device.context.new_stream().map_err(|e| driver_error("upload", e))?;
         // SAFETY: the context is current; the memory is freed once, on drop.
-        let address = unsafe { result::malloc_host(bytes, 0) }.map_err(|e| driver_error("pinned memory", e))?.cast::<u8>();
+        let address =
+            unsafe { result::malloc_host(bytes, 0) }.map_err(|e| driver_error("pinned memory", e))?.cast::<u8>();
         // SAFETY: so many bytes were allocated.
         unsafe { address.write_bytes(0, bytes) };
         Ok(Self { device: Arc::clone(device), stream, address, bytes })

@@ -5,7 +5,7 @@
 //              (from the first-level cache); sums over the warp
 //
 // blockIdx.y is the first of its rows. Rows are grouped by expert, or (p.slot_experts) are the slots themselves.
-#define WARPS 8
+#define WARPS 4
 #define HALVES (GATED ? 2 : 1)
 
 struct DotRows {
@@ -31,19 +31,59 @@ __device__ __forceinline__ DotRows rows_of_block(const GroupedParams& p, u32 row
     return {e, row, range.end - row < ROWS ? range.end - row : ROWS};
 }
 
-// Read once: not to be kept in the first-level cache.
-template <class W, int N> __device__ __forceinline__ Pack<W, N> stream(const W* from) {
-    Pack<W, N> pack;
+// Read once: not to be kept in the first-level cache. Zeros if not `inside`. Volatile, so that loads stay together.
+template <class W, int N> __device__ __forceinline__ Pack<W, N> stream(const W* from, bool inside) {
+    Pack<W, N> pack = {};
     if (sizeof(pack) == 16) {
         uint4 v;
-        asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-            : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-            : "l"(from));
+        asm volatile(
+            "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+            "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}"
+            : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+            : "l"(from), "r"((u32)inside));
         memcpy(&pack, &v, sizeof(pack));
-    } else {
+    } else if (inside) {
         pack = *reinterpret_cast<const Pack<W, N>*>(from);
     }
     return pack;
+}
+
+struct DotOperands {
+    const W_T* weights[HALVES][OUTPUTS];
+    const X_T* x[ROWS];
+    u32 rows;
+};
+
+// The products of UNROLL pieces of each row from `base` on; the last of them may end beyond the row unless WHOLE.
+template <bool WHOLE>
+__device__ __forceinline__ void multiply_pieces(const DotOperands& d, u64 base, u64 inner, f32 (&sum)[HALVES][OUTPUTS][ROWS]) {
+    Pack<W_T, VEC> w[HALVES][OUTPUTS][UNROLL];
+#pragma unroll
+    for (u32 n = 0; n < UNROLL; n++)
+#pragma unroll
+        for (u32 h = 0; h < HALVES; h++)
+#pragma unroll
+            for (u32 o = 0; o < OUTPUTS; o++) {
+                const u64 k = base + n * 32 * VEC;
+                w[h][o][n] = stream<W_T, VEC>(d.weights[h][o] + k, WHOLE || k < inner);
+            }
+#pragma unroll
+    for (u32 n = 0; n < UNROLL; n++) {
+        const u64 k = base + n * 32 * VEC;
+        if (!WHOLE && k >= inner) break;
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+            if (r > 0 && r >= d.rows) break;
+            f32 v[VEC];
+            load<VEC>(d.x[r] + k, v);
+#pragma unroll
+            for (u32 h = 0; h < HALVES; h++)
+#pragma unroll
+                for (u32 o = 0; o < OUTPUTS; o++)
+#pragma unroll
+                    for (u32 j = 0; j < VEC; j++) sum[h][o][r] = fmaf(v[j], to_f32(w[h][o][n].v[j]), sum[h][o][r]);
+        }
+    }
 }
 
 __device__ __forceinline__ void grouped_dot(const GroupedParams& p) {
@@ -54,51 +94,24 @@ __device__ __forceinline__ void grouped_dot(const GroupedParams& p) {
     const u64 first = ((u64)blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS;
     if (!expert.matrix || first >= p.outputs) return;
 
-    const W_T* weights[HALVES][OUTPUTS];
+    DotOperands d;
+    d.rows = rows.count;
 #pragma unroll
     for (u32 o = 0; o < OUTPUTS; o++) {
         const u64 i = first + o < p.outputs ? first + o : first;
 #pragma unroll
-        for (u32 h = 0; h < HALVES; h++) weights[h][o] = reinterpret_cast<const W_T*>(expert.matrix) + (h * p.outputs + i) * p.row_stride;
+        for (u32 h = 0; h < HALVES; h++) d.weights[h][o] = reinterpret_cast<const W_T*>(expert.matrix) + (h * p.outputs + i) * p.row_stride;
     }
     u32 slots[ROWS];
-    const X_T* x[ROWS];
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) {
         slots[r] = r < rows.count ? slot_of(p, rows.first + r) : NO_ROW;
-        x[r] = x_row<X_T>(p, slots[r] == NO_ROW ? 0 : slots[r]);
+        d.x[r] = x_row<X_T>(p, slots[r] == NO_ROW ? 0 : slots[r]);
     }
     f32 sum[HALVES][OUTPUTS][ROWS] = {};
-    for (u64 base = (u64)lane * VEC; base < p.inner; base += 32 * VEC * UNROLL) {
-        Pack<W_T, VEC> w[HALVES][OUTPUTS][UNROLL];
-#pragma unroll
-        for (u32 n = 0; n < UNROLL; n++)
-#pragma unroll
-            for (u32 h = 0; h < HALVES; h++)
-#pragma unroll
-                for (u32 o = 0; o < OUTPUTS; o++) {
-                    const u64 k = base + n * 32 * VEC;
-                    if (k < p.inner) w[h][o][n] = stream<W_T, VEC>(weights[h][o] + k);
-                    else w[h][o][n] = Pack<W_T, VEC>{};
-                }
-#pragma unroll
-        for (u32 n = 0; n < UNROLL; n++) {
-            const u64 k = base + n * 32 * VEC;
-            if (k >= p.inner) break;
-#pragma unroll
-            for (u32 r = 0; r < ROWS; r++) {
-                if (r > 0 && r >= rows.count) break;
-                f32 v[VEC];
-                load<VEC>(x[r] + k, v);
-#pragma unroll
-                for (u32 h = 0; h < HALVES; h++)
-#pragma unroll
-                    for (u32 o = 0; o < OUTPUTS; o++)
-#pragma unroll
-                        for (u32 j = 0; j < VEC; j++) sum[h][o][r] = fmaf(v[j], to_f32(w[h][o][n].v[j]), sum[h][o][r]);
-            }
-        }
-    }
+    const u64 stride = 32 * VEC * UNROLL, whole = p.inner / stride * stride;
+    for (u64 base = 0; base < whole; base += stride) multiply_pieces<true>(d, base + lane * VEC, p.inner, sum);
+    if (whole < p.inner) multiply_pieces<false>(d, whole + lane * VEC, p.inner, sum);
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) {
         if (r >= rows.count) break;

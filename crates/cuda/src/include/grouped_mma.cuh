@@ -47,7 +47,6 @@ struct Loader {
         for (int i = 0; i < W_COPIES; i++)
             if (expert.matrix && first + i * (GATED ? ROWS_AT_ONCE / 2 : ROWS_AT_ONCE) < p.outputs) w_inside |= 1u << i;
         weights = reinterpret_cast<const u16*>(expert.matrix) + (half + first) * p.row_stride + piece * 8;
-        if (!w_inside) weights = x[0];
     }
 
     __device__ __forceinline__ void copy(const GroupedParams& p, const Schedule& schedule, u32 steps, u32 stage) {
@@ -60,13 +59,13 @@ struct Loader {
             for (int i = 0; i < X_COPIES; i++) {
                 const bool inside = within && (x_inside >> i & 1);
                 if (X_COPIES * ROWS_AT_ONCE == TILE_M || r < TILE_M)
-                    copy_async(to + i * ROWS_AT_ONCE * 128, inside ? x[i] + k : x[i] - piece * 8, inside);
+                    copy_async(to + i * ROWS_AT_ONCE * 128, x[i] + k, inside);
             }
             const u64 apart = (GATED ? ROWS_AT_ONCE / 2 : ROWS_AT_ONCE) * p.row_stride;
 #pragma unroll
             for (int i = 0; i < W_COPIES; i++) {
                 const bool inside = within && (w_inside >> i & 1);
-                copy_async(to + X_BYTES + i * ROWS_AT_ONCE * 128, inside ? weights + k + i * apart : x[0] - piece * 8, inside);
+                copy_async(to + X_BYTES + i * ROWS_AT_ONCE * 128, weights + k + i * apart, inside);
             }
             if (++step == steps) {
                 any = schedule.find<TILE_M>(p, tile.item + gridDim.x, tile);

@@ -36,14 +36,16 @@ pub(crate) struct GroupedPlan {
     pub(crate) why: &'static str,
 }
 
-/// Rows up to which a warp an output streams the weights faster than tensor cores do.
-const FEW_ROWS: usize = 96;
+/// Rows up to which a warp an output streams the weights no slower than tensor cores do, and than the general kernel.
+const FEW_ROWS: [usize; 2] = [8, 48];
 /// Rows of an expert that share a weight in registers.
 const ROWS_AT_ONCE: u8 = 4;
 /// Loads of 16 bytes that a warp has on their way.
 const LOADS: usize = 16;
+/// Loads of 16 bytes from one row.
+const MOST_UNROLLED: usize = 8;
 /// Warps of a block of the streaming kernel.
-const DOT_WARPS: usize = 8;
+const DOT_WARPS: usize = 4;
 /// Rows and columns of a tile of the general kernel.
 const TILE: usize = 64;
 
@@ -75,7 +77,8 @@ impl MmaTile {
 /// `aligned` says whether groups of so many elements of x and weights may be read at once.
 pub(crate) fn grouped(sizes: &Sizes, aligned: impl Fn(u64) -> bool, device: &DeviceNumbers) -> GroupedPlan {
     let fast = sizes.x == sizes.weight && sizes.x.size() == 2 && aligned(8);
-    if sizes.slots || (sizes.rows <= FEW_ROWS && !sizes.invariant) {
+    let few = FEW_ROWS[usize::from(!fast)];
+    if sizes.slots || (sizes.rows <= few && !sizes.invariant) {
         return dot(sizes, aligned);
     }
     if fast { mma(sizes, device) } else { tiled(sizes, aligned, device) }
@@ -84,8 +87,12 @@ pub(crate) fn grouped(sizes: &Sizes, aligned: impl Fn(u64) -> bool, device: &Dev
 fn dot(sizes: &Sizes, aligned: impl Fn(u64) -> bool) -> GroupedPlan {
     let &Sizes { product, rows, inner, outputs, x, weight, slots, .. } = sizes;
     let vector = vector(super::dot_vector(x, weight), aligned);
-    let unroll = inner.div_ceil(32 * usize::from(vector)).next_power_of_two().min(LOADS / 2);
-    let each = (LOADS / (unroll * product.halves())).clamp(1, 4);
+    let loads = inner.div_ceil(32 * usize::from(vector)).max(1);
+    // as many as come out even; else the last ones are in part beyond the row
+    let unroll = (1..=MOST_UNROLLED).rev().find(|&n| loads % n == 0 && 2 * n >= loads.min(MOST_UNROLLED));
+    let unroll = unroll.unwrap_or(MOST_UNROLLED);
+    let each = if 2 * unroll * product.halves() > LOADS { 1 } else { 2 };
+    let each = if 4 * unroll * product.halves() > LOADS { each } else { 4 };
     let at_once = if (slots || rows == 1) && x == weight { 1 } else { ROWS_AT_ONCE };
     let (outputs_each, unroll) = (each as u8, unroll as u8);
     let kernel = GroupedKernel::Dot { product, x, weight, vector, outputs: outputs_each, unroll, rows: at_once };
@@ -163,13 +170,7 @@ pub(crate) fn all() -> Vec<GroupedKernel> {
         Activation::ClampedSwish { alpha: 1.0, limit },
         Activation::SiluThenClamp { limit },
     ];
-    for function in [
-        Function::GeluTanh,
-        Function::GeluErf,
-        Function::Relu,
-        Function::ReluSquared,
-        Function::Identity,
-    ] {
+    for function in [Function::GeluTanh, Function::GeluErf, Function::Relu, Function::ReluSquared, Function::Identity] {
         activations.push(Activation::Gated(function));
     }
     activations.extend([Activation::Plain(Function::Silu), Activation::Plain(Function::ReluSquared)]);
@@ -216,10 +217,10 @@ mod tests {
     fn few_rows_stream() {
         let plan = grouped(&Sizes { slots: true, ..sizes(8) }, |_| true, &device());
         assert!(matches!(plan.kernel, GroupedKernel::Dot { vector: 8, outputs: 1, unroll: 8, rows: 1, .. }));
-        assert_eq!(plan.grid, Grid::plane(96, 8, 256));
+        assert_eq!(plan.grid, Grid::plane(192, 8, 128));
         let down = Sizes { product: Product::DOWN, inner: 768, outputs: 2048, ..sizes(8) };
         let plan = grouped(&down, |_| true, &device());
-        assert!(matches!(plan.kernel, GroupedKernel::Dot { outputs: 4, unroll: 4, rows: 4, .. }));
+        assert!(matches!(plan.kernel, GroupedKernel::Dot { outputs: 4, unroll: 3, rows: 4, .. }));
         let unaligned = grouped(&sizes(8), |_| false, &device());
         assert!(matches!(unaligned.kernel, GroupedKernel::Dot { vector: 1, .. }));
     }
@@ -245,7 +246,7 @@ mod tests {
 
     #[test]
     fn blocks_fit_the_device() {
-        for rows in [97, 500, 5000, 50_000, 1 << 24] {
+        for rows in [49, 500, 5000, 50_000, 1 << 24] {
             for experts in [1, 128, 4096] {
                 for shared in [99 << 10, 163 << 10, 227 << 10] {
                     let device = DeviceNumbers { shared_per_block: shared, ..device() };
