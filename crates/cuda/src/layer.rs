@@ -301,11 +301,8 @@ impl CudaLayer {
                 weights: (!on_input).then_some(routing.weights),
                 routed_scale: config.routed_scale,
                 shared,
-                residual: residual.map(|residual| match residual {
-                    Residual::Of(view) => Residual::Of(view),
-                    Residual::InPlace => Residual::InPlace,
-                }),
-                norm,
+                residual: residual.map(for_a_while),
+                norm: norm.map(norm_for_a_while),
                 out: y,
             },
         )?;
@@ -523,6 +520,20 @@ impl SharedExpert {
         let logit = self.gate.as_ref().map(|_| scratch.logit.view(F32, [tokens, 1])).transpose()?;
         Ok(Shared { y: scratch.y.view(outputs, [tokens, hidden])?, factor: None, logit, scale: self.config.scale })
     }
+}
+
+/// The same for a shorter while.
+fn for_a_while<'short, 'long: 'short>(residual: Residual<'long, Cuda>) -> Residual<'short, Cuda> {
+    match residual {
+        Residual::Of(view) => Residual::Of(view),
+        Residual::InPlace => Residual::InPlace,
+    }
+}
+
+/// The same for a shorter while.
+fn norm_for_a_while<'short, 'long: 'short>(norm: NextNorm<'long, Cuda>) -> NextNorm<'short, Cuda> {
+    let NextNorm { weight, eps, out } = norm;
+    NextNorm { weight, eps, out }
 }
 
 /// The formats between gate_up and down, and of the experts' outputs: that of x where tensor cores take it (f16 has too
