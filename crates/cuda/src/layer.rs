@@ -30,10 +30,10 @@ const INVARIANT_TOKENS: usize = 32;
 /// captured at once; run others once before.
 #[derive(Debug)]
 pub struct CudaLayer {
-    cuda: Cuda,
-    problem: LayerProblem,
+    pub(crate) cuda: Cuda,
+    pub(crate) problem: LayerProblem,
     numerics: Numerics,
-    router: Option<Router>,
+    pub(crate) router: Option<Router>,
     router_norm: Option<Memory>,
     correction_bias: Option<Memory>,
     expert_scale: Option<Memory>,
@@ -41,12 +41,12 @@ pub struct CudaLayer {
     experts: Experts,
     shared: Option<SharedExpert>,
     /// For calls that are explained and not run.
-    idle: CudaStream,
+    pub(crate) idle: CudaStream,
 }
 
 /// `[E, H]` as it came, and f32 `[E]`.
 #[derive(Debug)]
-struct Router {
+pub(crate) struct Router {
     matrix: Memory,
     dtype: DType,
     bias: Option<Memory>,
@@ -145,12 +145,7 @@ impl Layer<Cuda> for CudaLayer {
     }
 
     fn explain(&self, tokens: usize) -> String {
-        let (cuda, recorder) = self.cuda.recording();
-        let source = if self.router.is_some() { Rehearsed::Router } else { Rehearsed::PlainLogits };
-        match self.rehearse(&cuda, tokens, source) {
-            Ok(()) => format!("{tokens} tokens on {}:{}", self.cuda.numbers().name, recorder.lines()),
-            Err(error) => error.to_string(),
-        }
+        self.explanation(tokens).unwrap_or_else(|error| error.to_string())
     }
 
     fn run(&self, stream: &CudaStream, call: Forward<'_, Cuda>, workspace: &mut Workspace) -> Result<()> {
@@ -158,77 +153,9 @@ impl Layer<Cuda> for CudaLayer {
     }
 }
 
-/// Calls that stand for all there can be.
-#[derive(Clone, Copy)]
-enum Rehearsed {
-    Router,
-    PlainLogits,
-    /// With a norm and counts.
-    Logits,
-    /// Which are written out.
-    Routes,
-}
-
 impl CudaLayer {
-    /// Finds, compiles and loads what calls with up to so many tokens need.
-    fn compile(&self, max_tokens: usize) -> Result<()> {
-        let (cuda, recorder) = self.cuda.recording();
-        let mut tokens = 1;
-        while tokens <= max_tokens {
-            for source in [Rehearsed::Router, Rehearsed::PlainLogits, Rehearsed::Logits, Rehearsed::Routes] {
-                if self.router.is_some() || !matches!(source, Rehearsed::Router) {
-                    self.rehearse(&cuda, tokens, source)?;
-                }
-            }
-            tokens += (tokens / 32).max(1);
-        }
-        self.cuda.kernels().prepare(&recorder.kernels())
-    }
-
-    /// A call on memory that is not there, which `cuda` records.
-    fn rehearse(&self, cuda: &Cuda, tokens: usize, source: Rehearsed) -> Result<()> {
-        let LayerConfig { hidden, experts, top_k, .. } = self.problem.config;
-        let all = || Memory::placeholder(usize::MAX >> 1);
-        let (x, logits, ids) = (all(), all(), all());
-        let (mut y, mut norm, mut counts, mut out) = (all(), all(), all(), [all(), all()]);
-        let dtype = self.problem.gate_up;
-        let slots = [tokens, top_k];
-        let mut call = Forward::new(
-            View::new(x.read(), dtype, 0, [tokens, hidden])?,
-            View::new(y.write(), dtype, 0, [tokens, hidden])?,
-        );
-        let by_id = self.problem.config.routing.selection == Selection::Table;
-        if by_id && !matches!(source, Rehearsed::Routes) {
-            call.token_ids = Some(View::new(ids.read(), U32, 0, [tokens])?);
-        }
-        match source {
-            Rehearsed::Router => {}
-            Rehearsed::PlainLogits => {
-                call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
-            }
-            Rehearsed::Logits => {
-                call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
-                call.counts = Some(View::new(counts.write(), U32, 0, [experts])?);
-                let out = View::new(norm.write(), dtype, 0, [tokens, hidden])?;
-                call.norm = Some(NextNorm { weight: None, eps: 0.0, out });
-            }
-            Rehearsed::Routes => {
-                let ids = View::new(ids.read(), U32, 0, slots)?;
-                call.source =
-                    Source::Routes(Routing { experts: ids, weights: View::new(logits.read(), F32, 0, slots)? });
-                let [experts, weights] = &mut out;
-                call.routes = Some(RoutesOut {
-                    experts: View::new(experts.write(), U32, 0, slots)?,
-                    weights: View::new(weights.write(), F32, 0, slots)?,
-                });
-            }
-        }
-        let memory = Memory::placeholder(self.workspace_bytes(tokens)?);
-        self.run_on(cuda, &self.idle, call, &mut Workspace::new(memory, &self.problem, tokens)?)
-    }
-
     /// The stages in order.
-    fn run_on(
+    pub(crate) fn run_on(
         &self,
         cuda: &Cuda,
         stream: &CudaStream,
@@ -523,6 +450,7 @@ impl SharedExpert {
 }
 
 /// The same for a shorter while.
+#[allow(clippy::needless_match, reason = "the type is invariant in its lifetime")]
 fn for_a_while<'short, 'long: 'short>(residual: Residual<'long, Cuda>) -> Residual<'short, Cuda> {
     match residual {
         Residual::Of(view) => Residual::Of(view),

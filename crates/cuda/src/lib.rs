@@ -29,6 +29,7 @@ mod pack;
 mod permute;
 mod plan;
 mod record;
+mod rehearse;
 mod route;
 #[allow(unsafe_code)]
 mod stream;
