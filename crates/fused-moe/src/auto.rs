@@ -23,6 +23,9 @@ pub enum Device {
     /// The processor.
     #[cfg(feature = "cpu")]
     Cpu(fused_moe_cpu::Cpu),
+    /// An NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(fused_moe_cuda::Cuda),
 }
 
 /// Code written once for every backend, run on the one that was chosen.
@@ -85,6 +88,8 @@ struct Candidate {
 
 /// All that are built in, best first.
 const CANDIDATES: &[Candidate] = &[
+    #[cfg(feature = "cuda")]
+    Candidate { name: "cuda", preference: 2, open: || Device::cuda(0) },
     #[cfg(feature = "cpu")]
     Candidate { name: "cpu", preference: 1, open: Device::cpu },
 ];
@@ -98,6 +103,16 @@ impl Device {
         fused_moe_cpu::Cpu::new()
             .map(Self::Cpu)
             .map_err(|error| DeviceError::Unavailable { name: "cpu", reason: error.to_string() })
+    }
+
+    /// The NVIDIA GPU of this number.
+    ///
+    /// Errors: `Unavailable`, with the backend's reason.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: usize) -> Result<Self, DeviceError> {
+        fused_moe_cuda::Cuda::new(ordinal)
+            .map(Self::Cuda)
+            .map_err(|error| DeviceError::Unavailable { name: "cuda", reason: error.to_string() })
     }
 
     /// The fastest device that can be used; [`Device::best_and_why`] says how it was found.
@@ -125,12 +140,16 @@ impl Device {
         Err(DeviceError::None { reasons })
     }
 
-    /// A device by its name on a command line; `auto` is [`Device::best`].
+    /// A device by its name on a command line: `cpu`, `cuda`, `cuda:1`; `auto` is [`Device::best`].
     ///
     /// Errors: `Unknown`, `Unavailable`.
     pub fn by_name(name: &str) -> Result<Self, DeviceError> {
         if name == "auto" {
             return Self::best();
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(ordinal) = name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok()) {
+            return Self::cuda(ordinal);
         }
         match CANDIDATES.iter().find(|candidate| candidate.name == name) {
             Some(candidate) => (candidate.open)(),
@@ -157,6 +176,8 @@ impl Device {
         match *self {
             #[cfg(feature = "cpu")]
             Self::Cpu(ref cpu) => visitor.visit(cpu),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref cuda) => visitor.visit(cuda),
         }
     }
 }

@@ -20,16 +20,18 @@
 //! [`Backend`] takes any.
 #![deny(unsafe_code)]
 
-#[cfg(feature = "cpu")]
+#[cfg(any(feature = "cpu", feature = "cuda"))]
 mod auto;
 pub mod checkpoint;
 
-#[cfg(feature = "cpu")]
+#[cfg(any(feature = "cpu", feature = "cuda"))]
 pub use auto::{Device, DeviceError, DeviceInfo, Visitor};
 pub use fused_moe_core::*;
 
 #[cfg(feature = "cpu")]
 pub use fused_moe_cpu as cpu;
+#[cfg(feature = "cuda")]
+pub use fused_moe_cuda as cuda;
 
 /// The examples of the README, compiled.
 #[cfg(all(doctest, feature = "cpu"))]

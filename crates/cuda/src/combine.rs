@@ -1,0 +1,56 @@
+use crate::error::Result;
+use crate::launch::{Tensor, launch, params};
+use crate::{Cuda, CudaStream, plan};
+use fused_moe_core::operation::{Combine, Residual, SlotRows};
+
+params! {
+    CombineParams {
+        y: Tensor, slot_row: Tensor, weights: Tensor, shared: Tensor, factor: Tensor, logit: Tensor, residual: Tensor,
+        norm_weight: Tensor, normed: Tensor, out: Tensor, tokens: u64, hidden: u64, rows: u64, top_k: u32,
+        routed_scale: f32, shared_scale: f32, eps: f32,
+    }
+}
+
+impl CombineParams {
+    /// Whether groups of so many elements may be read and written at once.
+    fn aligned(&self, elements: u64) -> bool {
+        let vector = Tensor { stride: 0, ..self.norm_weight };
+        [self.y, self.shared, self.residual, vector, self.normed, self.out].iter().all(|t| t.aligned(elements))
+    }
+}
+
+pub(crate) fn combine(cuda: &Cuda, stream: &CudaStream, operands: Combine<'_, Cuda>) -> Result<()> {
+    let problem = operands.problem()?;
+    let (y, slot_row, rows) = match &operands.rows {
+        SlotRows::Slots(y) => (Tensor::of(y)?, Tensor::default(), y.rows()),
+        SlotRows::Permuted { y, slot_row } => (Tensor::of(y)?, Tensor::of(slot_row)?, y.rows()),
+    };
+    let out = Tensor::of(&operands.out)?;
+    let (shared, norm) = (operands.shared.as_ref(), operands.norm.as_ref());
+    let column = |view: Option<_>| view.map_or(Ok(Tensor::default()), Tensor::column);
+    let params = CombineParams {
+        y,
+        slot_row,
+        weights: Tensor::maybe(operands.weights.as_ref())?,
+        shared: Tensor::maybe(shared.map(|shared| &shared.y))?,
+        factor: column(shared.and_then(|shared| shared.factor.as_ref()))?,
+        logit: column(shared.and_then(|shared| shared.logit.as_ref()))?,
+        residual: match &operands.residual {
+            Some(Residual::Of(residual)) => Tensor::of(residual)?,
+            Some(Residual::InPlace) => out,
+            None => Tensor::default(),
+        },
+        norm_weight: Tensor::maybe(norm.and_then(|norm| norm.weight.as_ref()))?,
+        normed: Tensor::maybe(norm.map(|norm| &norm.out))?,
+        out,
+        tokens: problem.tokens as u64,
+        hidden: problem.hidden as u64,
+        rows: rows as u64,
+        top_k: problem.top_k as u32,
+        routed_scale: operands.routed_scale,
+        shared_scale: shared.map_or(0.0, |shared| shared.scale),
+        eps: norm.map_or(0.0, |norm| norm.eps),
+    };
+    let plan = plan::combine(&problem, norm.is_some(), |n| params.aligned(n));
+    launch(cuda, stream, plan.kernel, plan.grid, &params)
+}

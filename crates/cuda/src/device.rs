@@ -1,0 +1,272 @@
+//! The device: its numbers, its context, its memory, and the driver calls of streams and graphs.
+
+use crate::error::{Error, Result};
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
+use cudarc::driver::{CudaContext, CudaStream as DriverStream};
+use std::sync::Arc;
+
+/// The oldest driver that will do, 1000 * major + 10 * minor.
+const OLDEST_DRIVER: u32 = 12000;
+
+/// What plans are made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceNumbers {
+    /// Its name.
+    pub name: String,
+    /// Compute capability, major and minor.
+    pub compute_capability: (u32, u32),
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of the L2 cache.
+    pub l2_bytes: usize,
+    /// Bytes of shared memory that a block can have, when it asks.
+    pub shared_per_block: usize,
+    /// Bytes of shared memory of a multiprocessor.
+    pub shared_per_multiprocessor: usize,
+    /// Bytes of device memory.
+    pub memory_bytes: usize,
+    /// CUDA version of the driver, 1000 * major + 10 * minor.
+    pub driver: u32,
+}
+
+impl DeviceNumbers {
+    /// What NVRTC is told to compile for: the architecture's own features included where there are any.
+    pub fn architecture(&self) -> String {
+        let (major, minor) = self.compute_capability;
+        let suffix = if major >= 9 { "a" } else { "" };
+        format!("sm_{major}{minor}{suffix}")
+    }
+}
+
+/// Looks for the driver's library without loading it through cudarc, which panics where there is none.
+pub(crate) fn find_driver() -> Result<()> {
+    let mut names: Vec<String> = Vec::new();
+    for name in ["cuda", "nvcuda"].iter().flat_map(|name| cudarc::get_lib_name_candidates(name)) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    let mut reason = String::new();
+    for name in &names {
+        // SAFETY: the driver's initialisers are made to run in any process.
+        match unsafe { libloading::Library::new(name) } {
+            Ok(_) => return Ok(()),
+            Err(error) if reason.is_empty() => reason = error.to_string(),
+            Err(_) => {}
+        }
+    }
+    Err(Error::NoDriver { tried: names.join(", "), reason })
+}
+
+/// The CUDA version of the driver; it may be asked for before anything else.
+fn driver_version() -> Result<u32> {
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| driver_error("driver version", e))?;
+    Ok(version.unsigned_abs())
+}
+
+/// How many devices there are.
+///
+/// Errors: `NoDriver`, `DriverTooOld`, `Driver`.
+pub fn device_count() -> Result<usize> {
+    find_driver()?;
+    let found = driver_version()?;
+    if found < OLDEST_DRIVER {
+        return Err(Error::DriverTooOld { found, needed: OLDEST_DRIVER });
+    }
+    match CudaContext::device_count() {
+        Ok(count) => Ok(count.unsigned_abs() as usize),
+        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(0),
+        Err(error) => Err(driver_error("device count", error)),
+    }
+}
+
+/// A context on a device, and its numbers.
+#[derive(Debug)]
+pub(crate) struct Device {
+    pub(crate) context: Arc<CudaContext>,
+    pub(crate) numbers: DeviceNumbers,
+}
+
+impl Device {
+    pub(crate) fn new(ordinal: usize) -> Result<Self> {
+        let count = device_count()?;
+        if ordinal >= count {
+            return Err(Error::NoDevice { ordinal, count });
+        }
+        Self::of(CudaContext::new(ordinal).map_err(|e| driver_error("context", e))?)
+    }
+
+    pub(crate) fn of(context: Arc<CudaContext>) -> Result<Self> {
+        let during = "device numbers";
+        let number = |attribute| {
+            let value = context.attribute(attribute).map_err(|e| driver_error(during, e))?;
+            Ok::<_, Error>(value.unsigned_abs())
+        };
+        let numbers = DeviceNumbers {
+            name: context.name().map_err(|e| driver_error(during, e))?,
+            compute_capability: (
+                number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            l2_bytes: number(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+            shared_per_block: number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+            shared_per_multiprocessor: number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?
+                as usize,
+            memory_bytes: context.total_mem().map_err(|e| driver_error(during, e))?,
+            driver: driver_version()?,
+        };
+        let (major, minor) = numbers.compute_capability;
+        if major < 8 {
+            return Err(Error::Architecture { device: numbers.name, major, minor });
+        }
+        Ok(Self { context, numbers })
+    }
+
+    /// Makes the context current on this thread.
+    pub(crate) fn bind(&self, during: &'static str) -> Result<()> {
+        self.context.bind_to_thread().map_err(|e| driver_error(during, e))
+    }
+
+    pub(crate) fn free_bytes(&self) -> Result<usize> {
+        Ok(self.context.mem_get_info().map_err(|e| driver_error("free memory", e))?.0)
+    }
+
+    /// Zeroed memory.
+    pub(crate) fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Allocation> {
+        self.bind("allocation")?;
+        let length = bytes.max(256);
+        // SAFETY: the context is current; the address is freed once, by the Allocation.
+        let address = match unsafe { result::malloc_sync(length) } {
+            Ok(address) => address,
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                return Err(Error::OutOfMemory { needed: bytes, free: self.free_bytes()? });
+            }
+            Err(error) => return Err(driver_error("allocation", error)),
+        };
+        let allocation = Allocation { device: Arc::clone(self), address };
+        // SAFETY: the range was allocated above.
+        unsafe { result::memset_d8_sync(address, 0, length) }.map_err(|e| driver_error("clearing memory", e))?;
+        self.synchronize("clearing memory")?;
+        Ok(allocation)
+    }
+
+    /// Waits for everything on the device.
+    pub(crate) fn synchronize(&self, during: &'static str) -> Result<()> {
+        self.context.synchronize().map_err(|e| driver_error(during, e))
+    }
+}
+
+/// Device memory of its own.
+#[derive(Debug)]
+pub(crate) struct Allocation {
+    device: Arc<Device>,
+    pub(crate) address: u64,
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        if self.device.context.bind_to_thread().is_ok() {
+            // SAFETY: allocated by `Device::allocate`, freed nowhere else. Freeing waits for the device. A failure means
+            // that the context is gone, and the memory with it.
+            let _ = unsafe { result::free_sync(self.address) };
+        }
+    }
+}
+
+/// Copies to the device and waits. The caller has checked the extents.
+pub(crate) fn copy_in(device: &Device, data: &[u8], address: u64) -> Result<()> {
+    device.synchronize("upload")?;
+    // SAFETY: the caller's `&mut Memory` covers the range, and nothing on the device uses it after the wait.
+    unsafe { result::memcpy_htod_sync(address, data) }.map_err(|e| driver_error("upload", e))?;
+    device.synchronize("upload")
+}
+
+/// Copies from the device, after the work of `stream`, and waits. The caller has checked the extents.
+pub(crate) fn copy_out(stream: &DriverStream, address: u64, data: &mut [u8], during: &'static str) -> Result<()> {
+    stream.context().bind_to_thread().map_err(|e| driver_error(during, e))?;
+    // SAFETY: the caller's `&Memory` covers the range; the wait below comes before `data` is given back.
+    unsafe { result::memcpy_dtoh_async(data, address, stream.cu_stream()) }.map_err(|e| driver_error(during, e))?;
+    stream.synchronize().map_err(|e| driver_error(during, e))
+}
+
+/// Clears memory in the order of `stream`. The caller has checked the extent.
+pub(crate) fn clear(stream: &DriverStream, address: u64, bytes: usize, during: &'static str) -> Result<()> {
+    stream.context().bind_to_thread().map_err(|e| driver_error(during, e))?;
+    // SAFETY: the caller owns the range.
+    unsafe { result::memset_d8_async(address, 0, bytes, stream.cu_stream()) }.map_err(|e| driver_error(during, e))
+}
+
+/// A stream that another library owns.
+///
+/// # Safety
+/// As [`CudaStream::from_raw`](crate::CudaStream::from_raw).
+pub(crate) unsafe fn foreign_stream(device: &Device, stream: sys::CUstream) -> Arc<DriverStream> {
+    // SAFETY: passed on to the caller.
+    unsafe { device.context.wrap_borrowed_stream(stream) }
+}
+
+/// Begins to record what is enqueued on `stream` instead of running it.
+pub(crate) fn begin_capture(stream: &DriverStream) -> Result<()> {
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    // SAFETY: the stream lives.
+    unsafe { result::stream::begin_capture(stream.cu_stream(), mode) }.map_err(|e| driver_error("capture", e))
+}
+
+/// Ends the recording and makes it ready to run.
+pub(crate) fn end_capture(stream: &DriverStream) -> Result<Executable> {
+    // SAFETY: the stream lives, and a capture of this thread's began on it.
+    let graph = unsafe { result::stream::end_capture(stream.cu_stream()) }.map_err(|e| driver_error("capture", e))?;
+    // SAFETY: the graph was made above; it is destroyed once.
+    let made = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags_enum(0)) };
+    // SAFETY: as above. A failure to destroy it loses memory and nothing else.
+    let _ = unsafe { result::graph::destroy(graph) };
+    Ok(Executable(made.map_err(|e| driver_error("graph", e))?))
+}
+
+/// A graph that can be launched.
+#[derive(Debug)]
+pub(crate) struct Executable(sys::CUgraphExec);
+
+// SAFETY: the driver's handles may be used from any thread, one at a time.
+unsafe impl Send for Executable {}
+
+impl Executable {
+    pub(crate) fn launch(&self, stream: &DriverStream) -> Result<()> {
+        stream.context().bind_to_thread().map_err(|e| driver_error("graph launch", e))?;
+        // SAFETY: both handles live.
+        unsafe { result::graph::launch(self.0, stream.cu_stream()) }.map_err(|e| driver_error("graph launch", e))
+    }
+}
+
+impl Drop for Executable {
+    fn drop(&mut self) {
+        // SAFETY: destroyed nowhere else. A failure loses memory and nothing else.
+        let _ = unsafe { result::graph::exec_destroy(self.0) };
+    }
+}
+
+/// The driver's error as one of this crate's.
+pub(crate) fn driver_error(during: &'static str, error: DriverError) -> Error {
+    let text = |text: Result<&std::ffi::CStr, DriverError>| {
+        text.map_or_else(|_| String::new(), |text| text.to_string_lossy().into_owned())
+    };
+    let reason = format!("{} ({})", text(error.error_string()), text(error.error_name()));
+    match error.0 {
+        CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
+        | CUresult::CUDA_ERROR_LAUNCH_FAILED
+        | CUresult::CUDA_ERROR_LAUNCH_TIMEOUT
+        | CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION
+        | CUresult::CUDA_ERROR_MISALIGNED_ADDRESS
+        | CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE
+        | CUresult::CUDA_ERROR_INVALID_PC
+        | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
+        | CUresult::CUDA_ERROR_ECC_UNCORRECTABLE
+        | CUresult::CUDA_ERROR_ASSERT
+        | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED => Error::DeviceLost { during, reason },
+        _ => Error::Driver { during, reason },
+    }
+}

@@ -1,0 +1,6 @@
+// The experts' down matrices, for any formats and sizes.
+
+extern "C" __global__ void __launch_bounds__(256) down(const __grid_constant__ GroupedParams p) {
+    extern __shared__ u32 first_tile[];
+    grouped_tiled(p, first_tile);
+}

@@ -1,0 +1,231 @@
+//! The grouped product, which gate_up, down and the shared expert are: its kernels, and how they are launched.
+
+use crate::error::Result;
+use crate::kernel::{ActivationKind, Kernel};
+use crate::launch::{Tensor, launch, params};
+use crate::pack::Table;
+use crate::plan::grouped as plan;
+use crate::{Cuda, CudaStream};
+use fused_moe_core::DType;
+
+params! {
+    GroupedParams {
+        x: Tensor, out: Tensor, input_weights: Tensor, bias: Tensor,
+        weights: u64, table: u64, expert_stride: u64, row_stride: u64, offsets: u64, row_slot: u64, slot_experts: u64,
+        rows: u64, inner: u64, outputs: u64,
+        experts: u32, first: u32, here: u32, top_k: u32, input_columns: u32, neighbours: u32, limit: f32, alpha: f32,
+    }
+}
+
+/// Which product a kernel computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Product {
+    pub(crate) stage: Stage,
+    /// Whether rows of x are found through slots.
+    pub(crate) gather: bool,
+    /// Whether matrices are gate rows, then up rows.
+    pub(crate) gated: bool,
+    /// What is applied before storing.
+    pub(crate) activation: Option<ActivationKind>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Stage {
+    GateUp,
+    Down,
+}
+
+impl Product {
+    pub(crate) const DOWN: Self = Self { stage: Stage::Down, gather: false, gated: false, activation: None };
+
+    /// Rows of a matrix that make one output.
+    pub(crate) fn halves(self) -> usize {
+        if self.gated { 2 } else { 1 }
+    }
+}
+
+/// A tile of the tensor-core kernel, the warps that share it, and the ring that feeds them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct MmaTile {
+    pub(crate) rows: u16,
+    pub(crate) columns: u16,
+    pub(crate) warps: [u8; 2],
+    pub(crate) stages: u8,
+    /// Blocks that a multiprocessor holds.
+    pub(crate) blocks: u8,
+}
+
+/// A kernel of the grouped product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum GroupedKernel {
+    Mma { product: Product, format: DType, tile: MmaTile },
+    Dot { product: Product, x: DType, weight: DType, vector: u8, outputs: u8, unroll: u8, rows: u8 },
+    Tiled { product: Product, x: DType, weight: DType, vector: u8 },
+}
+
+const GROUPED: &str = include_str!("include/grouped.cuh");
+
+impl GroupedKernel {
+    fn product(self) -> Product {
+        match self {
+            Self::Mma { product, .. } | Self::Dot { product, .. } | Self::Tiled { product, .. } => product,
+        }
+    }
+
+    /// The name of its entry and of its file.
+    pub(crate) fn entry(self) -> &'static str {
+        match (self.product().stage, self) {
+            (Stage::GateUp, Self::Mma { .. }) => "gate_up_mma",
+            (Stage::GateUp, Self::Dot { .. }) => "gate_up_dot",
+            (Stage::GateUp, Self::Tiled { .. }) => "gate_up",
+            (Stage::Down, Self::Mma { .. }) => "down_mma",
+            (Stage::Down, Self::Dot { .. }) => "down_dot",
+            (Stage::Down, Self::Tiled { .. }) => "down",
+        }
+    }
+
+    /// The parts of its text that follow its parameters.
+    pub(crate) fn parts(self) -> Vec<&'static str> {
+        let mut parts = vec![GROUPED];
+        parts.extend(match self {
+            Self::Mma { .. } => vec![include_str!("include/mma.cuh"), include_str!("include/grouped_mma.cuh")],
+            Self::Dot { .. } => vec![include_str!("include/grouped_dot.cuh")],
+            Self::Tiled { .. } => vec![include_str!("include/grouped_tiled.cuh")],
+        });
+        parts.push(match (self.product().stage, self) {
+            (Stage::GateUp, Self::Mma { .. }) => include_str!("gate_up_mma.cu"),
+            (Stage::GateUp, Self::Dot { .. }) => include_str!("gate_up_dot.cu"),
+            (Stage::GateUp, Self::Tiled { .. }) => include_str!("gate_up.cu"),
+            (Stage::Down, Self::Mma { .. }) => include_str!("down_mma.cu"),
+            (Stage::Down, Self::Dot { .. }) => include_str!("down_dot.cu"),
+            (Stage::Down, Self::Tiled { .. }) => include_str!("down.cu"),
+        });
+        parts
+    }
+
+    /// What its text is specialised by.
+    pub(crate) fn defines(self) -> Vec<(&'static str, String)> {
+        let Product { gather, gated, activation, .. } = self.product();
+        let none = ActivationKind { form: "FORM_PLAIN", function: "FUNCTION_IDENTITY" };
+        let ActivationKind { form, function } = activation.unwrap_or(none);
+        let mut defines = vec![
+            ("GATHER", gather.to_string()),
+            ("GATED", gated.to_string()),
+            ("ACTIVATE", activation.is_some().to_string()),
+            ("FORM", form.to_string()),
+            ("FUNCTION", function.to_string()),
+        ];
+        match self {
+            Self::Mma { format, tile: MmaTile { rows, columns, warps: [m, n], stages, blocks }, .. } => {
+                defines.extend([
+                    ("W_T", format.to_string()),
+                    ("TILE_M", rows.to_string()),
+                    ("TILE_N", columns.to_string()),
+                    ("WARPS_M", m.to_string()),
+                    ("WARPS_N", n.to_string()),
+                    ("STAGES", stages.to_string()),
+                    ("BLOCKS", blocks.to_string()),
+                ])
+            }
+            Self::Dot { x, weight, vector, outputs, unroll, rows, .. } => defines.extend([
+                ("X_T", x.to_string()),
+                ("W_T", weight.to_string()),
+                ("VEC", vector.to_string()),
+                ("OUTPUTS", outputs.to_string()),
+                ("UNROLL", unroll.to_string()),
+                ("ROWS", rows.to_string()),
+            ]),
+            Self::Tiled { x, weight, vector, .. } => {
+                defines.extend([("X_T", x.to_string()), ("W_T", weight.to_string()), ("VEC", vector.to_string())])
+            }
+        }
+        defines
+    }
+}
+
+/// Which rows are whose.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Groups {
+    /// All of them the first expert's.
+    One,
+    /// Grouped by expert, as offsets `[E+1]` say; a row's slot is `row_slot[r]` where rows are gathered.
+    Offsets { offsets: Tensor, row_slot: Tensor },
+    /// The slots themselves, for which experts `[R]` are given, each in range.
+    Slots { experts: Tensor },
+}
+
+/// Operands of [`grouped`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grouped {
+    pub(crate) product: Product,
+    /// R.
+    pub(crate) rows: usize,
+    pub(crate) groups: Groups,
+    /// `[R, C]`, or `[T, C]` to gather from, and its format.
+    pub(crate) x: (Tensor, DType),
+    /// K, where rows are gathered.
+    pub(crate) top_k: usize,
+    /// f32, one a slot (a row without gather), in rows of so many: multiplies the row of x, by linearity the product.
+    pub(crate) input_weights: (Tensor, usize),
+    pub(crate) table: Table,
+    /// The activation's limit and alpha.
+    pub(crate) constants: (f32, f32),
+    pub(crate) out: Tensor,
+    /// Whether a row's bits must not depend on the others.
+    pub(crate) invariant: bool,
+}
+
+/// Enqueues a grouped product.
+pub(crate) fn grouped(cuda: &Cuda, stream: &CudaStream, operands: &Grouped) -> Result<()> {
+    let Grouped { product, rows, groups, x: (x, x_format), table, input_weights, out, .. } = *operands;
+    let sizes = plan::Sizes {
+        product,
+        rows,
+        experts: table.experts,
+        inner: table.inner,
+        outputs: table.outputs,
+        x: x_format,
+        weight: table.format,
+        slots: matches!(groups, Groups::Slots { .. }),
+        invariant: operands.invariant,
+    };
+    let (w, inner) = (table.weights(), table.inner as u64);
+    let aligned = |n: u64| x.aligned(n) && w.aligned(n) && inner.is_multiple_of(n);
+    let plan = plan::grouped(&sizes, aligned, cuda.numbers());
+    let neighbours = plan::neighbours(plan.kernel);
+    let halves_aligned = product.activation.is_some() || (table.outputs as u64).is_multiple_of(neighbours);
+    let mut params = GroupedParams {
+        x,
+        out,
+        input_weights: input_weights.0,
+        bias: table.bias,
+        weights: w.data,
+        table: if matches!(groups, Groups::Slots { .. }) { 0 } else { table.entries },
+        expert_stride: table.expert_stride as u64,
+        row_stride: w.stride,
+        rows: rows as u64,
+        inner,
+        outputs: table.outputs as u64,
+        experts: table.experts as u32,
+        first: table.first as u32,
+        here: table.here as u32,
+        top_k: operands.top_k as u32,
+        input_columns: input_weights.1 as u32,
+        neighbours: (halves_aligned && out.aligned(neighbours)).into(),
+        limit: operands.constants.0,
+        alpha: operands.constants.1,
+        ..GroupedParams::default()
+    };
+    match groups {
+        Groups::One => {}
+        Groups::Offsets { offsets, row_slot } => {
+            params.offsets = offsets.data;
+            params.row_slot = if product.gather { row_slot.data } else { 0 };
+        }
+        Groups::Slots { experts } => params.slot_experts = experts.data,
+    }
+    if let Some(recorder) = cuda.recorder() {
+        recorder.explain(plan.why);
+    }
+    launch(cuda, stream, Kernel::Grouped(plan.kernel), plan.grid, &params)
+}

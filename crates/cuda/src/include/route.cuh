@@ -1,0 +1,246 @@
+// Logits of one token to its experts and weights, by N threads: a warp or a block.
+//
+//   key[e] = score, logit or sum with the bias; groups masked
+//   K (and one more for the witness) times: the largest key, equal ones by expert
+//   value -> scale -> norm -> scale
+//
+// A key is kept as a word that sorts as it should: [not masked | the key's bits, made monotonic | lower expert first].
+// experts [K] and weights [K] in global memory hold what is chosen and what its weight is so far.
+
+#define SCORE_SOFTMAX 0
+#define SCORE_SIGMOID 1
+#define SCORE_SQRT_SOFTPLUS 2
+#define SCORE_LOGIT 3
+#define SELECT_TOP_K 0
+#define SELECT_SPARSE_MIXER 1
+#define SELECT_TABLE 2
+#define NORMALIZE_NONE 0
+#define NORMALIZE_SUM 1
+#define NORMALIZE_SUM_AT_LEAST 2
+#define NORMALIZE_LP 3
+#define SCALE_BEFORE 1
+#define SCALE_AFTER 2
+
+#define TAKEN 0ull
+#define PREFERRED (1ull << 63)
+
+__device__ __forceinline__ u64 word_of_key(f32 key, u32 e) {
+    u32 bits = __float_as_uint(key + 0.0f);
+    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return PREFERRED | (u64)bits << 31 | (0x7fffffffu - e);
+}
+__device__ __forceinline__ u32 expert_of_word(u64 word) { return 0x7fffffffu - (u32)(word & 0x7fffffffu); }
+__device__ __forceinline__ f32 key_of_word(u64 word) {
+    u32 bits = (u32)(word >> 31);
+    return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
+// What the scores of a token are made from.
+struct Scores {
+    f32 max, sum;
+    u32 kind;
+    __device__ __forceinline__ f32 term(f32 logit) const {
+        if (is_nan(logit) || logit == -INFINITE) return 0.0f;
+        return logit == max ? 1.0f : expf(logit - max);
+    }
+    __device__ __forceinline__ f32 of(f32 logit) const {
+        if (is_nan(logit)) return 0.0f;
+        if (kind == SCORE_SOFTMAX) return sum == 0.0f ? 0.0f : term(logit) / sum;
+        if (kind == SCORE_SIGMOID) return sigmoid(logit);
+        // far below zero softplus is exp, and its root is there where it is not
+        if (kind == SCORE_SQRT_SOFTPLUS && logit < -20.0f) return expf(0.5f * logit);
+        if (kind == SCORE_SQRT_SOFTPLUS) return sqrtf(log1pf(expf(-fabsf(logit))) + (logit > 0.0f ? logit : 0.0f));
+        return logit;
+    }
+};
+
+// Shared memory of one token: E words, then a float for each group.
+struct RouteScratch {
+    u64* words;
+    f32* worth;
+    u64* parts;
+};
+
+template <int N>
+__device__ void limit_to_groups(const ChoiceParams& p, u32 lane, const RouteScratch& s) {
+    const u32 size = p.experts_total / p.groups;
+    for (u32 g = lane; g < p.groups; g += N) {
+        f32 best = -INFINITE, second = -INFINITE;
+        for (u32 e = g * size; e < (g + 1) * size; e++) {
+            const f32 key = key_of_word(s.words[e]);
+            if (key > best) {
+                second = best;
+                best = key;
+            } else if (key > second) {
+                second = key;
+            }
+        }
+        f32 worth = p.group_by_two && size > 1 ? best + second : best;
+        s.worth[g] = is_nan(worth) ? -INFINITE : worth;
+    }
+    sync<N>();
+    for (u32 g = lane; g < p.groups; g += N) {
+        const f32 worth = s.worth[g];
+        u32 before = 0;
+        for (u32 other = 0; other < p.groups; other++)
+            before += s.worth[other] > worth || (s.worth[other] == worth && other < g);
+        if (before < p.groups_kept) continue;
+        for (u32 e = g * size; e < (g + 1) * size; e++)
+            s.words[e] = p.masked_to_zero ? word_of_key(0.0f, e) : word_of_key(-INFINITE, e) & ~PREFERRED;
+    }
+    sync<N>();
+}
+
+template <class L, int N>
+__device__ void choose_top_k(const ChoiceParams& p, const L* logits, u64 t, u32 lane, const Scores& scores, bool by_logit,
+                             const RouteScratch& s) {
+    const u32 experts_total = p.experts_total;
+    for (u32 e = lane; e < experts_total; e += N) {
+        const f32 logit = to_f32(logits[e]);
+        f32 key = by_logit ? logit : scores.of(logit);
+        if (p.bias.data) key += element(p.bias, 0, e);
+        s.words[e] = word_of_key(is_nan(logit) || is_nan(key) ? -INFINITE : key, e);
+    }
+    sync<N>();
+    if (p.groups) limit_to_groups<N>(p, lane, s);
+    u64 mine = TAKEN;
+    for (u32 e = lane; e < experts_total; e += N) mine = Max::of(mine, s.words[e]);
+    u32* experts = row_of<u32>(p.experts, t);
+    const bool witness = p.witness_keys.data != 0;
+    const u32 rounds = p.top_k + (witness && p.top_k < experts_total ? 1 : 0);
+    for (u32 k = 0; k < rounds; k++) {
+        const u64 word = reduce<Max, N>(mine, s.parts);
+        const u32 e = expert_of_word(word);
+        if (lane == 0) {
+            if (k < p.top_k) experts[k] = e;
+            if (witness && k + 1 >= p.top_k) {
+                row_of<f32>(p.witness_keys, t)[k + 1 - p.top_k] = key_of_word(word);
+                row_of<u32>(p.witness_experts, t)[k + 1 - p.top_k] = e;
+            }
+        }
+        if (e % N == lane) {
+            s.words[e] = mine = TAKEN;
+            for (u32 other = lane; other < experts_total; other += N) mine = Max::of(mine, s.words[other]);
+        }
+    }
+    if (witness && p.top_k == experts_total && lane == 0) {
+        row_of<f32>(p.witness_keys, t)[1] = -INFINITE;
+        row_of<u32>(p.witness_experts, t)[1] = NO_EXPERT;
+    }
+}
+
+// The two masked passes; the experts are chosen already. Writes the values.
+template <class L, int N>
+__device__ void sparse_mixer_values(const ChoiceParams& p, const L* logits, u64 t, u32 lane, const RouteScratch& s) {
+    const u32* experts = row_of<u32>(p.experts, t);
+    f32* weights = row_of<f32>(p.weights, t);
+    const u32 first = experts[0];
+    for (u32 pass = 0; pass < p.top_k; pass++) {
+        const f32 max = to_f32(logits[experts[pass]]);
+        f32 sum = 0.0f;
+        for (u32 e = lane; e < p.experts_total; e += N) {
+            const f32 l = to_f32(logits[e]);
+            const f32 larger = fabsf(l) > max ? fabsf(l) : max;
+            const bool near = l == max || max - l <= 2.0f * p.jitter * larger;
+            if (!near || l == -INFINITE || (pass == 1 && e == first)) continue;
+            sum += l == max ? 1.0f : expf(l - max);
+        }
+        sum = reduce<Sum, N>(sum, s.parts);
+        if (lane == 0) weights[pass] = max > -INFINITE ? 1.0f / sum : 0.0f;
+    }
+}
+
+// The token's row of the table.
+template <int N> __device__ u32 choose_by_table(const ChoiceParams& p, u64 t, u32 lane) {
+    const u64 id = reinterpret_cast<const u32*>(p.token_ids.data)[t];
+    u32* experts = row_of<u32>(p.experts, t);
+    u32 status = id < p.vocabulary ? 0 : STATUS_TOKEN_OUT_OF_RANGE;
+    for (u32 k = lane; k < p.top_k; k += N) {
+        u32 e = status ? NO_EXPERT : row_of<const u32>(p.table, id)[k];
+        if (e >= p.experts_total) {
+            if (e != NO_EXPERT) status |= STATUS_EXPERT_OUT_OF_RANGE;
+            e = NO_EXPERT;
+        }
+        experts[k] = e;
+    }
+    return status;
+}
+
+// values[k] in weights[k] become weights.
+template <int N> __device__ void weigh(const ChoiceParams& p, u64 t, u32 lane, const RouteScratch& s) {
+    const u32* experts = row_of<u32>(p.experts, t);
+    f32* weights = row_of<f32>(p.weights, t);
+    f32 sum = 0.0f;
+    for (u32 k = lane; k < p.top_k; k += N) {
+        f32 v = weights[k];
+        if (p.scale_when == SCALE_BEFORE && experts[k] != NO_EXPERT) weights[k] = v *= element(p.scale, 0, experts[k]);
+        sum += p.normalize == NORMALIZE_LP ? powf(fabsf(v), p.normalize_by) : v;
+    }
+    if (p.normalize != NORMALIZE_NONE) sum = reduce<Sum, N>(sum, s.parts);
+    f32 divisor = 1.0f;
+    if (p.normalize == NORMALIZE_SUM) divisor = sum + p.normalize_by;
+    if (p.normalize == NORMALIZE_SUM_AT_LEAST) divisor = sum < p.normalize_by ? p.normalize_by : sum;
+    if (p.normalize == NORMALIZE_LP) divisor = powf(sum, 1.0f / p.normalize_by);
+    for (u32 k = lane; k < p.top_k; k += N) {
+        f32 w = divisor == 0.0f ? 0.0f : weights[k] / divisor;
+        if (p.scale_when == SCALE_AFTER && experts[k] != NO_EXPERT) w *= element(p.scale, 0, experts[k]);
+        weights[k] = experts[k] == NO_EXPERT ? 0.0f : w * p.weight_scale;
+    }
+}
+
+template <class L, int N>
+__device__ void route_token(const ChoiceParams& p, const L* logits, u64 t, u32 lane, const RouteScratch& s) {
+    u32* experts = row_of<u32>(p.experts, t);
+    f32* weights = row_of<f32>(p.weights, t);
+    Scores scores = {-INFINITE, 0.0f, p.score};
+    u32 finite = 0;
+    for (u32 e = lane; e < p.experts_total; e += N) {
+        const f32 logit = to_f32(logits[e]);
+        if (logit > scores.max) scores.max = logit;
+        finite |= is_finite(logit);
+    }
+    finite = reduce<Or, N>(finite, s.parts);
+    if (!finite) {
+        for (u32 k = lane; k < p.top_k; k += N) {
+            experts[k] = k;
+            weights[k] = NOT_A_NUMBER;
+        }
+        if (lane < 2 && p.witness_keys.data) {
+            row_of<f32>(p.witness_keys, t)[lane] = -INFINITE;
+            row_of<u32>(p.witness_experts, t)[lane] = NO_EXPERT;
+        }
+        if (lane == 0) raise(p.status, STATUS_NO_FINITE_SCORE);
+        return;
+    }
+    if (p.score == SCORE_SOFTMAX) {
+        scores.max = reduce<Max, N>(scores.max, s.parts);
+        for (u32 e = lane; e < p.experts_total; e += N) scores.sum += scores.term(to_f32(logits[e]));
+        scores.sum = reduce<Sum, N>(scores.sum, s.parts);
+    }
+    if (p.selection == SELECT_TABLE) {
+        raise(p.status, choose_by_table<N>(p, t, lane));
+    } else {
+        choose_top_k<L, N>(p, logits, t, lane, scores, p.by_logit != 0, s);
+    }
+    sync<N>();
+    if (p.selection == SELECT_SPARSE_MIXER) {
+        sparse_mixer_values<L, N>(p, logits, t, lane, s);
+    } else if (p.softmax_of_chosen) {
+        Scores chosen = {-INFINITE, 0.0f, SCORE_SOFTMAX};
+        for (u32 k = lane; k < p.top_k; k += N) {
+            const f32 l = experts[k] == NO_EXPERT ? -INFINITE : to_f32(logits[experts[k]]);
+            if (l > chosen.max) chosen.max = l;
+        }
+        chosen.max = reduce<Max, N>(chosen.max, s.parts);
+        for (u32 k = lane; k < p.top_k; k += N)
+            if (experts[k] != NO_EXPERT) chosen.sum += chosen.term(to_f32(logits[experts[k]]));
+        chosen.sum = reduce<Sum, N>(chosen.sum, s.parts);
+        for (u32 k = lane; k < p.top_k; k += N)
+            weights[k] = experts[k] == NO_EXPERT ? 0.0f : chosen.of(to_f32(logits[experts[k]]));
+    } else {
+        for (u32 k = lane; k < p.top_k; k += N)
+            weights[k] = experts[k] == NO_EXPERT ? 0.0f : scores.of(to_f32(logits[experts[k]]));
+    }
+    sync<N>();
+    weigh<N>(p, t, lane, s);
+}

@@ -1,0 +1,185 @@
+//! Compiled kernels on disk, one file each, named by the hash of everything they were made from.
+//!
+//! A file is a header and the machine code. It is written under another name and renamed, so that a reader sees all of it
+//! or none; whatever does not match its header or its key is taken for absent and written anew.
+
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+const MAGIC: &[u8; 16] = b"fused-moe cubin1";
+const HEADER: usize = 16 + 32 + 32 + 8;
+
+/// Hash of what a kernel is compiled from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Key([u8; 32]);
+
+impl Key {
+    /// Of the parts, in order, each with its length.
+    pub(crate) fn of<'a>(parts: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut hash = Sha256::new();
+        for part in parts {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+        Self(hash.finalize().into())
+    }
+
+    fn name(self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// A folder of compiled kernels; none where there is no place for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Cache {
+    folder: Option<PathBuf>,
+}
+
+impl Cache {
+    /// In `FMOE_CACHE_DIR`, else in the user's cache folder.
+    pub(crate) fn from_environment() -> Self {
+        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let folder = variable("FMOE_CACHE_DIR")
+            .or_else(|| variable("XDG_CACHE_HOME").map(|cache| cache.join("fused-moe")))
+            .or_else(|| variable("LOCALAPPDATA").map(|cache| cache.join("fused-moe")))
+            .or_else(|| variable("HOME").map(|home| home.join(".cache").join("fused-moe")));
+        Self { folder }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn at(folder: &Path) -> Self {
+        Self { folder: Some(folder.to_path_buf()) }
+    }
+
+    /// Where logs of failed compilations go.
+    pub(crate) fn log_path(&self, key: Key) -> PathBuf {
+        let folder = self.folder.clone().filter(|folder| fs::create_dir_all(folder).is_ok());
+        folder.unwrap_or_else(std::env::temp_dir).join(format!("fused-moe-{}.log", key.name()))
+    }
+
+    fn path(&self, key: Key) -> Option<PathBuf> {
+        self.folder.as_ref().map(|folder| folder.join(format!("{}.cubin", key.name())))
+    }
+
+    /// The machine code of `key`, if it is there and whole.
+    pub(crate) fn get(&self, key: Key) -> Option<Vec<u8>> {
+        let mut bytes = fs::read(self.path(key)?).ok()?;
+        if bytes.len() < HEADER || &bytes[..16] != MAGIC || bytes[16..48] != key.0 {
+            return None;
+        }
+        let length = u64::from_le_bytes(bytes[80..88].try_into().ok()?);
+        let code = &bytes[HEADER..];
+        let digest: [u8; 32] = Sha256::digest(code).into();
+        if code.is_empty() || length != code.len() as u64 || bytes[48..80] != digest {
+            return None;
+        }
+        bytes.drain(..HEADER);
+        Some(bytes)
+    }
+
+    /// Keeps the machine code of `key`. A folder that cannot be written is no error: the next process compiles again.
+    pub(crate) fn put(&self, key: Key, code: &[u8]) {
+        if let Some(path) = self.path(key) {
+            let _ = write(&path, key, code);
+        }
+    }
+}
+
+fn write(path: &Path, key: Key, code: &[u8]) -> std::io::Result<()> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    let digest: [u8; 32] = Sha256::digest(code).into();
+    let mut bytes = Vec::with_capacity(HEADER + code.len());
+    bytes.extend_from_slice(MAGIC);
+    bytes.extend_from_slice(&key.0);
+    bytes.extend_from_slice(&digest);
+    bytes.extend_from_slice(&(code.len() as u64).to_le_bytes());
+    bytes.extend_from_slice(code);
+    let unique = format!("tmp-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    let temporary = path.with_extension(unique);
+    let written = fs::write(&temporary, &bytes).and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_do_not_run_together() {
+        assert_ne!(Key::of(["ab", "c"]), Key::of(["a", "bc"]));
+        assert_ne!(Key::of(["a"]), Key::of(["a", ""]));
+        assert_eq!(Key::of(["a", "b"]), Key::of(["a", "b"]));
+    }
+
+    #[test]
+    fn kept_and_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::at(&folder.path().join("deep").join("er"));
+        let key = Key::of(["kernel"]);
+        assert_eq!(cache.get(key), None);
+        cache.put(key, b"code");
+        assert_eq!(cache.get(key).as_deref(), Some(&b"code"[..]));
+        assert_eq!(cache.get(Key::of(["other"])), None);
+        assert_eq!(fs::read_dir(folder.path().join("deep/er")).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn damaged_and_foreign_entries_are_absent() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::at(folder.path());
+        let (key, other) = (Key::of(["kernel"]), Key::of(["other"]));
+        cache.put(key, b"code");
+        let whole = fs::read(cache.path(key).unwrap()).unwrap();
+        for cut in 0..whole.len() {
+            fs::write(cache.path(key).unwrap(), &whole[..cut]).unwrap();
+            assert_eq!(cache.get(key), None, "cut to {cut} bytes");
+        }
+        for place in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[place] ^= 1;
+            fs::write(cache.path(key).unwrap(), &bytes).unwrap();
+            assert_eq!(cache.get(key), None, "byte {place} changed");
+        }
+        fs::write(cache.path(other).unwrap(), &whole).unwrap();
+        assert_eq!(cache.get(other), None, "an entry under another name");
+        cache.put(key, b"code");
+        assert!(cache.get(key).is_some());
+    }
+
+    #[test]
+    fn no_place_is_no_error() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for cache in [Cache { folder: None }, Cache::at(file.path())] {
+            cache.put(Key::of(["kernel"]), b"code");
+            assert_eq!(cache.get(Key::of(["kernel"])), None);
+            assert!(cache.log_path(Key::of(["kernel"])).starts_with(std::env::temp_dir()));
+        }
+    }
+
+    #[test]
+    fn several_writers_leave_a_whole_entry() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::at(folder.path());
+        let key = Key::of(["kernel"]);
+        let code = vec![7; 100_000];
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        cache.put(key, &code);
+                        assert!(cache.get(key).is_none_or(|found| found == code));
+                    }
+                });
+            }
+        });
+        assert_eq!(cache.get(key), Some(code));
+    }
+}

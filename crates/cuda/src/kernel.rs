@@ -1,0 +1,303 @@
+//! Every kernel, what it is specialised by, and the text it is compiled from.
+
+use crate::grouped::GroupedKernel;
+use crate::launch::Params;
+#[cfg(test)]
+use crate::launch::Tensor;
+use crate::{accumulate, activation, combine, copy, gate, linear, permute, route};
+use fused_moe_core::DType;
+use fused_moe_core::config::{Activation, Function};
+
+/// A kernel and what it is specialised by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kernel {
+    Gate { x: DType, router: DType, vector: u8 },
+    GateTiled { x: DType, router: DType, vector: u8 },
+    GateRoute { x: DType, router: DType, vector: u8 },
+    Route { logits: DType, threads: u16 },
+    GatherWeights { scores: DType },
+    Permute,
+    PermuteCount,
+    PermuteScan,
+    PermuteScatter,
+    TileSchedule,
+    Activation { activation: ActivationKind },
+    Combine { y: DType, vector: u8, norm: bool, stash: bool },
+    Linear { x: DType, weight: DType, vector: u8 },
+    LinearTiled { x: DType, weight: DType, vector: u8 },
+    Zero,
+    Accumulate,
+    Copy,
+    Counts,
+    Grouped(GroupedKernel),
+}
+
+/// Tokens that a warp of a matrix-vector kernel takes at once.
+pub(crate) const TOKENS: u32 = 4;
+
+/// Threads a token of the fused gate and route.
+pub(crate) const GATE_ROUTE_THREADS: u32 = 512;
+
+/// An activation without its numbers, as the device's headers name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ActivationKind {
+    pub(crate) form: &'static str,
+    pub(crate) function: &'static str,
+}
+
+impl From<Activation> for ActivationKind {
+    fn from(activation: Activation) -> Self {
+        let (form, function) = match activation {
+            Activation::Gated(function) => ("FORM_GATED", function),
+            Activation::ClampedSilu { .. } => ("FORM_CLAMPED_SILU", Function::Silu),
+            Activation::ClampedSwish { .. } => ("FORM_CLAMPED_SWISH", Function::Silu),
+            Activation::SiluThenClamp { .. } => ("FORM_SILU_THEN_CLAMP", Function::Silu),
+            Activation::Plain(function) => ("FORM_PLAIN", function),
+            _ => ("FORM_UNKNOWN", Function::Identity),
+        };
+        let function = match function {
+            Function::Silu => "FUNCTION_SILU",
+            Function::GeluTanh => "FUNCTION_GELU_TANH",
+            Function::GeluErf => "FUNCTION_GELU_ERF",
+            Function::Relu => "FUNCTION_RELU",
+            Function::ReluSquared => "FUNCTION_RELU_SQUARED",
+            Function::Identity => "FUNCTION_IDENTITY",
+            _ => "FUNCTION_UNKNOWN",
+        };
+        Self { form, function }
+    }
+}
+
+const TYPES: &str = include_str!("include/types.cuh");
+const REDUCE: &str = include_str!("include/reduce.cuh");
+const DOT: &str = include_str!("include/dot.cuh");
+const TILES: &str = include_str!("include/tile.cuh");
+const GATE: &str = include_str!("include/gate.cuh");
+const ROUTE: &str = include_str!("include/route.cuh");
+const PERMUTE: &str = include_str!("include/permute.cuh");
+const ACTIVATION: &str = include_str!("include/activation.cuh");
+
+impl Kernel {
+    /// The name of its entry and of its file.
+    pub(crate) fn entry(self) -> &'static str {
+        match self {
+            Self::Gate { .. } => "gate",
+            Self::GateTiled { .. } => "gate_tiled",
+            Self::GateRoute { .. } => "gate_route",
+            Self::Route { .. } => "route",
+            Self::GatherWeights { .. } => "gather_weights",
+            Self::Permute => "permute",
+            Self::PermuteCount => "permute_count",
+            Self::PermuteScan => "permute_scan",
+            Self::PermuteScatter => "permute_scatter",
+            Self::TileSchedule => "tile_schedule",
+            Self::Activation { .. } => "activation",
+            Self::Combine { .. } => "combine",
+            Self::Linear { .. } => "linear",
+            Self::LinearTiled { .. } => "linear_tiled",
+            Self::Zero => "zero",
+            Self::Accumulate => "accumulate",
+            Self::Copy => "copy",
+            Self::Counts => "counts",
+            Self::Grouped(kernel) => kernel.entry(),
+        }
+    }
+
+    /// The definition of its parameter.
+    pub(crate) fn params(self) -> &'static str {
+        match self {
+            Self::Gate { .. } | Self::GateTiled { .. } => gate::GateParams::DEFINITION,
+            Self::GateRoute { .. } => gate::GateRouteParams::DEFINITION,
+            Self::Route { .. } => route::RouteParams::DEFINITION,
+            Self::GatherWeights { .. } => route::GatherWeightsParams::DEFINITION,
+            Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter => {
+                permute::PermuteParams::DEFINITION
+            }
+            Self::TileSchedule => permute::TileScheduleParams::DEFINITION,
+            Self::Activation { .. } => activation::ActivationParams::DEFINITION,
+            Self::Combine { .. } => combine::CombineParams::DEFINITION,
+            Self::Linear { .. } | Self::LinearTiled { .. } => linear::LinearParams::DEFINITION,
+            Self::Zero => accumulate::ZeroParams::DEFINITION,
+            Self::Accumulate => accumulate::AccumulateParams::DEFINITION,
+            Self::Copy => copy::CopyParams::DEFINITION,
+            Self::Counts => copy::CountsParams::DEFINITION,
+            Self::Grouped(_) => crate::grouped::GroupedParams::DEFINITION,
+        }
+    }
+
+    /// Headers, definitions and the kernel's own file, in order.
+    fn parts(self) -> Vec<&'static str> {
+        let (choice, gate) = (route::ChoiceParams::DEFINITION, gate::GateParams::DEFINITION);
+        let permute = permute::PermuteParams::DEFINITION;
+        let own = self.params();
+        match self {
+            Self::Gate { .. } => vec![REDUCE, DOT, own, GATE, include_str!("gate.cu")],
+            Self::GateTiled { .. } => vec![TILES, own, GATE, include_str!("gate_tiled.cu")],
+            Self::GateRoute { .. } => {
+                vec![REDUCE, DOT, gate, GATE, choice, ROUTE, own, include_str!("gate_route.cu")]
+            }
+            Self::Route { .. } => vec![REDUCE, choice, ROUTE, own, include_str!("route.cu")],
+            Self::GatherWeights { .. } => vec![REDUCE, own, include_str!("gather_weights.cu")],
+            Self::Permute => vec![own, PERMUTE, include_str!("permute.cu")],
+            Self::PermuteCount => vec![own, PERMUTE, include_str!("permute_count.cu")],
+            Self::PermuteScan => vec![own, PERMUTE, include_str!("permute_scan.cu")],
+            Self::PermuteScatter => vec![own, PERMUTE, include_str!("permute_scatter.cu")],
+            Self::TileSchedule => vec![permute, PERMUTE, own, include_str!("tile_schedule.cu")],
+            Self::Activation { .. } => vec![ACTIVATION, own, include_str!("activation.cu")],
+            Self::Combine { .. } => vec![REDUCE, own, include_str!("combine.cu")],
+            Self::Linear { .. } => vec![REDUCE, DOT, own, include_str!("linear.cu")],
+            Self::LinearTiled { .. } => vec![TILES, own, include_str!("linear_tiled.cu")],
+            Self::Zero => vec![own, include_str!("zero.cu")],
+            Self::Accumulate => vec![own, include_str!("accumulate.cu")],
+            Self::Copy => vec![own, include_str!("copy.cu")],
+            Self::Counts => vec![own, include_str!("counts.cu")],
+            Self::Grouped(kernel) => [vec![REDUCE, ACTIVATION, own], kernel.parts()].concat(),
+        }
+    }
+
+    /// The text that is compiled.
+    pub(crate) fn source(self) -> String {
+        let mut text = String::from(TYPES);
+        for part in self.parts() {
+            text.push('\n');
+            text.push_str(part);
+        }
+        text
+    }
+
+    /// Whether it may use more shared memory than a launch gives unasked.
+    pub(crate) fn asks_for_shared(self) -> bool {
+        matches!(self, Self::Route { .. } | Self::GateRoute { .. } | Self::Permute | Self::Grouped(_))
+    }
+
+    /// What the text is specialised by.
+    pub(crate) fn defines(self) -> Vec<(&'static str, String)> {
+        let number = |n: u32| n.to_string();
+        let product = |x: DType, name, weight: DType, vector: u8| {
+            vec![("X_T", x.to_string()), (name, weight.to_string()), ("VEC", number(vector.into()))]
+        };
+        let with = |mut defines: Vec<_>, name, value| {
+            defines.push((name, value));
+            defines
+        };
+        match self {
+            Self::Gate { x, router, vector } => with(product(x, "ROUTER_T", router, vector), "TOKENS", number(TOKENS)),
+            Self::GateTiled { x, router, vector } => product(x, "ROUTER_T", router, vector),
+            Self::GateRoute { x, router, vector } => {
+                with(product(x, "ROUTER_T", router, vector), "THREADS", number(GATE_ROUTE_THREADS))
+            }
+            Self::Route { logits, threads } => {
+                vec![("LOGITS_T", logits.to_string()), ("THREADS", number(threads.into()))]
+            }
+            Self::GatherWeights { scores } => vec![("SCORES_T", scores.to_string())],
+            Self::Activation { activation } => {
+                vec![("FORM", activation.form.to_string()), ("FUNCTION", activation.function.to_string())]
+            }
+            Self::Combine { y, vector, norm, stash } => vec![
+                ("Y_T", y.to_string()),
+                ("VEC", number(vector.into())),
+                ("NORM", norm.to_string()),
+                ("STASH", stash.to_string()),
+            ],
+            Self::Linear { x, weight, vector } => {
+                with(product(x, "WEIGHT_T", weight, vector), "TOKENS", number(TOKENS))
+            }
+            Self::LinearTiled { x, weight, vector } => product(x, "WEIGHT_T", weight, vector),
+            Self::Permute
+            | Self::PermuteCount
+            | Self::PermuteScan
+            | Self::PermuteScatter
+            | Self::TileSchedule
+            | Self::Zero
+            | Self::Accumulate
+            | Self::Copy
+            | Self::Counts => vec![],
+            Self::Grouped(kernel) => kernel.defines(),
+        }
+    }
+
+    /// Every kernel of every plan.
+    pub(crate) fn all() -> Vec<Self> {
+        let mut all = vec![
+            Self::Permute,
+            Self::PermuteCount,
+            Self::PermuteScan,
+            Self::PermuteScatter,
+            Self::TileSchedule,
+            Self::Zero,
+            Self::Accumulate,
+            Self::Copy,
+            Self::Counts,
+        ];
+        all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
+        for x in FLOATS {
+            all.extend([32, 256].map(|threads| Self::Route { logits: x, threads }));
+            all.push(Self::GatherWeights { scores: x });
+            for vector in [1, 4] {
+                for (norm, stash) in [(false, false), (true, false), (true, true)] {
+                    all.push(Self::Combine { y: x, vector, norm, stash });
+                }
+            }
+            for w in FLOATS {
+                for vector in [1, crate::plan::dot_vector(x, w)] {
+                    all.push(Self::Gate { x, router: w, vector });
+                    all.push(Self::GateRoute { x, router: w, vector });
+                    all.push(Self::Linear { x, weight: w, vector });
+                }
+                for vector in [1, 4] {
+                    all.push(Self::GateTiled { x, router: w, vector });
+                    all.push(Self::LinearTiled { x, weight: w, vector });
+                }
+            }
+        }
+        all.extend(activations().map(|activation| Self::Activation { activation: activation.into() }));
+        all
+    }
+}
+
+const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// One activation of every kind.
+fn activations() -> impl Iterator<Item = Activation> {
+    let functions = [
+        Function::Silu,
+        Function::GeluTanh,
+        Function::GeluErf,
+        Function::Relu,
+        Function::ReluSquared,
+        Function::Identity,
+    ];
+    let (alpha, limit) = (1.0, 1.0);
+    let clamped = [
+        Activation::ClampedSilu { limit },
+        Activation::ClampedSwish { alpha, limit },
+        Activation::SiluThenClamp { limit },
+    ];
+    let plain = functions.into_iter().flat_map(|f| [Activation::Gated(f), Activation::Plain(f)]);
+    clamped.into_iter().chain(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_has_its_entry_and_what_it_is_specialised_by() {
+        for kernel in Kernel::all() {
+            let source = kernel.source();
+            assert!(source.contains(&format!(" {}(const __grid_constant__", kernel.entry())), "{kernel:?}");
+            assert!(source.contains(kernel.params()), "{kernel:?}");
+            assert_eq!(source.matches("extern \"C\"").count(), 1, "{kernel:?}");
+            for (name, value) in kernel.defines() {
+                assert!(source.contains(name), "{kernel:?}: {name} is not read");
+                assert!(!value.contains("UNKNOWN"), "{kernel:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_operand_struct_is_the_headers() {
+        let fields = |text: &str| text.split_whitespace().collect::<String>();
+        assert!(fields(TYPES).contains(&fields(Tensor::DEFINITION)));
+    }
+}

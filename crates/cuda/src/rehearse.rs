@@ -1,0 +1,90 @@
+//! Calls of a layer that are gone through and not run: what they need is compiled before it is needed, and how they would
+//! be carried out is told, by the code that carries them out.
+
+use crate::Cuda;
+use crate::error::Result;
+use crate::layer::CudaLayer;
+use crate::memory::Memory;
+use crate::workspace::Workspace;
+use fused_moe_core::DType::{F32, U32};
+use fused_moe_core::config::{LayerConfig, Selection};
+use fused_moe_core::operation::{Forward, NextNorm, RoutesOut, Source};
+use fused_moe_core::{Layer, Routing, View};
+
+/// Calls that stand for all there can be.
+#[derive(Clone, Copy)]
+enum Rehearsed {
+    Router,
+    PlainLogits,
+    /// With a norm and counts.
+    Logits,
+    /// Which are written out.
+    Routes,
+}
+
+impl CudaLayer {
+    /// The launches of a call, a line each.
+    pub(crate) fn explanation(&self, tokens: usize) -> Result<String> {
+        let (cuda, recorder) = self.cuda.recording();
+        let source = if self.router.is_some() { Rehearsed::Router } else { Rehearsed::PlainLogits };
+        self.rehearse(&cuda, tokens, source)?;
+        Ok(format!("{tokens} tokens on {}:{}", self.cuda.numbers().name, recorder.lines()))
+    }
+
+    /// Finds, compiles and loads what calls with up to so many tokens need.
+    pub(crate) fn compile(&self, max_tokens: usize) -> Result<()> {
+        let (cuda, recorder) = self.cuda.recording();
+        let mut tokens = 1;
+        while tokens <= max_tokens {
+            for source in [Rehearsed::Router, Rehearsed::PlainLogits, Rehearsed::Logits, Rehearsed::Routes] {
+                if self.router.is_some() || !matches!(source, Rehearsed::Router) {
+                    self.rehearse(&cuda, tokens, source)?;
+                }
+            }
+            tokens += (tokens / 32).max(1);
+        }
+        self.cuda.kernels().prepare(&recorder.kernels())
+    }
+
+    /// A call on memory that is not there, which `cuda` records.
+    fn rehearse(&self, cuda: &Cuda, tokens: usize, source: Rehearsed) -> Result<()> {
+        let LayerConfig { hidden, experts, top_k, .. } = self.problem.config;
+        let all = || Memory::placeholder(usize::MAX >> 1);
+        let (x, logits, ids) = (all(), all(), all());
+        let (mut y, mut norm, mut counts, mut out) = (all(), all(), all(), [all(), all()]);
+        let dtype = self.problem.gate_up;
+        let slots = [tokens, top_k];
+        let mut call = Forward::new(
+            View::new(x.read(), dtype, 0, [tokens, hidden])?,
+            View::new(y.write(), dtype, 0, [tokens, hidden])?,
+        );
+        let by_id = self.problem.config.routing.selection == Selection::Table;
+        if by_id && !matches!(source, Rehearsed::Routes) {
+            call.token_ids = Some(View::new(ids.read(), U32, 0, [tokens])?);
+        }
+        match source {
+            Rehearsed::Router => {}
+            Rehearsed::PlainLogits => {
+                call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
+            }
+            Rehearsed::Logits => {
+                call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
+                call.counts = Some(View::new(counts.write(), U32, 0, [experts])?);
+                let out = View::new(norm.write(), dtype, 0, [tokens, hidden])?;
+                call.norm = Some(NextNorm { weight: None, eps: 0.0, out });
+            }
+            Rehearsed::Routes => {
+                let ids = View::new(ids.read(), U32, 0, slots)?;
+                call.source =
+                    Source::Routes(Routing { experts: ids, weights: View::new(logits.read(), F32, 0, slots)? });
+                let [experts, weights] = &mut out;
+                call.routes = Some(RoutesOut {
+                    experts: View::new(experts.write(), U32, 0, slots)?,
+                    weights: View::new(weights.write(), F32, 0, slots)?,
+                });
+            }
+        }
+        let memory = Memory::placeholder(self.workspace_bytes(tokens)?);
+        self.run_on(cuda, &self.idle, call, &mut Workspace::new(memory, &self.problem, tokens)?)
+    }
+}

@@ -1,0 +1,14 @@
+// Logits to experts and weights: THREADS threads a token, a warp (four tokens a block) or a block.
+
+extern "C" __global__ void route(const __grid_constant__ RouteParams p) {
+    extern __shared__ u64 shared[];
+    __shared__ u64 parts[32];
+    const u32 group = threadIdx.x / THREADS, groups = blockDim.x / THREADS;
+    const u32 words = p.choice.experts_total + (p.choice.groups + 1) / 2;
+    u64* mine = shared + (u64)group * words;
+    const RouteScratch scratch = {mine, reinterpret_cast<f32*>(mine + p.choice.experts_total), parts};
+    for (u64 t = (u64)blockIdx.x * groups + group; t < p.tokens; t += (u64)gridDim.x * groups) {
+        route_token<LOGITS_T, THREADS>(p.choice, row_of<const LOGITS_T>(p.logits, t), t, threadIdx.x % THREADS, scratch);
+        sync<THREADS>();
+    }
+}

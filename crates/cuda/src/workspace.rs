@@ -1,0 +1,150 @@
+use crate::error::Result;
+use crate::memory::{Memory, Mut, Ref};
+use fused_moe_core::problem::LayerProblem;
+use fused_moe_core::{DType, Error, Shape, View};
+
+/// Scratch of a layer: one piece of device memory, divided anew in each call.
+///
+/// For T tokens, K experts a token and R = T*K it holds about `4 * (R * (H + I) + T * (2H + S + E))` bytes, of which the
+/// experts' outputs `[R, H]` are the most.
+#[derive(Debug)]
+pub struct Workspace {
+    memory: Memory,
+}
+
+/// Bytes that a buffer begins at a multiple of.
+const ALIGNMENT: usize = 256;
+
+/// A buffer with room for elements of 4 bytes.
+pub(crate) struct Buffer<'a>(Mut<'a>);
+
+impl Buffer<'_> {
+    pub(crate) fn view(&self, dtype: DType, shape: impl Into<Shape>) -> Result<View<Ref<'_>>> {
+        Ok(View::new(self.0.share(), dtype, 0, shape)?)
+    }
+
+    pub(crate) fn view_mut(&mut self, dtype: DType, shape: impl Into<Shape>) -> Result<View<Mut<'_>>> {
+        Ok(View::new(self.0.reborrow(), dtype, 0, shape)?)
+    }
+}
+
+/// The buffers of one call.
+pub(crate) struct Scratch<'a> {
+    pub(crate) routing: RoutingScratch<'a>,
+    pub(crate) permutation: PermutationScratch<'a>,
+    /// `[T, H]`: what the experts read, where that is not x itself.
+    pub(crate) tokens: Buffer<'a>,
+    /// `[R, I]`.
+    pub(crate) a: Buffer<'a>,
+    /// `[R, H]`.
+    pub(crate) y: Buffer<'a>,
+    pub(crate) shared: SharedScratch<'a>,
+}
+
+pub(crate) struct RoutingScratch<'a> {
+    /// f32 `[T, E]`.
+    pub(crate) logits: Buffer<'a>,
+    /// u32 `[T, K]`.
+    pub(crate) experts: Buffer<'a>,
+    /// f32 `[T, K]`.
+    pub(crate) weights: Buffer<'a>,
+}
+
+pub(crate) struct PermutationScratch<'a> {
+    /// u32 `[R]`.
+    pub(crate) row_slot: Buffer<'a>,
+    /// u32 `[R]`.
+    pub(crate) slot_row: Buffer<'a>,
+    /// u32 `[E+1]`.
+    pub(crate) offsets: Buffer<'a>,
+}
+
+pub(crate) struct SharedScratch<'a> {
+    /// `[T, S]`.
+    pub(crate) a: Buffer<'a>,
+    /// `[T, H]`.
+    pub(crate) y: Buffer<'a>,
+    /// f32 `[T]`.
+    pub(crate) logit: Buffer<'a>,
+    /// u32 `[T]`, which nobody reads: the rows of the shared expert are the tokens.
+    pub(crate) slots: Buffer<'a>,
+    /// u32 `[2]`, likewise.
+    pub(crate) ends: Buffer<'a>,
+}
+
+const BUFFERS: usize = 14;
+
+impl Workspace {
+    pub(crate) fn new(memory: Memory, layer: &LayerProblem, max_tokens: usize) -> Result<Self> {
+        let mut workspace = Self { memory };
+        workspace.carve("workspace", layer, max_tokens)?;
+        Ok(workspace)
+    }
+
+    /// How much `tokens` tokens need.
+    ///
+    /// Errors: `Value` when that is no number of bytes.
+    pub(crate) fn bytes(layer: &LayerProblem, tokens: usize) -> Result<usize> {
+        let buffers = buffers(layer, tokens);
+        let total = buffers.and_then(|bytes| bytes.iter().try_fold(0usize, |sum, &bytes| sum.checked_add(bytes)));
+        total.ok_or_else(|| {
+            let actual = tokens.to_string();
+            let (parameter, expected) = ("max_tokens", "as many tokens as the address space has room for");
+            Error::Value { operation: "workspace", parameter, expected, actual }.into()
+        })
+    }
+
+    /// The buffers of a call with `tokens` tokens.
+    ///
+    /// Errors: `Workspace` when there is too little memory.
+    pub(crate) fn carve(
+        &mut self,
+        operation: &'static str,
+        layer: &LayerProblem,
+        tokens: usize,
+    ) -> Result<Scratch<'_>> {
+        let (expected, actual) = (Self::bytes(layer, tokens)?, self.memory.bytes());
+        let sizes = buffers(layer, tokens).filter(|_| expected <= actual);
+        let sizes = sizes.ok_or(Error::Workspace { operation, tokens, expected, actual })?;
+        let mut sizes = sizes.into_iter();
+        let mut rest = self.memory.write();
+        let mut buffer = || Buffer(rest.split_off_front(sizes.next().unwrap_or(0)));
+        Ok(Scratch {
+            routing: RoutingScratch { logits: buffer(), experts: buffer(), weights: buffer() },
+            permutation: PermutationScratch { row_slot: buffer(), slot_row: buffer(), offsets: buffer() },
+            tokens: buffer(),
+            a: buffer(),
+            y: buffer(),
+            shared: SharedScratch { a: buffer(), y: buffer(), logit: buffer(), slots: buffer(), ends: buffer() },
+        })
+    }
+}
+
+/// Bytes of the buffers, in the order that `carve` hands them out in.
+fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUFFERS]> {
+    let config = &layer.config;
+    let (hidden, experts) = (config.hidden, config.experts);
+    let rows = tokens.checked_mul(config.top_k)?;
+    let shared = config.shared.map_or([0; 4], |shared| [shared.intermediate, hidden, 1, 1]);
+    let elements = [
+        tokens.checked_mul(experts)?,
+        rows,
+        rows,
+        rows,
+        rows,
+        experts + 1,
+        tokens.checked_mul(hidden)?,
+        rows.checked_mul(config.intermediate)?,
+        rows.checked_mul(hidden)?,
+        tokens.checked_mul(shared[0])?,
+        tokens.checked_mul(shared[1])?,
+        tokens.checked_mul(shared[2])?,
+        tokens.checked_mul(shared[3])?,
+        2,
+    ];
+    let mut bytes = [0; BUFFERS];
+    for (bytes, elements) in bytes.iter_mut().zip(elements) {
+        *bytes = elements.checked_mul(4)?.checked_next_multiple_of(ALIGNMENT)?;
+    }
+    Some(bytes)
+}
