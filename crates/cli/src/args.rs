@@ -106,6 +106,10 @@ pub(crate) struct Check {
     /// Check these folders of golden data instead
     #[arg(long, value_name = "DIR", num_args = 1..)]
     pub(crate) golden: Vec<PathBuf>,
+    /// Compile every CUDA kernel for these architectures instead [default: sm_80 sm_90a sm_100a]; needs no device
+    #[arg(long, value_name = "ARCH", num_args = 0.., default_missing_values = ["sm_80", "sm_90a", "sm_100a"],
+          conflicts_with_all = ["filter", "golden"])]
+    pub(crate) compile_only: Option<Vec<String>>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -169,8 +173,12 @@ pub(crate) struct Bench {
 #[command(after_help = "\
 Examples:
   fmoe devices
+  fmoe devices --timing
   fmoe devices --json")]
 pub(crate) struct Devices {
+    /// Time a first call on each device, with an empty kernel cache and with a warm one
+    #[arg(long)]
+    pub(crate) timing: bool,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

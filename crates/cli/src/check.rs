@@ -7,17 +7,21 @@ use crate::devices;
 use crate::output::{self, BAD, DIM, GOOD, Table, plain, progress, remedied};
 use anstyle::Style;
 use anyhow::Result;
-use fused_moe::{Backend, Visitor};
+use fused_moe::{Backend, Visitor, cuda};
 use fused_moe_conformance::{Options, Report};
 use golden::Verdict;
 use serde_json::json;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Instant;
 
 pub(crate) fn check(arguments: &args::Check) -> Result<ExitCode> {
     if !arguments.golden.is_empty() {
         return folders(arguments);
+    }
+    if let Some(architectures) = &arguments.compile_only {
+        return compile(architectures);
     }
     let device = devices::chosen(&arguments.on)?;
     let report = device.visit(Suite { filter: arguments.filter.clone() })?;
@@ -34,6 +38,25 @@ pub(crate) fn check(arguments: &args::Check) -> Result<ExitCode> {
         print(&report)?;
     }
     Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Every kernel of every plan, as NVRTC makes them.
+fn compile(architectures: &[String]) -> Result<ExitCode> {
+    let help =
+        "NVRTC comes with the CUDA toolkit and with the Python package nvidia-cuda-nvrtc; FMOE_NVRTC may name it";
+    let failed = |error: cuda::Error| remedied(error.to_string(), help);
+    let (name, (major, minor)) = cuda::compiler().map_err(failed)?;
+    let mut out = output::stdout();
+    writeln!(out, "compiler {name}, NVRTC {major}.{minor}")?;
+    for architecture in architectures {
+        let bar = progress(0, &format!("kernels for {architecture}"));
+        let start = Instant::now();
+        let count = cuda::compile_all(architecture).map_err(failed);
+        bar.finish_and_clear();
+        writeln!(out, "{} kernels for {architecture} in {:.1} s", count?, start.elapsed().as_secs_f64())?;
+    }
+    out.flush()?;
+    Ok(ExitCode::SUCCESS)
 }
 
 struct Suite {

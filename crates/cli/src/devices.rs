@@ -7,6 +7,7 @@ use fused_moe::{Device, DeviceError};
 use serde_json::json;
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 /// The device that the command line asks for.
 pub(crate) fn chosen(on: &On) -> Result<Device> {
@@ -17,6 +18,20 @@ pub(crate) fn chosen(on: &On) -> Result<Device> {
         }
         _ => remedied(error.to_string(), "`fmoe devices` says what can be used here"),
     })
+}
+
+/// From the start of a program to the end of its first call, with an empty kernel cache and again with what that left.
+fn first_calls(backend: &str) -> Result<[Duration; 2]> {
+    let cache = tempfile::tempdir()?;
+    let call = || -> Result<Duration> {
+        let mut command = std::process::Command::new(std::env::current_exe()?);
+        let start = Instant::now();
+        let run = command.args(["run", "--backend", backend]).env("FMOE_CACHE_DIR", cache.path()).output()?;
+        let time = start.elapsed();
+        anyhow::ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        Ok(time)
+    };
+    Ok([call()?, call()?])
 }
 
 pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
@@ -47,6 +62,16 @@ pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
         table.print(&mut out)?;
         if let Ok((_, why)) = &best {
             writeln!(out, "chosen: {why}")?;
+        }
+        if arguments.timing {
+            for device in devices.iter().filter(|device| device.available.is_ok()) {
+                let [cold, warm] = first_calls(device.name)?.map(output::duration);
+                writeln!(
+                    out,
+                    "{}: first call after {cold} with an empty kernel cache, after {warm} with a warm one",
+                    device.name
+                )?;
+            }
         }
         out.flush()?;
     }
