@@ -56,7 +56,7 @@ pub(crate) fn find_driver() -> Result<()> {
             Err(_) => {}
         }
     }
-    Err(Error::NoDriver { tried: names.join(", "), reason })
+    Err(Error::NoDriver { tried: names, reason })
 }
 
 /// The CUDA version of the driver; it may be asked for before anything else.

@@ -11,10 +11,14 @@ pub enum Error {
     #[error(transparent)]
     Contract(#[from] fused_moe_core::Error),
     /// The driver's library was not found.
-    #[error("no NVIDIA driver: none of {tried} could be loaded ({reason})")]
+    #[error(
+        "no NVIDIA driver: {} and {} other names of its library were tried ({reason})",
+        tried.first().map_or("", String::as_str),
+        tried.len().saturating_sub(1)
+    )]
     NoDriver {
         /// Names that were tried.
-        tried: String,
+        tried: Vec<String>,
         /// What the loader said last.
         reason: String,
     },
