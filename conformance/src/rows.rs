@@ -1,13 +1,16 @@
 //! A few tokens of a result, held against the reference: for layers too large to be worked out whole.
 
 use crate::compare::{self, Comparison};
-use crate::data::{Values, decode};
+use crate::data::{Tensor, Values, decode};
+use crate::operands::{Expected, Prepared};
+use crate::stage::choice::Choice;
+use crate::stage::gate::gated;
 use crate::tolerance;
-use fused_moe_core::config::{Activation, LayerConfig, WeightOn};
-use fused_moe_core::reference::activate;
-use fused_moe_core::reference::{Linear, linear, rms_norm, sigmoid};
+use fused_moe_core::config::{Activation, LayerConfig, Selection, WeightOn};
+use fused_moe_core::reference::{Gate, activate, rms_norm, sigmoid};
 use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix};
 use fused_moe_core::{DType, HostView, Shape};
+use rayon::prelude::*;
 
 /// A call of a layer: what went in, the routes that were taken, what came out.
 #[derive(Clone, Copy, Debug)]
@@ -22,28 +25,97 @@ pub struct Call<'a> {
     pub y: HostView<'a>,
 }
 
-/// Compares the rows of `tokens` with what the routes and the weights say, in f64.
+impl<'a> Call<'a> {
+    /// Experts and weights of a token.
+    fn slots(&self, config: &LayerConfig, token: usize) -> Option<(&'a [u32], &'a [f32])> {
+        let slots = token.checked_mul(config.top_k)?..token.checked_add(1)?.checked_mul(config.top_k)?;
+        Some((self.experts.get(slots.clone())?, self.weights.get(slots)?))
+    }
+}
+
+/// Up to `count` tokens of `tokens`, from the first to the last.
+pub fn sample(tokens: usize, count: usize) -> Vec<usize> {
+    let steps = count.saturating_sub(1).max(1);
+    let mut sample: Vec<usize> = (0..count).map(|i| i * tokens.saturating_sub(1) / steps).collect();
+    sample.dedup();
+    sample.retain(|&token| token < tokens);
+    sample
+}
+
+/// Compares the rows of `tokens` with what the routes and the weights say, in f64, on all processors.
 ///
-/// Costs `3 K H I` products a token, and memory for one row of a matrix. An expert that does not exist contributes
+/// Costs `3 K H I` products a token, and memory for a few rows of a matrix. An expert that does not exist contributes
 /// nothing; a token that does not exist is a failure.
 pub fn check(config: &LayerConfig, weights: &LayerWeights<'_>, call: &Call<'_>, tokens: &[usize]) -> Comparison {
     let mut verdict = Comparison::default();
     for &token in tokens {
-        let slots = token * config.top_k..(token + 1) * config.top_k;
-        let routes = (call.experts.get(slots.clone()), call.weights.get(slots));
-        let (Some(x), Some(y), (Some(experts), Some(factors))) = (row(&call.x, token), row(&call.y, token), routes)
+        let (Some(x), Some(y), Some((experts, factors))) =
+            (row(&call.x, token), row(&call.y, token), call.slots(config, token))
         else {
-            return Comparison::wrong(format!("token {token} is past the end"));
+            return past_the_end(token);
         };
         let sums = Sums::of(config, weights, &x, experts, factors);
         let inner = config.hidden + config.intermediate + config.top_k;
         let part = tolerance::layer(inner, call.x.dtype(), 0.0);
-        let bound = |(value, magnitude): (&f64, &f64)| tolerance::stored(call.y.dtype(), *value, part * magnitude);
+        // rounding errors of long sums cancel: the magnitudes of thousands of terms would allow nearly anything
+        let largest = sums.values.iter().fold(0.0f64, |m, y| m.max(y.abs()));
+        let bound =
+            |(value, magnitude): (&f64, &f64)| tolerance::stored(call.y.dtype(), *value, part * magnitude.min(largest));
         let allowed: Vec<f64> = sums.values.iter().zip(&sums.magnitudes).map(bound).collect();
         let name = format!("y of token {token} ");
         verdict = verdict.worse(compare::floats(&name, Shape::from([y.len()]), [&sums.values, &allowed, &y]));
     }
     verdict
+}
+
+/// Compares the routes of `tokens` with what the router makes of x, in f64; experts that are nearly tied may change
+/// places. Routes by token id are taken as they are, and so are those of a layer without a router.
+///
+/// Costs `E H` products a token. The layer is one that a backend has prepared; a token that does not exist is a failure.
+pub fn check_routes(config: &LayerConfig, weights: &LayerWeights<'_>, call: &Call<'_>, tokens: &[usize]) -> Comparison {
+    let LayerConfig { hidden, experts, top_k, .. } = *config;
+    let Some(router) = weights.router.filter(|_| config.routing.selection != Selection::Table) else {
+        return Comparison::default();
+    };
+    let router: Vec<f64> = (0..router.rows()).flat_map(|e| row(&router, e).unwrap_or_default()).collect();
+    let vector = |view: &Option<HostView<'_>>| view.as_ref().and_then(|view| row(view, 0));
+    let (bias, norm_weight) = (vector(&weights.router_bias), vector(&weights.router_norm));
+    let (correction_bias, expert_scale) = (vector(&weights.correction_bias), vector(&weights.expert_scale));
+    let (gate_config, rule) = (config.gate, config.routing);
+    let mut verdict = Comparison::default();
+    for &token in tokens {
+        let (Some(x), Some((ids, factors))) = (row(&call.x, token), call.slots(config, token)) else {
+            return past_the_end(token);
+        };
+        let (x, router, bias, norm_weight) = (&x[..], &router[..], bias.as_deref(), norm_weight.as_deref());
+        let gate = Gate { x, router, bias, norm_weight, config: gate_config, tokens: 1, hidden, experts };
+        let (gated, errors) = gated(&gate);
+        let choice = Choice::new(rule);
+        let (sizes, logits) = ([1, experts, top_k], [&gated.logits[..], &errors[..]]);
+        let mut prepared = Prepared::default();
+        for (name, values) in [("correction_bias", &correction_bias), ("expert_scale", &expert_scale)] {
+            let tensor = values.as_ref().map(|v| Tensor::floats(DType::F32, [experts], v.iter().copied()));
+            prepared.input_if(name, tensor);
+        }
+        choice.outputs(sizes, logits, &mut prepared);
+        choice.resolve(sizes, logits, &mut prepared, &[("experts", Values::Ids(ids.to_vec()))]);
+        for output in &prepared.outputs {
+            let name = format!("{} of token {token} ", output.name);
+            verdict = verdict.worse(match &output.expected {
+                Expected::Ids(expected) => compare::ids(&name, Shape::from([top_k]), [expected, ids]),
+                Expected::Floats { values, allowed } => {
+                    let factors: Vec<f64> = factors.iter().copied().map(f64::from).collect();
+                    compare::floats(&name, Shape::from([top_k]), [values, allowed, &factors])
+                }
+                Expected::Anything => Comparison::default(),
+            });
+        }
+    }
+    verdict
+}
+
+fn past_the_end(token: usize) -> Comparison {
+    Comparison::wrong(format!("token {token} is past the end"))
 }
 
 /// A row of y, and the magnitudes that add up to it.
@@ -86,28 +158,28 @@ impl Sums {
         let up = product(&expert.up, expert.up_bias, x);
         let g = |i: usize| gate.get(i).copied().unwrap_or(0.0);
         let a: Vec<f64> = up.iter().enumerate().map(|(i, &u)| activate(activation, g(i), u)).collect();
-        let mut buffer = Vec::new();
-        for h in 0..self.values.len().min(expert.down.rows()) {
-            let weight = matrix_row(&expert.down, h, &mut buffer);
-            let bias = expert.down_bias.map_or(0.0, |bias| element(&bias, h));
-            let terms = || weight.iter().zip(&a).map(|(w, a)| w * a);
-            self.values[h] += factor * (terms().sum::<f64>() + bias);
-            self.magnitudes[h] += factor.abs() * (terms().map(f64::abs).sum::<f64>() + bias.abs());
+        let rows = products(&expert.down, expert.down_bias, &a);
+        for (h, [value, magnitude]) in rows.into_iter().enumerate().take(self.values.len()) {
+            self.values[h] += factor * value;
+            self.magnitudes[h] += factor.abs() * magnitude;
         }
     }
 }
 
-/// `matrix x + bias`, a row of the matrix at a time.
+/// `matrix x + bias`.
 fn product(matrix: &Matrix<'_>, bias: Option<Matrix<'_>>, x: &[f64]) -> Vec<f64> {
-    let mut buffer = Vec::new();
-    let mut y = Vec::with_capacity(matrix.rows());
-    for r in 0..matrix.rows() {
-        let weight = matrix_row(matrix, r, &mut buffer);
-        let bias = bias.map(|bias| [element(&bias, r)]);
-        let bias = bias.as_ref().map(|bias| &bias[..]);
-        y.extend(linear(&Linear { x, weight: &weight, bias, rows: 1, inputs: x.len().min(weight.len()), outputs: 1 }));
-    }
-    y
+    products(matrix, bias, x).into_iter().map(|[value, _]| value).collect()
+}
+
+/// The elements of `matrix x + bias`, and the magnitudes that add up to each.
+fn products(matrix: &Matrix<'_>, bias: Option<Matrix<'_>>, x: &[f64]) -> Vec<[f64; 2]> {
+    let of_row = |buffer: &mut Vec<u8>, row: usize| {
+        let weights = matrix_row(matrix, row, buffer);
+        let bias = bias.map_or(0.0, |bias| element(&bias, row));
+        let terms = weights.iter().zip(x).map(|(w, x)| w * x);
+        terms.fold([bias, bias.abs()], |[value, magnitude], term| [value + term, magnitude + term.abs()])
+    };
+    (0..matrix.rows()).into_par_iter().map_init(Vec::new, of_row).collect()
 }
 
 fn element(column: &Matrix<'_>, row: usize) -> f64 {
@@ -123,7 +195,7 @@ fn matrix_row(matrix: &Matrix<'_>, row: usize, buffer: &mut Vec<u8>) -> Vec<f64>
 /// A row of a view, if there is one.
 fn row(view: &HostView<'_>, row: usize) -> Option<Vec<f64>> {
     let size = view.dtype().size();
-    let first = view.offset() + row * view.row_stride() * size;
+    let first = view.offset() + row.checked_mul(view.row_stride() * size)?;
     let bytes = view.storage().get(first..first + view.cols() * size).filter(|_| row < view.rows())?;
     Some(floats(view.dtype(), bytes))
 }
@@ -138,7 +210,8 @@ fn floats(dtype: DType, bytes: &[u8]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{Data, Spread, Tensor};
+    use crate::data::{Data, Spread};
+    use fused_moe_core::config::SelectBy;
     use fused_moe_core::reference;
     use fused_moe_core::weights::{ExpertWeights, StackLayout};
 
@@ -173,5 +246,67 @@ mod tests {
         wrong[4 * 24 + 7] += 0.3;
         assert_eq!(check(&wrong, &[0]).failure, None);
         assert!(check(&wrong, &[4]).failure.unwrap().starts_with("y of token 4 [7]"));
+    }
+
+    #[test]
+    fn routes_are_those_of_the_router() {
+        let mut config = LayerConfig::new(24, 10, 6, 2);
+        let data = Data::new("routes of rows");
+        let x = data.of("x").tokens(DType::BF16, [5, 24]);
+        let router = data.of("router").normal(DType::BF16, [6, 24], 0.2);
+        let bias = data.of("bias").normal(DType::F32, [6], 0.3);
+        let matrices = data.of("matrices").normal(DType::BF16, [6, 20, 24], 0.2);
+        let down = data.of("down").normal(DType::BF16, [6, 24, 10], 0.2);
+        let layout = StackLayout::default();
+        let experts = ExpertWeights::stacked(matrices.view().unwrap(), down.view().unwrap(), layout).unwrap();
+        let mut weights = LayerWeights::new(router.view().unwrap(), experts);
+        weights.correction_bias = Some(bias.view().unwrap());
+        config.routing.selection = Selection::TopK { by: SelectBy::Score, bias: true, groups: None };
+        let logits = reference::gate(&Gate {
+            x: x.as_floats(),
+            router: router.as_floats(),
+            bias: None,
+            norm_weight: None,
+            config: config.gate,
+            tokens: 5,
+            hidden: 24,
+            experts: 6,
+        });
+        let routes = reference::route(
+            &logits.logits,
+            &reference::Route {
+                rule: config.routing,
+                correction_bias: Some(bias.as_floats()),
+                expert_scale: None,
+                table: None,
+                tokens: 5,
+                experts: 6,
+                top_k: 2,
+            },
+        );
+        let factors: Vec<f32> = routes.weights.iter().map(|&w| w as f32).collect();
+        let check = |experts: &[u32], factors: &[f32], token| {
+            let x = x.view().unwrap();
+            check_routes(&config, &weights, &Call { x, experts, weights: factors, y: x }, &[token]).failure
+        };
+        for token in 0..5 {
+            assert_eq!(check(&routes.experts, &factors, token), None);
+        }
+        let mut other = routes.experts.clone();
+        other.swap(4, 5);
+        assert!(check(&other, &factors, 2).unwrap().starts_with("experts of token 2 [0]"));
+        let mut heavy = factors.clone();
+        heavy[5] *= 1.001;
+        assert!(check(&routes.experts, &heavy, 2).unwrap().starts_with("weights of token 2 [1]"));
+        assert!(check(&routes.experts, &factors, 5).is_some());
+    }
+
+    #[test]
+    fn samples() {
+        assert!(sample(0, 3).is_empty());
+        assert_eq!(sample(1, 3), [0]);
+        assert_eq!(sample(2, 3), [0, 1]);
+        assert_eq!(sample(9, 3), [0, 4, 8]);
+        assert_eq!((sample(9, 1), sample(9, 0)), (vec![0], vec![]));
     }
 }

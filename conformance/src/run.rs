@@ -1,4 +1,4 @@
-//! Runs cases on a backend: twice each, into poisoned outputs between sentinels.
+//! Runs cases on a backend: twice each, into poisoned outputs between sentinels, from inputs that must stay as they are.
 
 use crate::cases::{Case, Operation, Scale, cases};
 use crate::compare::{self, Comparison};
@@ -140,6 +140,8 @@ fn check<B: Backend, O: Check>(backend: &B, case: &Case, operation: &O) -> Resul
 pub(crate) struct Run {
     /// What the stream reported, and what it reported when it was asked again.
     pub(crate) status: [Status; 2],
+    /// Of each operand that is only read and holds something else now: its name.
+    pub(crate) changed: Vec<&'static str>,
     /// Of each output: where it lay, its buffer before and after.
     pub(crate) images: Vec<(Window, Vec<u8>, Vec<u8>)>,
 }
@@ -180,7 +182,15 @@ fn attempt_case<B: Backend, O: Check>(
         backend.download(&stream, &output.memory, &mut after)?;
         images.push((output.window, output.before, after));
     }
-    Ok(Ok(Run { status, images }))
+    let mut changed = Vec::new();
+    for input in inputs {
+        let mut after = vec![0; input.before.len()];
+        backend.download(&stream, &input.memory, &mut after)?;
+        if after != input.before {
+            changed.push(input.name);
+        }
+    }
+    Ok(Ok(Run { status, changed, images }))
 }
 
 /// Everything that can be wrong with what the runs left behind.
@@ -193,6 +203,9 @@ pub(crate) fn judge(prepared: &Prepared, runs: &[Run]) -> Comparison {
         }
         if !again.is_ok() {
             verdict = verdict.worse(Comparison::wrong(format!("status: still {again} after it was read")));
+        }
+        for name in &run.changed {
+            verdict = verdict.worse(Comparison::wrong(format!("{name}: is only to be read and was overwritten")));
         }
         for (output, (window, before, after)) in prepared.outputs.iter().zip(&run.images) {
             if let Some(message) = window.trespass(output.written, before, after) {
@@ -258,7 +271,11 @@ mod tests {
         let after = [y.image(&elements), ids.image(Tensor::ids([2, 1], vec![7, u32::MAX]).bytes())];
         let [y_before, ids_before] = before;
         let [y_after, ids_after] = after;
-        Run { status: [Status::OK; 2], images: vec![(y, y_before, y_after), (ids, ids_before, ids_after)] }
+        Run {
+            status: [Status::OK; 2],
+            changed: Vec::new(),
+            images: vec![(y, y_before, y_after), (ids, ids_before, ids_after)],
+        }
     }
 
     fn failure(change: impl Fn(&mut Run, usize)) -> String {
@@ -320,6 +337,11 @@ mod tests {
             after[window.offset + 8] = attempt as u8;
         };
         assert!(failure(gap).contains("the gap after row 0"));
+    }
+
+    #[test]
+    fn an_operand_that_is_only_read() {
+        assert!(failure(|run, _| run.changed.push("x")).starts_with("x: is only to be read"));
     }
 
     #[test]

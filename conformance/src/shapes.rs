@@ -1,9 +1,11 @@
 //! The shapes that are measured, and what a call of them costs at the least.
 
 use fused_moe_core::DType;
-use fused_moe_core::config::{Activation, Function, LayerConfig, Normalize, WeightRule};
+use fused_moe_core::config::{
+    Activation, Function, LayerConfig, Normalize, RoutingRule, Score, SelectBy, Selection, WeightRule, WeightValue,
+};
 
-/// The sizes of a published model's layer.
+/// A layer of a published model: sizes, routing and activation, without shared expert, biases and groups.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NamedShape {
     /// As on a command line.
@@ -16,25 +18,39 @@ pub struct NamedShape {
     pub experts: usize,
     /// K.
     pub top_k: usize,
+    /// How experts are chosen and weighed.
+    pub routing: RoutingRule,
     /// The activation.
     pub activation: Activation,
 }
 
 const SILU: Activation = Activation::Gated(Function::Silu);
+const GELU: Activation = Activation::Gated(Function::GeluTanh);
+const CLAMPED: Activation = Activation::ClampedSwish { alpha: 1.702, limit: 7.0 };
+
+const SOFTMAX: RoutingRule = rule(Score::Softmax, WeightValue::Score, Normalize::None);
+const SOFTMAX_SUM: RoutingRule = rule(Score::Softmax, WeightValue::Score, Normalize::Sum { eps: 0.0 });
+const SIGMOID_SUM: RoutingRule = rule(Score::Sigmoid, WeightValue::Score, Normalize::Sum { eps: 0.0 });
+const SOFTMAX_OF_CHOSEN: RoutingRule = rule(Score::Logit, WeightValue::SoftmaxOfChosen, Normalize::None);
+
+const fn rule(score: Score, value: WeightValue, normalize: Normalize) -> RoutingRule {
+    let selection = Selection::TopK { by: SelectBy::Score, bias: false, groups: None };
+    RoutingRule { score, selection, weights: WeightRule { value, expert_scale: None, normalize, scale: 1.0 } }
+}
 
 /// All of them.
 pub const SHAPES: [NamedShape; 6] = [
-    shape("qwen3-30b-a3b", [2048, 768, 128, 8], SILU),
-    shape("mixtral-8x7b", [4096, 14336, 8, 2], SILU),
-    shape("gemma4-26b-a4b", [2816, 704, 128, 8], Activation::Gated(Function::GeluTanh)),
-    shape("deepseek-v3", [7168, 2048, 256, 8], SILU),
-    shape("gpt-oss-20b", [2880, 2880, 32, 4], Activation::ClampedSwish { alpha: 1.702, limit: 7.0 }),
-    shape("olmoe", [2048, 1024, 64, 8], SILU),
+    shape("qwen3-30b-a3b", [2048, 768, 128, 8], SOFTMAX_SUM, SILU),
+    shape("mixtral-8x7b", [4096, 14336, 8, 2], SOFTMAX_SUM, SILU),
+    shape("gemma4-26b-a4b", [2816, 704, 128, 8], SOFTMAX_SUM, GELU),
+    shape("deepseek-v3", [7168, 2048, 256, 8], SIGMOID_SUM, SILU),
+    shape("gpt-oss-20b", [2880, 2880, 32, 4], SOFTMAX_OF_CHOSEN, CLAMPED),
+    shape("olmoe", [2048, 1024, 64, 8], SOFTMAX, SILU),
 ];
 
-const fn shape(name: &'static str, sizes: [usize; 4], activation: Activation) -> NamedShape {
+const fn shape(name: &'static str, sizes: [usize; 4], routing: RoutingRule, activation: Activation) -> NamedShape {
     let [hidden, intermediate, experts, top_k] = sizes;
-    NamedShape { name, hidden, intermediate, experts, top_k, activation }
+    NamedShape { name, hidden, intermediate, experts, top_k, routing, activation }
 }
 
 /// The shape of this name.
@@ -43,19 +59,20 @@ pub fn find(name: &str) -> Option<NamedShape> {
 }
 
 impl NamedShape {
-    /// A layer of this shape: softmax over all experts, top K renormalised.
+    /// A layer of this shape.
     pub fn config(&self) -> LayerConfig {
-        let mut config = LayerConfig::new(self.hidden, self.intermediate, self.experts, self.top_k);
-        config.activation = self.activation;
-        config.routing.weights = WeightRule { normalize: Normalize::Sum { eps: 0.0 }, ..WeightRule::default() };
-        config
+        LayerConfig {
+            routing: self.routing,
+            activation: self.activation,
+            ..LayerConfig::new(self.hidden, self.intermediate, self.experts, self.top_k)
+        }
     }
 }
 
 /// What a call has to move and to compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// Bytes of the touched experts' matrices, of the router, of x and y: each once.
+    /// Bytes of the matrices of the touched experts and of the shared one, of the router, of x and y: each once.
     pub bytes: u64,
     /// Multiplications and additions of the matrix products.
     pub flops: u64,
@@ -67,7 +84,7 @@ impl Cost {
         let n = |x: usize| x as u64;
         let shared = config
             .shared
-            .map_or(0, |shared| n(shared.intermediate) + n(shared.activation.gate_up_rows(shared.intermediate)));
+            .map_or(0, |s| n(s.intermediate) + n(s.activation.gate_up_rows(s.intermediate)) + u64::from(s.gated));
         let expert = (n(config.gate_up_rows()) + n(config.intermediate)) * n(config.hidden);
         let router = n(config.experts) * n(config.hidden);
         let touched = n(counts.iter().filter(|&&count| count > 0).count());
@@ -92,6 +109,7 @@ impl Cost {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fused_moe_core::config::SharedConfig;
 
     #[test]
     fn names_are_unique_and_layers_are_valid() {
@@ -100,6 +118,16 @@ mod tests {
             shape.config().check().unwrap();
         }
         assert_eq!(find("none"), None);
+    }
+
+    #[test]
+    fn a_shared_expert_is_read_once_and_computed_for_every_token() {
+        let shared = SharedConfig { intermediate: 5, activation: SILU, gated: true, scale: 1.0 };
+        let config = LayerConfig { shared: Some(shared), ..LayerConfig::new(7, 3, 4, 2) };
+        let cost = Cost::of(&config, 3, &[3, 0, 1, 2], [DType::F16, DType::F32]);
+        let (expert, always) = (3 * 7 * 3, 4 * 7 + 3 * 7 * 5 + 7);
+        assert_eq!(cost.bytes, 2 * (3 * expert + always) + 4 * 2 * 3 * 7);
+        assert_eq!(cost.flops, 2 * (6 * expert + 3 * always));
     }
 
     #[test]

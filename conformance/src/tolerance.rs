@@ -96,9 +96,11 @@ pub fn layer(inner: usize, x: DType, weights: f64) -> f64 {
 }
 
 /// What a layer may differ from golden data that were made in f64, as a part of the largest value: `8 u` of the format
-/// that x and y were rounded to, and what f32 constants of the model's own code cost.
-pub fn golden(dtype: DType) -> f64 {
-    8.0 * dtype.epsilon() + 1e-5
+/// that x and y were rounded to, and its sums in f32 or what f32 constants of the model's own code cost.
+///
+/// - `inner`: as for [`layer`]
+pub fn golden(inner: usize, dtype: DType) -> f64 {
+    8.0 * dtype.epsilon() + sum(inner, 4.0).max(1e-5)
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ impl Choice {
     }
 
     /// Adds the outputs to a case: what the reference makes of logits that a backend has within `errors`.
-    pub(super) fn outputs(&self, sizes: [usize; 3], [logits, errors]: [&[f64]; 2], prepared: &mut Prepared) {
+    pub(crate) fn outputs(&self, sizes: [usize; 3], [logits, errors]: [&[f64]; 2], prepared: &mut Prepared) {
         let [tokens, experts, top_k] = sizes;
         let routes = reference::route(logits, &self.reference(sizes, prepared));
         let mut weight_errors = Vec::new();
@@ -131,7 +131,7 @@ impl Choice {
     }
 
     /// Accepts other routes than the reference's where keys are nearly tied, with the weights that belong to them.
-    pub(super) fn resolve(
+    pub(crate) fn resolve(
         &self,
         sizes: [usize; 3],
         [logits, errors]: [&[f64]; 2],

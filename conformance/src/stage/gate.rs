@@ -57,20 +57,7 @@ impl Gate {
             hidden,
             experts,
         };
-        let gated = reference::gate(&op);
-        let (n, router) = (magnitudes(&gated.normed), magnitudes(op.router));
-        let bias = op.bias.map(magnitudes);
-        let plain = GateConfig { norm: None, scale: self.config.scale.abs(), softcap: None };
-        let magnitude = reference::gate(&reference::Gate {
-            x: &n,
-            router: &router,
-            bias: bias.as_deref(),
-            norm_weight: None,
-            config: plain,
-            ..op
-        });
-        // the norm's sum of squares is one more sum of H terms
-        let errors = sums(hidden * if self.config.norm.is_some() { 2 } else { 1 }, magnitude.logits);
+        let (gated, errors) = gated(&op);
         if self.normed {
             let errors = sums(hidden, magnitudes(&gated.normed));
             prepared.output(Output::floats("normed", normed, [tokens, hidden], [gated.normed, errors]));
@@ -93,6 +80,18 @@ impl Gate {
             logits: operands.output("logits")?,
         })
     }
+}
+
+/// The reference's logits, and what each may be off by.
+pub(crate) fn gated(op: &reference::Gate<'_>) -> (reference::Gated, Vec<f64>) {
+    let gated = reference::gate(op);
+    let (x, router, bias) = (magnitudes(&gated.normed), magnitudes(op.router), op.bias.map(magnitudes));
+    let (x, router, bias) = (&x[..], &router[..], bias.as_deref());
+    let config = GateConfig { norm: None, scale: op.config.scale.abs(), softcap: None };
+    let magnitude = reference::gate(&reference::Gate { x, router, bias, norm_weight: None, config, ..*op });
+    // the norm's sum of squares is one more sum of H terms
+    let terms = op.hidden * if op.config.norm.is_some() { 2 } else { 1 };
+    (gated, sums(terms, magnitude.logits))
 }
 
 impl Check for Gate {

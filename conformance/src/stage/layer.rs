@@ -3,10 +3,12 @@
 use super::choice::relative_error;
 use super::combine::{ResidualPart, norm_errors};
 use super::experts::{Experts, Weights};
-use super::{Check, magnitude, magnitudes, sums};
+use super::gate::gated;
+use super::{Check, magnitude};
 use crate::data::{Data, Spread, Tensor};
 use crate::operands::{Operands, Output, Prepared};
 use crate::tolerance;
+use fused_moe_core::backend::reborrow;
 use fused_moe_core::config::{LayerConfig, Selection};
 use fused_moe_core::operation::{Forward, NextNorm, Residual, RoutesOut, Source};
 use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix, Orientation, SharedWeights, Table};
@@ -47,6 +49,8 @@ pub struct LayerCase {
     pub local: Option<Range<usize>>,
     /// What results may depend on.
     pub numerics: Numerics,
+    /// The first run takes tokens one by one, the second so many at once: both must give the same bits.
+    pub batches: Option<usize>,
 }
 
 /// Where routes come from.
@@ -86,6 +90,7 @@ impl LayerCase {
             routes: true,
             local: None,
             numerics: Numerics::Fast,
+            batches: None,
         }
     }
 
@@ -207,13 +212,8 @@ impl LayerCase {
             hidden,
             experts,
         };
-        let gated = reference::gate(&op);
-        let (n, router, bias) = (magnitudes(&gated.normed), magnitudes(op.router), op.bias.map(magnitudes));
-        let mut config = self.config.gate;
-        (config.norm, config.softcap, config.scale) = (None, None, config.scale.abs());
-        let (x, bias) = (&n[..], bias.as_deref());
-        let bound = reference::gate(&reference::Gate { x, router: &router, bias, norm_weight: None, config, ..op });
-        [gated.logits, sums(2 * hidden, bound.logits)]
+        let (gated, errors) = gated(&op);
+        [gated.logits, errors]
     }
 
     /// Whether every choice among the logits is clear, in the order of the choice too.
@@ -322,6 +322,16 @@ impl Check for LayerCase {
         } else {
             layer.workspace(self.tokens + 3)?
         };
+        if let Some(size) = self.batches {
+            let size = if operands.attempt == 0 { 1 } else { size };
+            let (x, mut y) = (operands.input("x")?, operands.output("y")?);
+            for first in (0..self.tokens).step_by(size) {
+                let count = size.min(self.tokens - first);
+                let y = reborrow::<B>(&mut y).row_range(first, count)?;
+                layer.forward(stream, x.row_range(first, count)?, y, &mut workspace)?;
+            }
+            return Ok(());
+        }
         let call = Forward {
             x: operands.input("x")?,
             source: match self.source {

@@ -94,15 +94,19 @@ pub(crate) struct Inspect {
 Examples:
   fmoe check
   fmoe check --filter combine
+  fmoe check --full
   fmoe check --golden goldens/*
   FMOE_CPU_ISA=avx2 fmoe check
 
---golden compares with folders of config.json, model.safetensors and golden.safetensors (input.i, output.i,
-topk_ids.i, topk_weights.i, experts_output.i).")]
+--golden compares with folders of config.json, model.safetensors and golden.safetensors (input.i, output_f64.i;
+if they are there: topk_ids.i, topk_weights_f64.i, experts_input.i, experts_output_f64.i; names without _f64 will do).")]
 pub(crate) struct Check {
     /// Only cases whose name contains this
     #[arg(long, value_name = "TEXT", conflicts_with = "golden")]
     pub(crate) filter: Option<String>,
+    /// More formats and larger sizes
+    #[arg(long, conflicts_with = "golden")]
+    pub(crate) full: bool,
     /// Check these folders of golden data instead
     #[arg(long, value_name = "DIR", num_args = 1..)]
     pub(crate) golden: Vec<PathBuf>,

@@ -3,8 +3,6 @@
 pub(crate) mod machine;
 mod measure;
 mod record;
-mod shapes;
-mod verify;
 pub(crate) mod weights;
 
 use crate::args::{self, Format};
@@ -14,10 +12,10 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use fused_moe::config::LayerConfig;
 use fused_moe::{Backend, DType, Device, Options, Visitor};
+use fused_moe_conformance::shapes::{self, SHAPES};
 use machine::Ceilings;
 use measure::{Bench, Timing};
 use record::Setting;
-use shapes::SHAPES;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -54,7 +52,7 @@ fn shape(arguments: &args::Bench) -> Result<(String, LayerConfig)> {
         return Ok((format!("{hidden}x{intermediate}x{experts}x{top_k}"), config));
     }
     let name = arguments.shape.as_deref().unwrap_or(SHAPES[0].name);
-    match SHAPES.iter().find(|shape| shape.name == name) {
+    match shapes::find(name) {
         Some(shape) => Ok((name.to_owned(), shape.config())),
         None => Err(remedied(
             format!("--shape {name}: no such shape"),
@@ -70,6 +68,11 @@ fn shape(arguments: &args::Bench) -> Result<(String, LayerConfig)> {
 fn device(arguments: &args::Bench) -> Result<Device> {
     let device = devices::chosen(&arguments.on)?;
     match (device, arguments.threads) {
+        (Device::Cuda(_), _) => Err(remedied(
+            "bench: calls on a CUDA device are not timed here yet",
+            "`cargo run --release -p fused-moe-cuda --example layer_speed` times them by graph replay; \
+             --backend cpu times the processor",
+        )),
         (_, Some(0)) => Err(remedied("--threads 0: there is nobody to work", "give 1 or more, or leave it out")),
         (Device::Cpu(_), Some(threads)) => Ok(Device::Cpu(fused_moe::cpu::Cpu::with_threads(threads)?)),
         (device, _) => Ok(device),

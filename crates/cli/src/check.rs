@@ -1,15 +1,13 @@
 //! `fmoe check`: the conformance suite, or golden data, on this machine.
 
-mod golden;
-
 use crate::args;
 use crate::devices;
-use crate::output::{self, BAD, DIM, GOOD, Table, plain, progress, remedied};
+use crate::output::{self, BAD, DIM, GOOD, Table, checkpoint_error, plain, progress, remedied};
 use anstyle::Style;
 use anyhow::Result;
 use fused_moe::{Backend, Visitor, cuda};
-use fused_moe_conformance::{Options, Report};
-use golden::Verdict;
+use fused_moe_conformance::golden::{GoldenError, GoldenReport, GoldenResult, check_golden};
+use fused_moe_conformance::{Options, Report, Scale};
 use serde_json::json;
 use std::io::Write;
 use std::path::Path;
@@ -24,7 +22,8 @@ pub(crate) fn check(arguments: &args::Check) -> Result<ExitCode> {
         return compile(architectures);
     }
     let device = devices::chosen(&arguments.on)?;
-    let report = device.visit(Suite { filter: arguments.filter.clone() })?;
+    let scale = if arguments.full { Scale::Full } else { Scale::Quick };
+    let report = device.visit(Suite { filter: arguments.filter.clone(), scale })?;
     if report.results.is_empty() {
         let filter = arguments.filter.as_deref().unwrap_or_default();
         return Err(remedied(
@@ -61,6 +60,7 @@ fn compile(architectures: &[String]) -> Result<ExitCode> {
 
 struct Suite {
     filter: Option<String>,
+    scale: Scale,
 }
 
 impl Visitor for Suite {
@@ -68,7 +68,7 @@ impl Visitor for Suite {
 
     fn visit<B: Backend>(self, backend: &B) -> Result<Report> {
         let bar = progress(0, "checking");
-        let options = Options { filter: self.filter, ..Options::default() };
+        let options = Options { filter: self.filter, scale: self.scale, ..Options::default() };
         let report = fused_moe_conformance::run(backend, &options, &mut |progress| {
             bar.set_length(progress.count as u64);
             bar.set_position(progress.index as u64);
@@ -120,71 +120,106 @@ fn folders(arguments: &args::Check) -> Result<ExitCode> {
         return Err(remedied(format!("{}: is a file", first.display()), "give folders with config.json in them"));
     }
     let bar = progress(folders.len() as u64, "golden data");
-    let mut verdicts = Vec::new();
+    let mut verdicts: Vec<(_, Result<GoldenReport>)> = Vec::new();
     for folder in folders {
-        verdicts.push((folder, golden::compare(&device, folder)));
+        verdicts.push((folder, device.visit(Folder(folder))));
         bar.inc(1);
     }
     bar.finish_and_clear();
-    let failed = verdicts.iter().filter(|(_, verdict)| !verdict.as_ref().is_ok_and(Verdict::passed)).count();
+    let failed = verdicts.iter().filter(|(_, verdict)| !verdict.as_ref().is_ok_and(GoldenReport::passed)).count();
     if let [(_, Err(_))] = verdicts.as_slice() {
         return verdicts.remove(0).1.map(|_| ExitCode::FAILURE);
     }
     if arguments.json {
         output::print_json(&verdicts.iter().map(|(folder, verdict)| as_json(folder, verdict)).collect())?;
     } else {
-        let mut table =
-            Table::new(["folder", "layer", "tokens", "rerouted", "weights", "experts", "output", "tolerance", ""]);
-        table = table.text(&[8]);
+        let header =
+            ["folder", "layer", "format", "tokens", "rerouted", "weights", "experts", "output", "tolerance", ""];
+        let mut table = Table::new(header).text(&[2, 9]);
         for (folder, verdict) in &verdicts {
-            table.row(line(folder, verdict));
+            lines(folder, verdict).into_iter().for_each(|line| table.row(line));
         }
         let mut out = output::stdout();
         table.print(&mut out)?;
+        for (folder, report) in verdicts.iter().filter_map(|(folder, verdict)| Some((folder, verdict.as_ref().ok()?))) {
+            for GoldenResult { input, dtype, message, .. } in &report.results {
+                if let Some(message) = message {
+                    writeln!(out, "{BAD}failed{BAD:#} {}, input {input}, {dtype}: {message}", folder.display())?;
+                }
+            }
+        }
         writeln!(out, "{} folders, {failed} failed", verdicts.len())?;
         out.flush()?;
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn line(folder: &Path, verdict: &Result<Verdict>) -> Vec<(String, Style)> {
-    let name = folder.canonicalize().ok().and_then(|path| path.file_name().map(|name| name.display().to_string()));
-    let name = plain(name.unwrap_or_else(|| folder.display().to_string()));
-    let error = |error: f64| plain(format_args!("{error:.1e}"));
-    match verdict {
-        Ok(verdict) => vec![
-            name,
-            plain(verdict.layer),
-            plain(verdict.tokens),
-            plain(verdict.rerouted),
-            error(verdict.weights),
-            verdict.experts.map_or(plain("-"), error),
-            error(verdict.output),
-            error(verdict.tolerance),
-            if verdict.passed() { ("ok".into(), GOOD) } else { ("failed".into(), BAD) },
-        ],
-        Err(error) => {
-            let mut cells = vec![plain("-"); 8];
-            cells[0] = name;
-            cells.push((format!("failed: {error:#}"), BAD));
-            cells
-        }
+/// A folder to be compared with.
+struct Folder<'a>(&'a Path);
+
+impl Visitor for Folder<'_> {
+    type Output = Result<GoldenReport>;
+
+    fn visit<B: Backend>(self, backend: &B) -> Result<GoldenReport> {
+        check_golden(backend, self.0).map_err(|error| {
+            let message = error.to_string();
+            match (error, message.rsplit_once("; ")) {
+                (GoldenError::Checkpoint(error), _) => checkpoint_error(error),
+                (GoldenError::File { .. } | GoldenError::Content { .. }, Some((message, help))) => {
+                    remedied(message, help)
+                }
+                (error, _) => anyhow::Error::new(error).context(format!("{}", self.0.display())),
+            }
+        })
     }
 }
 
-fn as_json(folder: &Path, verdict: &Result<Verdict>) -> serde_json::Value {
+/// A line for each format, the worst of all inputs.
+fn lines(folder: &Path, verdict: &Result<GoldenReport>) -> Vec<Vec<(String, Style)>> {
+    let name = folder.canonicalize().ok().and_then(|path| path.file_name().map(|name| name.display().to_string()));
+    let name = plain(name.unwrap_or_else(|| folder.display().to_string()));
+    let report = match verdict {
+        Ok(report) => report,
+        Err(error) => {
+            let mut cells = vec![plain("-"); 9];
+            cells[0] = name;
+            cells.push((format!("failed: {error:#}"), BAD));
+            return vec![cells];
+        }
+    };
+    let mut formats: Vec<&str> = report.results.iter().map(|result| result.dtype.as_str()).collect();
+    formats.sort_unstable();
+    formats.dedup();
+    let line = |dtype: &str| {
+        let results = || report.results.iter().filter(|result| result.dtype == dtype);
+        let worst = |error: fn(&GoldenResult) -> Option<f64>| {
+            let worst = results().filter_map(error).reduce(f64::max);
+            worst.map_or(plain("-"), |error| plain(format_args!("{error:.1e}")))
+        };
+        vec![
+            name.clone(),
+            plain(report.layer),
+            plain(dtype),
+            plain(results().map(|result| result.tokens).sum::<usize>()),
+            plain(results().map(|result| result.other_routes).sum::<usize>()),
+            worst(|result| Some(result.weights_error)),
+            worst(|result| result.experts_error),
+            worst(|result| Some(result.output_error)),
+            worst(|result| Some(result.tolerance)),
+            if results().all(|result| result.message.is_none()) { ("ok".into(), GOOD) } else { ("failed".into(), BAD) },
+        ]
+    };
+    formats.into_iter().map(line).collect()
+}
+
+/// The report with `passed` beside it, or why there is none.
+fn as_json(folder: &Path, verdict: &Result<GoldenReport>) -> serde_json::Value {
     match verdict {
-        Ok(verdict) => json!({
-            "folder": folder,
-            "passed": verdict.passed(),
-            "layer": verdict.layer,
-            "tokens": verdict.tokens,
-            "rerouted": verdict.rerouted,
-            "weights_error": verdict.weights,
-            "experts_error": verdict.experts,
-            "output_error": verdict.output,
-            "tolerance": verdict.tolerance,
-        }),
+        Ok(report) => {
+            let mut json = json!(report);
+            json["passed"] = report.passed().into();
+            json
+        }
         Err(error) => json!({ "folder": folder, "passed": false, "error": format!("{error:#}") }),
     }
 }

@@ -53,6 +53,16 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
             }
         }
     }
+    for dtypes in FLOATS.map(|dtype| [dtype; 3]) {
+        for (tokens, batches) in [(9, 2), (24, 7), (33, 32), (70, 70), (140, 129)] {
+            let shared = SharedConfig { intermediate: 20, activation: Activation::default(), gated: true, scale: 1.0 };
+            let config = LayerConfig { shared: Some(shared), ..LayerConfig::new(72, 40, 6, 2) };
+            let layer = LayerCase::new(tokens, config, dtypes);
+            let numerics = Numerics::BatchInvariant;
+            let layer = LayerCase { numerics, batches: Some(batches), routes: false, ..layer };
+            cases.push(case(&format!("alone and in batches of {batches}"), layer));
+        }
+    }
     for dtypes in FLOATS.map(|dtype| [dtype; 3]).into_iter().chain([[f32, f16, f32]]) {
         cases.extend(sources(dtypes));
         cases.extend(parts(dtypes));

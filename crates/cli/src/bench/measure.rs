@@ -1,13 +1,14 @@
 //! Runs of a layer on a clock.
 
 use super::machine::Ceilings;
-use super::verify::{Returned, Verified, verify};
 use super::weights::{Numbers, Source};
 use anyhow::{Result, ensure};
 use fused_moe::backend::{shorten, shorten_mut};
 use fused_moe::config::LayerConfig;
 use fused_moe::operation::{Forward, RoutesOut};
 use fused_moe::{Backend, DType, HostView, Layer, Stream, View};
+use fused_moe_conformance::rows::{self, Call};
+use fused_moe_conformance::shapes::Cost;
 use std::time::{Duration, Instant};
 
 /// Batches of tokens that runs go through.
@@ -17,6 +18,8 @@ const RUNS: std::ops::RangeInclusive<usize> = 7..=300;
 const WARM_UP: usize = 2;
 /// Ticks of one batch size at most.
 pub(crate) const STEPS: u64 = (WARM_UP + *RUNS.end() + 1) as u64;
+/// Rows of a result that are worked out again.
+const ROWS: usize = 3;
 /// After so long, the fewest runs will do.
 const ENOUGH: Duration = Duration::from_millis(1500);
 
@@ -41,28 +44,36 @@ pub(crate) struct Timing {
     pub(crate) spread: [Duration; 2],
     /// Experts with tokens, on average.
     pub(crate) touched: f64,
-    /// Bytes of weights that a run must read, on average.
-    pub(crate) bytes: f64,
-    /// Floating-point operations of a run.
-    pub(crate) flops: f64,
+    /// What a run costs at the least, on average.
+    pub(crate) cost: Cost,
     pub(crate) verified: Verified,
+}
+
+/// What the check before the clock found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Verified {
+    /// Rows that were worked out again.
+    pub(crate) rows: usize,
+    /// The error of y where it is worst, relative to the largest value of its row.
+    pub(crate) error: f64,
+    /// What it may be there.
+    pub(crate) tolerance: f64,
 }
 
 impl Timing {
     /// Bytes in a second.
     pub(crate) fn bandwidth(&self) -> f64 {
-        self.bytes / self.median.as_secs_f64()
+        self.cost.bytes as f64 / self.median.as_secs_f64()
     }
 
     /// Floating-point operations in a second.
     pub(crate) fn arithmetic(&self) -> f64 {
-        self.flops / self.median.as_secs_f64()
+        self.cost.flops as f64 / self.median.as_secs_f64()
     }
 
     /// The shortest time that the machine allows.
     pub(crate) fn floor(&self, ceilings: &Ceilings) -> Duration {
-        let seconds = (self.bytes / ceilings.bandwidth).max(self.flops / ceilings.arithmetic);
-        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+        Duration::try_from_secs_f64(self.cost.floor(ceilings.bandwidth, ceilings.arithmetic)).unwrap_or(Duration::MAX)
     }
 }
 
@@ -88,7 +99,7 @@ impl<B: Backend> Bench<'_, B> {
         let verified = self.verify(&stream, &batches[0], tokens)?;
         tick();
 
-        let (mut times, mut touched) = (Vec::new(), 0usize);
+        let (mut times, mut touched, mut bytes, mut flops) = (Vec::new(), 0usize, 0u128, 0u128);
         let begin = Instant::now();
         let mut host_counts = vec![0u32; experts];
         for run in 0..WARM_UP + RUNS.end() {
@@ -110,34 +121,25 @@ impl<B: Backend> Bench<'_, B> {
             if run >= WARM_UP {
                 times.push(time);
                 backend.download(&stream, &counts, bytemuck::cast_slice_mut(&mut host_counts))?;
+                let cost = Cost::of(self.config, tokens, &host_counts, [self.dtype; 2]);
+                bytes += u128::from(cost.bytes);
+                flops += u128::from(cost.flops);
                 touched += host_counts.iter().filter(|&&count| count > 0).count();
             }
             tick();
         }
         times.sort_unstable();
         let quantile = |tenths: usize| times.get((times.len() - 1) * tenths / 10).copied().unwrap_or_default();
-        let touched = touched as f64 / times.len() as f64;
-        let floor = self.work(tokens, touched);
+        let mean = |sum: u128| u64::try_from(sum / times.len().max(1) as u128).unwrap_or(u64::MAX);
         Ok(Timing {
             tokens,
             runs: times.len(),
             median: quantile(5),
             spread: [quantile(1), quantile(9)],
-            touched,
-            bytes: floor.0,
-            flops: floor.1,
+            touched: touched as f64 / times.len() as f64,
+            cost: Cost { bytes: mean(bytes), flops: mean(flops) },
             verified,
         })
-    }
-
-    /// Bytes of weights to read and floating-point operations to do.
-    fn work(&self, tokens: usize, touched: f64) -> (f64, f64) {
-        let LayerConfig { hidden, intermediate, experts, top_k, .. } = *self.config;
-        let expert = ((self.config.gate_up_rows() + intermediate) * hidden) as f64;
-        let router = (experts * hidden) as f64;
-        let bytes = (touched * expert + router) * self.dtype.size() as f64;
-        let flops = 2.0 * tokens as f64 * (top_k as f64 * expert + router);
-        (bytes, flops)
     }
 
     /// The first layer on the first batch, against f64.
@@ -167,15 +169,18 @@ impl<B: Backend> Bench<'_, B> {
         backend.download(stream, &y, &mut bytemuck::cast_slice_mut(&mut host_y)[..y_bytes])?;
         backend.download(stream, &experts, bytemuck::cast_slice_mut(&mut host_experts))?;
         backend.download(stream, &weights, bytemuck::cast_slice_mut(&mut host_weights))?;
-        verify(
-            self.config,
-            self.source,
-            &Returned {
-                x: batch.view(0, [tokens, hidden])?,
-                y: HostView::new(bytemuck::cast_slice(&host_y), self.dtype, 0, [tokens, hidden])?,
-                experts: &host_experts,
-                weights: &host_weights,
-            },
-        )
+        let call = Call {
+            x: batch.view(0, [tokens, hidden])?,
+            y: HostView::new(bytemuck::cast_slice(&host_y), self.dtype, 0, [tokens, hidden])?,
+            experts: &host_experts,
+            weights: &host_weights,
+        };
+        let (weights, sample) = (self.source.layer(0)?, rows::sample(tokens, ROWS));
+        let routes = rows::check_routes(self.config, &weights, &call, &sample);
+        let sums = rows::check(self.config, &weights, &call, &sample);
+        if let Some(failure) = routes.failure.or(sums.failure) {
+            anyhow::bail!(failure);
+        }
+        Ok(Verified { rows: sample.len(), error: sums.error, tolerance: sums.tolerance })
     }
 }

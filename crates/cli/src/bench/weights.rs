@@ -2,7 +2,6 @@
 //! into memory of its own, so the host needs no second copy of a model that barely fits.
 
 use crate::args::Spread;
-use crate::tensors::floats;
 use anyhow::Result;
 use fused_moe::config::LayerConfig;
 use fused_moe::weights::{ExpertMatrices, ExpertWeights, LayerWeights, Matrix, Orientation};
@@ -114,16 +113,6 @@ impl Source {
         matrix.saturating_mul(3).saturating_add(router).saturating_add(STEP * WINDOWS).saturating_mul(dtype.size())
     }
 
-    /// `[E, H]`.
-    pub(crate) fn router(&self) -> Vec<f64> {
-        floats(self.router.dtype, self.router.bytes()).take(self.config.experts * self.config.hidden).collect()
-    }
-
-    /// `[E]`.
-    pub(crate) fn bias(&self) -> Option<&[f32]> {
-        self.bias.as_deref()
-    }
-
     /// The weights of layer number `index`.
     pub(crate) fn layer(&self, index: usize) -> Result<LayerWeights<'_>> {
         let LayerConfig { hidden, experts, .. } = self.config;
@@ -135,7 +124,7 @@ impl Source {
     }
 
     /// The matrices of one expert of layer number `index`.
-    pub(crate) fn expert(&self, index: usize, expert: usize) -> Result<ExpertMatrices<'_>> {
+    fn expert(&self, index: usize, expert: usize) -> Result<ExpertMatrices<'_>> {
         let LayerConfig { hidden, intermediate, activation, .. } = self.config;
         let (first, matrix) = ((index * 7 + expert) % WINDOWS * STEP, hidden * intermediate);
         let part = |n: usize, shape| -> Result<_> {

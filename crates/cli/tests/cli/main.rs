@@ -127,11 +127,24 @@ fn check_golden_folders() {
     // weights that are not those of the golden output
     let folder = tempfile::tempdir().unwrap();
     for file in ["config.json", "meta.json", "model.safetensors", "golden.safetensors"] {
-        let from = if file == "golden.safetensors" { golden("../qwen3_moe_nonorm/") } else { good.clone() };
+        let from = if file == "golden.safetensors" { golden("../qwen3_vl_moe/") } else { good.clone() };
         std::fs::copy(format!("{from}/{file}"), folder.path().join(file)).unwrap();
     }
     let ran = fmoe(["check", "--golden", folder.path().to_str().unwrap()]).fails(1);
-    assert!(ran.stdout.contains("failed"), "{ran}");
+    assert!(ran.stdout.contains("took other routes"), "{ran}");
+}
+
+#[test]
+fn a_golden_folder_that_cannot_run_leaves_the_others() {
+    let unknown = Model::new().with("model_type", "qwen4_moe").write();
+    let ran = fmoe(["check", "--golden", unknown.name(), &golden("")]).fails(1);
+    assert!(ran.stdout.contains("qwen4_moe") && ran.stdout.contains("2 folders, 1 failed"), "{ran}");
+    let ran = fmoe(["check", "--json", "--golden", unknown.name(), &golden("")]).fails(1);
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((&json[0]["passed"], &json[1]["passed"]), (&false.into(), &true.into()));
+    assert!(json[0]["error"].as_str().unwrap().contains("qwen4_moe"), "{ran}");
+    assert_eq!(json[1]["results"][0]["other_routes"], 0);
+    fmoe(["check", "--golden", Model::new().write().name()]).errs(["golden.safetensors", "input.0"]);
 }
 
 #[test]
