@@ -1,4 +1,5 @@
 //! What a layer's description and weights may be together, and what the messages say.
+#![allow(clippy::unwrap_used)]
 
 use fused_moe_core::config::*;
 use fused_moe_core::problem::LayerProblem;
