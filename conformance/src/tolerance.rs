@@ -55,7 +55,6 @@ fn activation_magnitude(activation: Activation, g: f64, u: f64) -> f64 {
             g.abs() * u.abs().min(f64::from(limit))
         }
         Activation::Plain(function) => of(function, u),
-        _ => (g.abs() + 1.0) * (u.abs() + 1.0),
     }
 }
 

@@ -90,7 +90,7 @@ impl Check for ExpertLoop {
         }
         let find = |id: u32| {
             let &(gate, up, down) = experts.get(id as usize)?;
-            Some(Expert { gate, up, down })
+            Some(Expert { gate, up, down, gate_bias: None, up_bias: None, down_bias: None })
         };
         let weights: Vec<f32> = operands.host("weights")?.as_floats().iter().map(|&w| w as f32).collect();
         let mut operands = operands.shorten();

@@ -133,6 +133,10 @@ impl LayerCase {
             let scale = |inner: usize| 1.3 / (inner as f64).sqrt();
             host("shared_gate_up", data.of("shared_gate_up").normal(weights, [rows, hidden], scale(hidden)));
             host("shared_down", data.of("shared_down").normal(weights, [hidden, width], scale(width)));
+            if self.bias {
+                host("shared_gate_up_bias", data.of("shared_gate_up_bias").normal(weights, [rows], 0.4));
+                host("shared_down_bias", data.of("shared_down_bias").normal(weights, [hidden], 0.4));
+            }
             if shared.gated {
                 host("shared_gate", data.of("shared_gate").normal(weights, [hidden], scale(hidden)));
             }
@@ -178,7 +182,9 @@ impl LayerCase {
             down_bias,
             shared: self.config.shared.map(|_| reference::SharedExpert {
                 gate_up: prepared.floats("shared_gate_up"),
+                gate_up_bias: prepared.floats_if("shared_gate_up_bias"),
                 down: prepared.floats("shared_down"),
+                down_bias: prepared.floats_if("shared_down_bias"),
                 gate: prepared.floats_if("shared_gate"),
             }),
         }
@@ -374,7 +380,12 @@ impl LayerCase {
                 let of = |view| Matrix::new(view, Orientation::OutIn);
                 let gate = (gated > 0).then(|| of(gate_up.row_range(0, gated)?)).transpose()?;
                 let down = of(operands.host("shared_down")?.view()?)?;
-                let matrices = ExpertMatrices::new(gate, of(gate_up.row_range(gated, width)?)?, down);
+                let mut matrices = ExpertMatrices::new(gate, of(gate_up.row_range(gated, width)?)?, down);
+                if let Some(bias) = view("shared_gate_up_bias")? {
+                    matrices.gate_bias = (gated > 0).then(|| of(bias.columns(0, gated)?)).transpose()?;
+                    matrices.up_bias = Some(of(bias.columns(gated, width)?)?);
+                }
+                matrices.down_bias = view("shared_down_bias")?.map(of).transpose()?;
                 Some(SharedWeights { matrices, gate: view("shared_gate")? })
             }
         };

@@ -51,14 +51,15 @@ fn shared(config: &LayerConfig, layer: &Layer<'_>, x: &[f64], tokens: usize) -> 
     let (shared, weights) = (config.shared?, layer.shared?);
     let (hidden, width) = (config.hidden, shared.intermediate);
     let outputs = shared.activation.gate_up_rows(width);
-    let product = |weight, outputs| linear(&Linear { x, weight, bias: None, rows: tokens, inputs: hidden, outputs });
-    let z = product(weights.gate_up, outputs);
+    let product = |weight, bias, outputs| linear(&Linear { x, weight, bias, rows: tokens, inputs: hidden, outputs });
+    let z = product(weights.gate_up, weights.gate_up_bias, outputs);
     let a = magnitudes(&activation(shared.activation, PreActivation::Halves(&z), tokens, width));
-    let matrix = magnitudes(weights.down);
-    let y = linear(&Linear { x: &a, weight: &matrix, bias: None, rows: tokens, inputs: width, outputs: hidden });
+    let (matrix, bias) = (magnitudes(weights.down), weights.down_bias.map(magnitudes));
+    let bias = bias.as_deref();
+    let y = linear(&Linear { x: &a, weight: &matrix, bias, rows: tokens, inputs: width, outputs: hidden });
     let scale = f64::from(shared.scale.abs());
     let factor = match weights.gate.filter(|_| shared.gated) {
-        Some(gate) => product(gate, 1).into_iter().map(|logit| scale * sigmoid(logit)).collect(),
+        Some(gate) => product(gate, None, 1).into_iter().map(|logit| scale * sigmoid(logit)).collect(),
         None => vec![scale; tokens],
     };
     Some((y, factor))

@@ -106,7 +106,6 @@ pub struct RoutingRule {
 
 /// The score `s[e]` of a logit `l[e]`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Score {
     /// `exp(l[e]) / sum_j exp(l[j])` over all E.
     #[default]
@@ -121,7 +120,6 @@ pub enum Score {
 
 /// Which experts a token goes to.
 #[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
 pub enum Selection {
     /// The K largest keys; equal keys go to the lower expert.
     TopK {
@@ -265,7 +263,6 @@ pub enum WeightOn {
 
 /// What happens to the pre-activation: gate `g` and up `u`, or `u` alone.
 #[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
 pub enum Activation {
     /// `act(g) * u`.
     Gated(Function),
@@ -310,7 +307,6 @@ impl Activation {
 
 /// An element-wise function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Function {
     /// `x * sigmoid(x)`.
     Silu,

@@ -26,6 +26,16 @@ impl DType {
         }
     }
 
+    /// Its name in messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::U32 => "u32",
+        }
+    }
+
     /// Whether it is a floating-point format.
     pub const fn is_float(self) -> bool {
         !matches!(self, Self::U32)
@@ -44,12 +54,7 @@ impl DType {
 
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::BF16 => "bf16",
-            Self::U32 => "u32",
-        })
+        f.write_str(self.name())
     }
 }
 

@@ -5,7 +5,8 @@ use crate::{DType, Shape};
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A request that makes no sense as it stands; every message begins with the operation and names the operand.
+/// A request that makes no sense as it stands. Messages of operations begin with the operation and name the operand;
+/// those of views say which view.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -85,7 +86,7 @@ pub enum Error {
         /// The buffer's size in bytes.
         available: usize,
     },
-    /// A view's address is no multiple of its element size.
+    /// A view's offset, or where it is read as Rust numbers its address, is no multiple of its element size.
     #[error("view of {dtype} at byte {offset}: the address is not a multiple of {size} bytes")]
     Misaligned {
         /// The view's format.
@@ -102,6 +103,14 @@ pub enum Error {
         shape: Shape,
         /// The stride that was given, in elements.
         row_stride: usize,
+    },
+    /// Something is wrong with one of many experts.
+    #[error("{error} (expert {expert})")]
+    Expert {
+        /// Which one.
+        expert: usize,
+        /// What is wrong with it.
+        error: Box<Error>,
     },
     /// A workspace made for fewer tokens, or for another layer.
     #[error(

@@ -83,7 +83,9 @@ impl Storage for &mut [u8] {
 /// A row-major operand: storage, byte offset, format, shape, and the distance of its rows.
 ///
 /// Rows are those of [`Shape::rows`]: leading dimensions are taken together, and successive rows lie `row_stride`
-/// elements apart. A view is checked when it is made, so that holding one proves that it lies inside its buffer.
+/// elements apart. A view is checked when it is made, so that holding one proves that it lies inside its buffer, at a
+/// multiple of its element size from the buffer's beginning; the address itself matters to [`typed`](View::typed) and
+/// to backends. An empty view has offset 0, and rows that cannot lie apart have the stride of contiguous ones.
 ///
 /// ```
 /// use fused_moe_core::{DType, View};
@@ -95,7 +97,7 @@ impl Storage for &mut [u8] {
 /// # assert_eq!(x.dtype(), DType::F32);
 /// # Ok::<(), fused_moe_core::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct View<S> {
     storage: S,
     dtype: DType,
@@ -158,7 +160,9 @@ impl<S: Storage> View<S> {
                 actual: format!("{count} from {first} of {}", self.shape),
             });
         }
-        self.offset += first * self.dtype.size();
+        if count > 0 && self.rows() > 0 {
+            self.offset += first * self.dtype.size();
+        }
         self.shape.dims[self.shape.rank as usize - 1] = count;
         self.checked()
     }
@@ -175,14 +179,14 @@ impl<S: Storage> View<S> {
                 actual: format!("{count} from {first} of {}", self.shape),
             });
         }
-        if count > 0 {
+        if count > 0 && self.cols() > 0 {
             self.offset += first * self.row_stride * self.dtype.size();
         }
         self.shape = Shape::from([count, self.shape.cols()]);
         self.checked()
     }
 
-    fn checked(self) -> Result<Self> {
+    fn checked(mut self) -> Result<Self> {
         let Self { dtype, offset, shape, row_stride, .. } = self;
         if offset % dtype.size() != 0 {
             return Err(Error::Misaligned { dtype, offset, size: dtype.size() });
@@ -191,15 +195,18 @@ impl<S: Storage> View<S> {
         if row_stride < cols {
             return Err(Error::RowStride { shape, row_stride });
         }
-        let end = if rows == 0 || cols == 0 {
-            Some(0)
-        } else {
-            (rows - 1)
-                .checked_mul(row_stride)
-                .and_then(|n| n.checked_add(cols))
-                .and_then(|n| n.checked_mul(dtype.size()))
-                .and_then(|n| n.checked_add(offset))
-        };
+        if rows <= 1 || cols == 0 {
+            self.row_stride = cols;
+        }
+        if rows == 0 || cols == 0 {
+            self.offset = 0;
+            return Ok(self);
+        }
+        let end = (rows - 1)
+            .checked_mul(self.row_stride)
+            .and_then(|n| n.checked_add(cols))
+            .and_then(|n| n.checked_mul(dtype.size()))
+            .and_then(|n| n.checked_add(offset));
         let available = self.storage.bytes();
         match end {
             Some(end) if end <= available => Ok(self),
@@ -234,6 +241,17 @@ impl<S: Storage> View<S> {
     /// Gives up the view and returns the storage.
     pub fn into_storage(self) -> S {
         self.storage
+    }
+}
+
+impl<S> fmt::Debug for View<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("View")
+            .field("dtype", &self.dtype)
+            .field("shape", &self.shape)
+            .field("offset", &self.offset)
+            .field("row_stride", &self.row_stride)
+            .finish_non_exhaustive()
     }
 }
 
@@ -336,12 +354,7 @@ impl<'a> View<&'a mut [u8]> {
 
 fn range_of<T: Element, S>(view: &View<S>) -> Result<(usize, usize)> {
     if view.dtype != T::DTYPE {
-        let expected = match T::DTYPE {
-            DType::F32 => "f32",
-            DType::F16 => "f16",
-            DType::BF16 => "bf16",
-            DType::U32 => "u32",
-        };
+        let expected = T::DTYPE.name();
         return Err(Error::DType { operation: "typed", operand: "view", expected, actual: view.dtype });
     }
     match view.extent() {

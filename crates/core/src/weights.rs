@@ -4,8 +4,10 @@
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::problem::MAX_EXPERTS;
 use crate::tensor::{HostView, Shape};
 use std::borrow::Cow;
+use std::fmt;
 
 /// Everything a layer is made of. Vectors may be f32, f16 or bf16.
 #[derive(Clone, Debug)]
@@ -63,7 +65,7 @@ pub struct SharedWeights<'a> {
 }
 
 /// The matrices of E experts.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ExpertWeights<'a> {
     experts: Vec<ExpertMatrices<'a>>,
 }
@@ -126,13 +128,13 @@ impl<'a> ExpertWeights<'a> {
 
     /// Experts stacked in two tensors of three dimensions.
     ///
-    /// Errors: `Shape` when the two disagree or have other than three dimensions.
+    /// Errors: `Shape` when the two disagree on E; `Value` for other than three dimensions, for none or more than 4096
+    /// experts, or for an odd number of joint rows.
     pub fn stacked(gate_up: HostView<'a>, down: HostView<'a>, layout: StackLayout) -> Result<Self> {
         const OPERATION: &str = "stacked experts";
         let [e, rows, _] = three(OPERATION, "gate_up", gate_up)?;
-        let [count, ..] = three(OPERATION, "down", down)?;
+        let [count, a, b] = three(OPERATION, "down", down)?;
         if count != e {
-            let [_, a, b] = three(OPERATION, "down", down)?;
             return Err(Error::Shape {
                 operation: OPERATION,
                 operand: "down",
@@ -160,9 +162,11 @@ impl<'a> ExpertWeights<'a> {
         Ok(Self { experts })
     }
 
-    /// Experts stacked in three tensors: gate and up `[E, I, H]`, down as `layout.down` says.
+    /// Experts stacked in three tensors: gate and up `[E, I, H]` or `[E, H, I]` as `layout.gate_up` says, down as
+    /// `layout.down` says. `layout.order` is not read.
     ///
-    /// Errors: `Shape` when they disagree or have other than three dimensions.
+    /// Errors: `Shape` when they disagree; `Value` for other than three dimensions, or for none or more than 4096
+    /// experts.
     pub fn stacked_apart(
         gate: Option<HostView<'a>>,
         up: HostView<'a>,
@@ -185,7 +189,7 @@ impl<'a> ExpertWeights<'a> {
             return Err(Error::Shape {
                 operation: OPERATION,
                 operand: "gate",
-                layout: "[E, I, H]",
+                layout: "as up",
                 expected: up.shape(),
                 actual: gate.shape(),
             });
@@ -199,27 +203,18 @@ impl<'a> ExpertWeights<'a> {
         Ok(Self { experts })
     }
 
-    /// Adds stacked biases: gate_up `[E, 2I]` in the given order, down `[E, H]`.
+    /// Adds stacked biases: gate_up `[E, 2I]` in the given order (`[E, I]` for up alone), down `[E, H]`.
     ///
-    /// Errors: `Shape` when they are for another number of experts.
+    /// Errors: `Shape` when they do not fit the matrices.
     pub fn with_biases(
         mut self,
         gate_up: Option<HostView<'a>>,
         down: Option<HostView<'a>>,
         order: GateUpOrder,
     ) -> Result<Self> {
-        let count = self.experts.len();
-        for (operand, view) in [("gate_up_bias", gate_up), ("down_bias", down)] {
-            if let Some(view) = view.filter(|view| view.shape().dims().len() != 2 || view.rows() != count) {
-                return Err(Error::Shape {
-                    operation: "stacked experts",
-                    operand,
-                    layout: "[E, ..]",
-                    expected: Shape::from([count, view.cols()]),
-                    actual: view.shape(),
-                });
-            }
-        }
+        let (layout, halves) = if order == GateUpOrder::UpOnly { ("[E, I]", 1) } else { ("[E, 2I]", 2) };
+        self.bias_fits("gate_up_bias", layout, gate_up, |expert| expert.up.rows.saturating_mul(halves))?;
+        self.bias_fits("down_bias", "[E, H]", down, |expert| expert.down.rows)?;
         for (i, expert) in self.experts.iter_mut().enumerate() {
             if let Some(view) = gate_up {
                 let (gate, up) = Matrix::column_of_row(view, i).split(order);
@@ -230,6 +225,22 @@ impl<'a> ExpertWeights<'a> {
             }
         }
         Ok(self)
+    }
+
+    fn bias_fits(
+        &self,
+        operand: &'static str,
+        layout: &'static str,
+        bias: Option<HostView<'_>>,
+        rows: impl Fn(&ExpertMatrices<'a>) -> usize,
+    ) -> Result<()> {
+        let Some(bias) = bias else { return Ok(()) };
+        let wrong = self.experts.iter().map(rows).find(|&rows| rows != bias.cols());
+        let expected = Shape::from([self.len(), wrong.unwrap_or(bias.cols())]);
+        if bias.shape() == expected {
+            return Ok(());
+        }
+        Err(Error::Shape { operation: "stacked experts", operand, layout, expected, actual: bias.shape() })
     }
 
     /// E.
@@ -248,6 +259,12 @@ impl<'a> ExpertWeights<'a> {
     }
 }
 
+impl fmt::Debug for ExpertWeights<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ExpertWeights").field("len", &self.len()).field("first", &self.experts.first()).finish()
+    }
+}
+
 impl<'a> ExpertMatrices<'a> {
     /// An expert without biases.
     pub fn new(gate: Option<Matrix<'a>>, up: Matrix<'a>, down: Matrix<'a>) -> Self {
@@ -255,9 +272,16 @@ impl<'a> ExpertMatrices<'a> {
     }
 }
 
+/// `[E, .., ..]`, with a sensible E.
 fn three(operation: &'static str, operand: &'static str, view: HostView<'_>) -> Result<[usize; 3]> {
     match *view.shape().dims() {
-        [a, b, c] => Ok([a, b, c]),
+        [a, b, c] if (1..=MAX_EXPERTS).contains(&a) => Ok([a, b, c]),
+        [_, _, _] => Err(Error::Value {
+            operation,
+            parameter: operand,
+            expected: "1 to 4096 experts",
+            actual: view.shape().to_string(),
+        }),
         _ => Err(Error::Value {
             operation,
             parameter: operand,
@@ -269,7 +293,7 @@ fn three(operation: &'static str, operand: &'static str, view: HostView<'_>) -> 
 
 /// A matrix `[rows, cols]` whose element (r, c) lies `r * row_stride + c * col_stride` elements after its first:
 /// a transposed matrix has `row_stride = 1`, an interleaved one twice the natural row stride.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Matrix<'a> {
     bytes: &'a [u8],
     dtype: DType,
@@ -298,14 +322,14 @@ impl<'a> Matrix<'a> {
 
     fn of_plane(view: HostView<'a>, index: usize, orientation: Orientation) -> Self {
         let rows = view.shape().dims().get(1).copied().unwrap_or(0);
-        Self::window(view, index * rows, rows, orientation)
+        Self::window(view, index.saturating_mul(rows), rows, orientation)
     }
 
     /// `rows` rows of the view from `first` on, as the matrix or as its transpose.
     fn window(view: HostView<'a>, first: usize, rows: usize, orientation: Orientation) -> Self {
         let stride = view.row_stride();
-        let bytes = view.storage().get(view.offset() + first * stride * view.dtype().size()..).unwrap_or(&[]);
         let (cols, dtype) = (view.cols(), view.dtype());
+        let bytes = after(view.storage().get(view.offset()..).unwrap_or(&[]), first, stride, dtype);
         match orientation {
             Orientation::OutIn => Self { bytes, dtype, rows, cols, row_stride: stride, col_stride: 1 },
             Orientation::InOut => Self { bytes, dtype, rows: cols, cols: rows, row_stride: 1, col_stride: stride },
@@ -319,14 +343,14 @@ impl<'a> Matrix<'a> {
     /// Gate and up of a joint matrix.
     fn split(self, order: GateUpOrder) -> (Option<Self>, Self) {
         let half = Self { rows: self.rows / 2, ..self };
-        let skip = |rows: usize, matrix: Self| {
-            let bytes = matrix.bytes.get(rows * matrix.row_stride * matrix.dtype.size()..).unwrap_or(&[]);
-            Self { bytes, ..matrix }
+        let skip = |rows: usize, matrix: Self| Self {
+            bytes: after(matrix.bytes, rows, matrix.row_stride, matrix.dtype),
+            ..matrix
         };
         match order {
             GateUpOrder::GateThenUp => (Some(half), skip(half.rows, half)),
             GateUpOrder::Interleaved => {
-                let wide = Self { row_stride: 2 * self.row_stride, ..half };
+                let wide = Self { row_stride: self.row_stride.saturating_mul(2), ..half };
                 (Some(wide), Self { row_stride: wide.row_stride, ..skip(1, half) })
             }
             GateUpOrder::UpOnly => (None, self),
@@ -345,8 +369,7 @@ impl<'a> Matrix<'a> {
                 actual: format!("{count} from {first} of {}", self.shape()),
             });
         }
-        let bytes = self.bytes.get(first * self.row_stride * self.dtype.size()..).unwrap_or(&[]);
-        Ok(Self { bytes, rows: count, ..self })
+        Ok(Self { bytes: after(self.bytes, first, self.row_stride, self.dtype), rows: count, ..self })
     }
 
     /// `[rows, cols]`.
@@ -371,11 +394,10 @@ impl<'a> Matrix<'a> {
 
     /// Row `row` as it lies, where its elements are neighbours.
     pub fn contiguous_row(&self, row: usize) -> Option<&'a [u8]> {
-        let size = self.dtype.size();
-        let start = row * self.row_stride * size;
-        (row < self.rows && (self.col_stride == 1 || self.cols == 1))
-            .then(|| self.bytes.get(start..start + self.cols * size))
-            .flatten()
+        if row >= self.rows || (self.col_stride != 1 && self.cols != 1) {
+            return None;
+        }
+        after(self.bytes, row, self.row_stride, self.dtype).get(..self.cols.saturating_mul(self.dtype.size()))
     }
 
     /// Copies row `row` to `out`, whose length is the row's in bytes; nothing is written when it is not.
@@ -387,7 +409,7 @@ impl<'a> Matrix<'a> {
             }
             return;
         }
-        if row >= self.rows || out.len() != self.cols * size {
+        if row >= self.rows || out.len() != self.cols.saturating_mul(size) {
             return;
         }
         match size {
@@ -398,10 +420,26 @@ impl<'a> Matrix<'a> {
 
     /// Copies row `row`, element by element of SIZE bytes.
     fn gather_row<const SIZE: usize>(&self, row: usize, out: &mut [u8]) {
-        let from = self.bytes.as_chunks::<SIZE>().0.get(row * self.row_stride..).unwrap_or(&[]);
+        let from = self.bytes.as_chunks::<SIZE>().0.get(row.saturating_mul(self.row_stride)..).unwrap_or(&[]);
         let elements = from.iter().step_by(self.col_stride.max(1));
         for (to, element) in out.as_chunks_mut::<SIZE>().0.iter_mut().zip(elements) {
             *to = *element;
         }
     }
+}
+
+impl fmt::Debug for Matrix<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Matrix")
+            .field("dtype", &self.dtype)
+            .field("shape", &self.shape())
+            .field("row_stride", &self.row_stride)
+            .field("col_stride", &self.col_stride)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What follows `rows` rows; nothing where they reach past the end.
+fn after(bytes: &[u8], rows: usize, row_stride: usize, dtype: DType) -> &[u8] {
+    bytes.get(rows.saturating_mul(row_stride).saturating_mul(dtype.size())..).unwrap_or(&[])
 }

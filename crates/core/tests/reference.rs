@@ -53,7 +53,7 @@ impl Owned {
             gate_up_bias: Some(&self.gate_up_bias),
             down: &self.down,
             down_bias: Some(&self.down_bias),
-            shared: Some(SharedExpert { gate_up, down, gate: Some(gate) }),
+            shared: Some(SharedExpert { gate_up, gate_up_bias: None, down, down_bias: None, gate: Some(gate) }),
             ..Layer::default()
         }
     }
@@ -163,6 +163,14 @@ fn shared_expert_residual_scale_and_norm_are_added_to_the_routed_sum() {
 
     let ungated = LayerConfig { shared: Some(SharedConfig { gated: false, ..shared }), ..config.clone() };
     let y = forward(&ungated, &owned.layer(), &full).y;
+    assert!((y[0] - (residual[0] + 2.0 * routed[0] + 0.5 * dense[0])).abs() < 1e-14);
+    let (gate_up_bias, down_bias) = (numbers(3, 4), numbers(4, 5));
+    let (gate_up, down) = (&owned.shared[0], &owned.shared[1]);
+    let biases = (Some(&gate_up_bias[..]), Some(&down_bias[..]));
+    let biased = Layer { gate_up_bias: biases.0, down_bias: biases.1, ..weights };
+    let dense = forward_from_routes(&alone, &biased, &input(&x, 3), &[0; 3], &[1.0; 3]).y;
+    let expert = SharedExpert { gate_up, gate_up_bias: biases.0, down, down_bias: biases.1, gate: None };
+    let y = forward(&ungated, &Layer { shared: Some(expert), ..owned.layer() }, &full).y;
     assert!((y[0] - (residual[0] + 2.0 * routed[0] + 0.5 * dense[0])).abs() < 1e-14);
     // weights of a shared expert that the configuration does not have are not read
     let without = LayerConfig { shared: None, ..config };

@@ -135,7 +135,11 @@ fn stacks_that_disagree_are_refused() -> Result<()> {
     assert!(ExpertWeights::stacked(flat, flat, StackLayout::default()).is_err());
     let experts = stack([2, 4, 3], [2, 3, 2])?;
     let error = experts.with_biases(Some(View::of(&data, [3, 4])?), None, GateUpOrder::GateThenUp).unwrap_err();
-    assert_eq!(error.to_string(), "stacked experts: gate_up_bias expected [E, ..] = [2, 4], got [3, 4]");
+    assert_eq!(error.to_string(), "stacked experts: gate_up_bias expected [E, 2I] = [2, 4], got [3, 4]");
+    let wide = View::of(&data, [2, 5])?;
+    let biased = |gate_up, down| stack([2, 4, 3], [2, 3, 2])?.with_biases(gate_up, down, GateUpOrder::GateThenUp);
+    assert!(matches!(biased(Some(wide), None), Err(Error::Shape { operand: "gate_up_bias", .. })));
+    assert!(matches!(biased(None, Some(wide)), Err(Error::Shape { operand: "down_bias", .. })));
     Ok(())
 }
 
@@ -186,5 +190,58 @@ fn nothing_needs_no_alignment() -> Result<(), Error> {
     assert!(view.typed::<f32>()?.row(0).is_empty());
     let view = View::new(&mut bytes[odd..odd], DType::F32, 0, [3, 0])?;
     assert!(view.typed_mut::<f32>()?.row_mut(0).is_empty());
+    Ok(())
+}
+
+#[test]
+fn hostile_sizes_are_no_overflow() -> Result<()> {
+    const MAX: usize = usize::MAX;
+    let data = [1.0f32; 8];
+    let bytes: &[u8] = bytemuck::cast_slice(&data);
+    let empty = View::of(&data, [10, 0])?.with_row_stride(MAX)?;
+    assert_eq!((empty.row_stride(), empty.extent()), (0, 0));
+    assert_eq!(empty.row_range(9, 1)?.rows(), 1);
+    assert_eq!(View::of(&data, [0, MAX])?.columns(MAX - 1, 1)?.cols(), 1);
+    let far = View::new(bytes, DType::F32, MAX - 3, [0, 4])?;
+    assert_eq!((far.offset(), far.columns(2, 1)?.offset()), (0, 0));
+    let one = View::of(&data, [1, 4])?.with_row_stride(MAX)?;
+    assert_eq!((one.row_stride(), one.extent(), one.row_range(0, 1)?.row_range(1, 0)?.rows()), (4, 16, 0));
+
+    let layout = StackLayout::default();
+    let hollow = |e| View::of(&data, [e, 0, 0]);
+    assert!(matches!(ExpertWeights::stacked(hollow(MAX)?, hollow(MAX)?, layout), Err(Error::Value { .. })));
+    assert!(matches!(ExpertWeights::stacked_apart(None, hollow(MAX)?, hollow(MAX)?, layout), Err(Error::Value { .. })));
+    assert!(matches!(ExpertWeights::stacked(hollow(0)?, hollow(0)?, layout), Err(Error::Value { .. })));
+    for shape in [[2, 2, 0], [2, MAX - 1, 0], [2, 0, MAX - 1]] {
+        for orientation in [Orientation::OutIn, Orientation::InOut] {
+            for order in [GateUpOrder::GateThenUp, GateUpOrder::Interleaved, GateUpOrder::UpOnly] {
+                let view = View::of(&data, shape)?.with_row_stride(MAX)?;
+                let weights =
+                    ExpertWeights::stacked(view, view, StackLayout { order, gate_up: orientation, down: orientation })?;
+                for expert in weights.iter() {
+                    for row in [0, 1, MAX - 2, MAX] {
+                        expert.up.copy_row(row, &mut []);
+                        assert!(expert.down.contiguous_row(row).is_none_or(<[u8]>::is_empty));
+                    }
+                }
+            }
+        }
+    }
+    let matrix = Matrix::new(View::of(&data, [1, 2])?.with_row_stride(MAX)?, Orientation::OutIn)?;
+    assert_eq!(matrix.row_range(1, 0)?.rows(), 0);
+    assert!(matrix.contiguous_row(MAX).is_none());
+    matrix.copy_row(MAX, &mut [0; 8]);
+    Ok(())
+}
+
+#[test]
+fn debug_prints_no_elements() -> Result<()> {
+    let data = [7.5f32; 64];
+    let view = View::of(&data, [4, 4, 4])?;
+    assert_eq!(format!("{view:?}"), "View { dtype: F32, shape: [4, 4, 4], offset: 0, row_stride: 4, .. }");
+    let experts = ExpertWeights::stacked(view, view, StackLayout::default())?;
+    assert!(
+        format!("{experts:?}").starts_with("ExpertWeights { len: 4, first: Some(ExpertMatrices { gate: Some(Matrix {")
+    );
     Ok(())
 }

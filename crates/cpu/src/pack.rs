@@ -89,7 +89,7 @@ impl Experts {
             copy_rows(&mut gate_up[..gate_up_bytes], sizes.gate_up_rows(), |place, i| gate_up_row(here[place], i));
             copy_rows(down, sizes.hidden, |place, i| (here[place].down, i));
         });
-        let gate_up_bias = here.iter().any(|expert| expert.up_bias.is_some()).then(|| {
+        let gate_up_bias = here.iter().any(|expert| expert.gate_bias.or(expert.up_bias).is_some()).then(|| {
             let row = |expert: &ExpertMatrices<'_>, i: usize| match (expert.gate.is_some(), i % 2) {
                 (true, 0) => element(expert.gate_bias, i / 2),
                 (true, _) => element(expert.up_bias, i / 2),

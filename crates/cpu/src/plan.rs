@@ -151,9 +151,9 @@ impl LayerPlan {
         };
         let (rows, hidden) = (tokens.saturating_mul(config.top_k), config.hidden);
         let gate_up = [hidden, config.intermediate, rows_per_output(config.activation)];
-        let shared = config.shared.zip(layer.shared).map(|(shared, weight)| {
+        let shared = config.shared.zip(layer.shared).map(|(shared, [up, down])| {
             let gate_up = [hidden, shared.intermediate, rows_per_output(shared.activation)];
-            [plan(tokens, 1, gate_up, weight), plan(tokens, 1, [shared.intermediate, hidden, 1], weight)]
+            [plan(tokens, 1, gate_up, up), plan(tokens, 1, [shared.intermediate, hidden, 1], down)]
         });
         Self {
             tokens,

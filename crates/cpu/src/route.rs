@@ -158,7 +158,6 @@ impl Router<'_> {
                 Status::OK
             }
             Selection::Table => self.by_table(t, token),
-            _ => token.nothing_finite(),
         }
     }
 

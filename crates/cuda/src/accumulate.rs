@@ -12,7 +12,8 @@ params! {
 }
 
 pub(crate) fn zero(cuda: &Cuda, stream: &CudaStream, operands: Zero<'_, Cuda>) -> Result<()> {
-    let (rows, width) = (operands.out.rows(), operands.out.cols());
+    let problem = operands.problem()?;
+    let (rows, width) = (problem.rows, problem.width);
     let params = ZeroParams { out: Tensor::of(&operands.out)?, rows: rows as u64, width: width as u64 };
     launch(cuda, stream, Kernel::Zero, plan::elementwise(rows, width), &params)
 }

@@ -14,7 +14,7 @@ pub(crate) fn constants(activation: Activation) -> (f32, f32) {
     match activation {
         Activation::ClampedSilu { limit } | Activation::SiluThenClamp { limit } => (limit, 0.0),
         Activation::ClampedSwish { alpha, limit } => (limit, alpha),
-        _ => (0.0, 0.0),
+        Activation::Gated(_) | Activation::Plain(_) => (0.0, 0.0),
     }
 }
 

@@ -103,12 +103,4 @@ pub enum Error {
         /// The driver's word for it.
         reason: String,
     },
-    /// This backend cannot do it.
-    #[error("{operation}: not supported: {reason}")]
-    Unsupported {
-        /// The operation that was asked for.
-        operation: &'static str,
-        /// Why, and what to do.
-        reason: &'static str,
-    },
 }

@@ -53,7 +53,6 @@ impl From<Activation> for ActivationKind {
             Activation::ClampedSwish { .. } => ("FORM_CLAMPED_SWISH", Function::Silu),
             Activation::SiluThenClamp { .. } => ("FORM_SILU_THEN_CLAMP", Function::Silu),
             Activation::Plain(function) => ("FORM_PLAIN", function),
-            _ => ("FORM_UNKNOWN", Function::Identity),
         };
         let function = match function {
             Function::Silu => "FUNCTION_SILU",
@@ -62,7 +61,6 @@ impl From<Activation> for ActivationKind {
             Function::Relu => "FUNCTION_RELU",
             Function::ReluSquared => "FUNCTION_RELU_SQUARED",
             Function::Identity => "FUNCTION_IDENTITY",
-            _ => "FUNCTION_UNKNOWN",
         };
         Self { form, function }
     }

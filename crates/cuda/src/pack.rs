@@ -99,7 +99,7 @@ impl Experts {
             gate_up: first.up.dtype(),
             down: first.down.dtype(),
             biased: [
-                here.iter().any(|expert| expert.up_bias.is_some()),
+                here.iter().any(|expert| expert.gate_bias.or(expert.up_bias).is_some()),
                 here.iter().any(|expert| expert.down_bias.is_some()),
             ],
         };

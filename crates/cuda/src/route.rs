@@ -1,4 +1,4 @@
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::launch::{Grid, Tensor, launch, params};
 use crate::{Cuda, CudaStream, kernel::Kernel, plan};
 use fused_moe_core::config::{ExpertScale, GroupScore, Masked, Normalize, Score, SelectBy, Selection, WeightValue};
@@ -30,7 +30,6 @@ params! {
 impl ChoiceParams {
     pub(crate) fn new(problem: &ChoiceProblem, operands: &Choice<'_, Cuda>, stream: &CudaStream) -> Result<Self> {
         let rule = problem.rule;
-        let unsupported = |reason| Error::Unsupported { operation: "route", reason };
         let mut params = Self {
             experts: Tensor::of(&operands.experts)?,
             weights: Tensor::of(&operands.weights)?,
@@ -49,7 +48,6 @@ impl ChoiceParams {
                 Score::Sigmoid => 1,
                 Score::SqrtSoftplus => 2,
                 Score::Logit => 3,
-                _ => return Err(unsupported("a score that this version does not know")),
             },
             softmax_of_chosen: (rule.weights.value == WeightValue::SoftmaxOfChosen).into(),
             scale_when: match rule.weights.expert_scale {
@@ -80,7 +78,6 @@ impl ChoiceParams {
                 (params.selection, params.by_logit, params.jitter) = (1, 1, jitter);
             }
             Selection::Table => params.selection = 2,
-            _ => return Err(unsupported("a selection that this version does not know")),
         }
         Ok(params)
     }

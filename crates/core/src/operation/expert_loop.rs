@@ -1,7 +1,6 @@
 use super::{Accumulate, Activate, ActivationOperands, Factor, Linear, Zero};
 use crate::backend::{Backend, In, Out, reborrow, share, shorten};
 use crate::config::Activation;
-use crate::error::Error;
 
 /// The plain path: for each token and each of its K experts gate, up, activation, down and accumulate, each a launch of
 /// its own, from matrices that may lie apart. For tests, and for experts that are offloaded or arrive one by one.
@@ -16,7 +15,7 @@ pub struct ExpertLoop<'a, 'e, B: Backend> {
     pub find: &'a dyn Fn(u32) -> Option<Expert<'e, B>>,
     /// The activation.
     pub activation: Activation,
-    /// Scratch: f32 `[2, I]` and `[1, H]`.
+    /// Scratch: f32 `[2, I]`, contiguous, and `[1, H]`.
     pub scratch: (Out<'a, B>, Out<'a, B>),
     /// Written: `[T, H]`.
     pub out: Out<'a, B>,
@@ -30,57 +29,48 @@ pub struct Expert<'a, B: Backend> {
     pub up: In<'a, B>,
     /// `[H, I]`.
     pub down: In<'a, B>,
+    /// `[I]`, where there is a gate.
+    pub gate_bias: Option<In<'a, B>>,
+    /// `[I]`.
+    pub up_bias: Option<In<'a, B>>,
+    /// `[H]`.
+    pub down_bias: Option<In<'a, B>>,
 }
 
 /// Carries out an [`ExpertLoop`] on any backend.
 ///
-/// Errors: `Shape` when the routes are not `[T, K]`, `Missing` when a gated activation meets an expert without gate;
+/// Errors: `Value`, `Shape` or `DType`, before anything is written; `Expert` when one that was found does not fit;
 /// whatever the single operations report.
 pub fn expert_loop<B: Backend>(
     backend: &B,
     stream: &B::Stream,
     operands: ExpertLoop<'_, '_, B>,
 ) -> Result<(), B::Error> {
+    let problem = operands.problem()?;
     let ExpertLoop { x, experts, weights, find, activation, scratch: (mut hidden, mut y), mut out } = operands;
-    let tokens = x.rows();
-    if experts.len() != weights.len()
-        || (tokens == 0 && !experts.is_empty())
-        || (tokens > 0 && experts.len() % tokens != 0)
-    {
-        return Err(Error::Value {
-            operation: "expert_loop",
-            parameter: "experts and weights",
-            expected: "K of each for every token",
-            actual: format!("{} and {} for {tokens} tokens", experts.len(), weights.len()),
-        }
-        .into());
-    }
-    let top_k = experts.len().checked_div(tokens).unwrap_or(0);
     backend.zero(stream, Zero { out: reborrow::<B>(&mut out) })?;
     for (slot, (&id, &weight)) in experts.iter().zip(weights).enumerate() {
         let Some(expert) = find(id) else { continue };
-        let token = shorten::<B>(x).row_range(slot / top_k, 1)?;
-        if activation.is_gated() {
-            let gate = expert.gate.ok_or(Error::Missing {
-                operation: "expert_loop",
-                operand: "gate",
-                reason: "the activation is gated",
-            })?;
-            let row = reborrow::<B>(&mut hidden).row_range(0, 1)?;
-            backend
-                .linear(stream, Linear { x: shorten::<B>(token), weight: shorten::<B>(gate), bias: None, out: row })?;
+        problem.expert(id, &expert)?;
+        let token = slot / problem.top_k;
+        let from = shorten::<B>(x).row_range(token, 1)?;
+        for (i, matrix, bias) in [(0, expert.gate, expert.gate_bias), (1, Some(expert.up), expert.up_bias)] {
+            if let Some(weight) = matrix {
+                let row = reborrow::<B>(&mut hidden).row_range(i, 1)?;
+                let (x, weight, bias) = (shorten::<B>(from), shorten::<B>(weight), bias.map(shorten::<B>));
+                backend.linear(stream, Linear { x, weight, bias, out: row })?;
+            }
         }
-        let row = reborrow::<B>(&mut hidden).row_range(1, 1)?;
-        backend
-            .linear(stream, Linear { x: shorten::<B>(token), weight: shorten::<B>(expert.up), bias: None, out: row })?;
         activate(backend, stream, activation, &mut hidden)?;
         let first = usize::from(!activation.is_gated());
-        let a = share::<B>(&hidden).row_range(first, 1)?;
-        backend.linear(
-            stream,
-            Linear { x: a, weight: shorten::<B>(expert.down), bias: None, out: reborrow::<B>(&mut y) },
-        )?;
-        let acc = reborrow::<B>(&mut out).row_range(slot / top_k, 1)?;
+        let down = Linear {
+            x: share::<B>(&hidden).row_range(first, 1)?,
+            weight: shorten::<B>(expert.down),
+            bias: expert.down_bias.map(shorten::<B>),
+            out: reborrow::<B>(&mut y),
+        };
+        backend.linear(stream, down)?;
+        let acc = reborrow::<B>(&mut out).row_range(token, 1)?;
         backend.accumulate(stream, Accumulate { acc, weight: Factor::Value(weight), y: share::<B>(&y) })?;
     }
     Ok(())

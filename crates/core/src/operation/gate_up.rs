@@ -10,7 +10,8 @@ pub struct GateUp<'a, B: Backend> {
     pub rows: RowSource,
     /// Which rows belong to which expert.
     pub permutation: Permutation<'a, B>,
-    /// f32 `[T, K]`: multiplies each row of x before the product, where routing weights act on the input.
+    /// f32 `[T, K]` or `[R]`: multiplies each row of x before the product, where routing weights act on the input. With
+    /// [`RowSource::Tokens`] a row takes the weight of its slot, with [`RowSource::Rows`] the weight of its own number.
     pub input_weights: Option<In<'a, B>>,
     /// `[E, 2I, H]`, gate rows first; `[E, I, H]` for an activation without gate.
     pub matrices: Matrices<'a, B>,

@@ -27,6 +27,6 @@ pub struct TileSchedule<'a, B: Backend> {
     pub tile_rows: usize,
     /// Written: u32 `[M, 3]`: expert, first row, rows. M must suffice: `R / tile_rows + min(E, R)`; more is left alone.
     pub tiles: Out<'a, B>,
-    /// Written: u32 `[1]`, how many tiles there are.
+    /// Written: u32 `[1]`, how many tiles were written: all there are, or M where that is less.
     pub count: Out<'a, B>,
 }

@@ -28,7 +28,7 @@ pub struct Choice<'a, B: Backend> {
     pub expert_scale: Option<In<'a, B>>,
     /// Where the selection is by token id.
     pub table: Option<TokenTable<'a, B>>,
-    /// Written: u32 `[T, K]`, best first, equal keys by expert id.
+    /// Written: u32 `[T, K]`, best first, equal keys by expert id; those of a table in its order.
     pub experts: Out<'a, B>,
     /// Written: f32 `[T, K]`.
     pub weights: Out<'a, B>,

@@ -1,4 +1,4 @@
-use super::{Check, MAX_EXPERTS};
+use super::{ACTIVATION, Check, MAX_EXPERTS};
 use crate::backend::Backend;
 use crate::config::Activation;
 use crate::dtype::DType;
@@ -100,15 +100,15 @@ impl<B: Backend> GateUp<'_, B> {
         check.value(hidden > 0, "H", "a size above zero", hidden)?;
         let experts = self.permutation.offsets.cols().saturating_sub(1);
         check.value((1..=MAX_EXPERTS).contains(&experts), "E", "1 to 4096 experts", experts)?;
-        check.only("row_slot", &self.permutation.row_slot, DType::U32)?;
-        check.shape("row_slot", &self.permutation.row_slot, "[R]", [rows])?;
-        check.only("offsets", &self.permutation.offsets, DType::U32)?;
-        check.shape("offsets", &self.permutation.offsets, "[E+1]", [experts + 1])?;
+        check.only("permutation.row_slot", &self.permutation.row_slot, DType::U32)?;
+        check.shape("permutation.row_slot", &self.permutation.row_slot, "[R]", [rows])?;
+        check.only("permutation.offsets", &self.permutation.offsets, DType::U32)?;
+        check.shape("permutation.offsets", &self.permutation.offsets, "[E+1]", [experts + 1])?;
         match self.rows {
             RowSource::Tokens { top_k } => {
-                check.value(top_k > 0, "top_k", "at least 1", top_k)?;
+                check.value(top_k > 0, "rows.top_k", "at least 1", top_k)?;
                 let slots = check.slots(self.x.rows(), top_k)?;
-                check.value(slots == rows, "top_k", "K with R = T*K", format_args!("{top_k} for R = {rows}"))?;
+                check.value(slots == rows, "rows.top_k", "K with R = T*K", format_args!("{top_k} for R = {rows}"))?;
             }
             RowSource::Rows => check.rows("x", &self.x, "[R, H]", [rows, hidden])?,
         }
@@ -119,20 +119,20 @@ impl<B: Backend> GateUp<'_, B> {
         check.value(intermediate > 0, "I", "a size above zero", intermediate)?;
         let layout = if activated || halves == 1 { "[R, I]" } else { "[R, 2I]" };
         let out = check.float("out", &self.out)?;
-        let expected = if activated { intermediate } else { halves * intermediate };
+        let outer = self.activation.gate_up_rows(intermediate);
+        let expected = if activated { intermediate } else { outer };
         check.rows("out", &self.out, layout, [rows, expected])?;
-        check.activation(self.activation)?;
+        check.activation(ACTIVATION, self.activation)?;
         if let Some(weights) = &self.input_weights {
             check.only("input_weights", weights, DType::F32)?;
             let slots = weights.rows().saturating_mul(weights.cols());
             check.value(slots == rows, "input_weights", "one for each of the R slots", slots)?;
         }
-        let outer = intermediate * halves;
         let stack = match &self.matrices {
             Matrices::Stack(view) => {
                 let layout = if halves == 2 { "[E, 2I, H]" } else { "[E, I, H]" };
-                check.shape("weights", view, layout, [experts, outer, hidden])?;
-                Some(check.float("weights", view)?)
+                check.shape("matrices", view, layout, [experts, outer, hidden])?;
+                Some(check.float("matrices", view)?)
             }
             Matrices::Packed(_) => {
                 check.absent("bias", &self.bias, "packed experts bring their own")?;
@@ -174,8 +174,8 @@ impl<B: Backend> Down<'_, B> {
         check.rows("out", &self.out, "[R, H]", [rows, hidden])?;
         let stack = match &self.matrices {
             Matrices::Stack(view) => {
-                check.shape("weights", view, "[E, H, I]", [experts, hidden, intermediate])?;
-                Some(check.float("weights", view)?)
+                check.shape("matrices", view, "[E, H, I]", [experts, hidden, intermediate])?;
+                Some(check.float("matrices", view)?)
             }
             Matrices::Packed(_) => {
                 check.absent("bias", &self.bias, "packed experts bring their own")?;
@@ -215,7 +215,7 @@ impl<B: Backend> Activate<'_, B> {
     /// Checks shapes and formats.
     pub fn problem(&self) -> Result<ActivationProblem> {
         let check = Check("activation");
-        check.activation(self.activation)?;
+        check.activation(ACTIVATION, self.activation)?;
         let (rows, intermediate, arrangement) = match &self.operands {
             ActivationOperands::Separate { gate, up, out } => {
                 check.float("gate", gate)?;

@@ -4,7 +4,7 @@ use super::{Check, MAX_EXPERTS};
 use crate::backend::{Backend, Options};
 use crate::config::{Activation, LayerConfig, Selection};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::operation::{Forward, Source};
 use crate::tensor::{HostView, Shape};
 use crate::weights::{ExpertMatrices, ExpertWeights, LayerWeights, Matrix};
@@ -21,8 +21,8 @@ pub struct LayerProblem {
     pub down: DType,
     /// Format of the router, if there is one.
     pub router: Option<DType>,
-    /// Format of the shared expert's matrices, if there is one.
-    pub shared: Option<DType>,
+    /// Formats of the shared expert's gate_up and down, if there is one.
+    pub shared: Option<[DType; 2]>,
     /// The experts that live here.
     pub local: Range<usize>,
 }
@@ -55,6 +55,9 @@ impl LayerProblem {
         vector(check, "router_norm", &weights.router_norm, "[H]", hidden)?;
         vector(check, "correction_bias", &weights.correction_bias, "[E]", experts)?;
         vector(check, "expert_scale", &weights.expert_scale, "[E]", experts)?;
+        if router.is_none() {
+            check.absent("router_bias", &weights.router_bias, "the layer has no router")?;
+        }
         if config.gate.norm.is_none() {
             check.absent("router_norm", &weights.router_norm, "the gate has no norm")?;
         }
@@ -65,7 +68,7 @@ impl LayerProblem {
         check.matches("table", &weights.table, config.routing.selection == Selection::Table, TABLE_REASONS)?;
         if let Some(table) = &weights.table {
             let entries = table.vocabulary.saturating_mul(config.top_k);
-            check.value(table.experts.len() == entries, "table", "[V, K]", table.experts.len())?;
+            check.value(table.experts.len() == entries, "table.experts", "[V, K]", table.experts.len())?;
         }
         let local = options.local_experts.clone().unwrap_or(0..experts);
         check.value(
@@ -80,7 +83,7 @@ impl LayerProblem {
             "matrices for every one of the E experts",
             format_args!("{} of {experts}", weights.experts.len()),
         )?;
-        let (gate_up, down) =
+        let [gate_up, down] =
             experts_formats(check, &weights.experts, [config.intermediate, hidden], config.activation)?;
         let shared = match (&config.shared, &weights.shared) {
             (None, None) => None,
@@ -91,9 +94,7 @@ impl LayerProblem {
                 check.matches("shared.gate", &weights.gate, config.gated, reasons)?;
                 vector(check, "shared.gate", &weights.gate, "[H]", hidden)?;
                 let sizes = [config.intermediate, hidden];
-                let (up, down) = expert_formats(check, &weights.matrices, sizes, config.activation)?;
-                check.value(up == down, "shared", "one format for up and down", format_args!("{up} and {down}"))?;
-                Some(up)
+                Some(expert_formats(check, &weights.matrices, sizes, config.activation, &SHARED)?)
             }
         };
         Ok(Self { config: config.clone(), gate_up, down, router, shared, local })
@@ -114,14 +115,14 @@ impl LayerProblem {
                 check.present("router", self.router, "the routes come from the layer's router")?;
             }
             Source::Logits(logits) => {
-                check.float("logits", logits)?;
-                check.rows("logits", logits, "[T, E]", [tokens, config.experts])?;
+                check.float("source.logits", logits)?;
+                check.rows("source.logits", logits, "[T, E]", [tokens, config.experts])?;
             }
             Source::Routes(routing) => {
-                check.only("experts", &routing.experts, DType::U32)?;
-                check.rows("experts", &routing.experts, "[T, K]", [tokens, config.top_k])?;
-                check.only("weights", &routing.weights, DType::F32)?;
-                check.rows("weights", &routing.weights, "[T, K]", [tokens, config.top_k])?;
+                check.only("source.experts", &routing.experts, DType::U32)?;
+                check.rows("source.experts", &routing.experts, "[T, K]", [tokens, config.top_k])?;
+                check.only("source.weights", &routing.weights, DType::F32)?;
+                check.rows("source.weights", &routing.weights, "[T, K]", [tokens, config.top_k])?;
             }
         }
         let by_id = config.routing.selection == Selection::Table && !matches!(call.source, Source::Routes(_));
@@ -148,7 +149,7 @@ impl LayerProblem {
 impl ExpertWeights<'_> {
     /// Checks that the experts fit each other and an activation; returns `[E, I, H]`.
     ///
-    /// Errors: `Shape`, `DType`, `Missing` or `Unexpected`, for the first expert that does not fit.
+    /// Errors: `Value` for a size out of range, `Expert` for the first expert that does not fit.
     pub fn problem(&self, activation: Activation) -> Result<Shape> {
         let check = Check("experts");
         check.value((1..=MAX_EXPERTS).contains(&self.len()), "E", "1 to 4096 experts", self.len())?;
@@ -178,20 +179,36 @@ fn experts_formats(
     experts: &ExpertWeights<'_>,
     sizes: [usize; 2],
     activation: Activation,
-) -> Result<(DType, DType)> {
+) -> Result<[DType; 2]> {
     let mut formats = None;
-    for expert in experts.iter() {
-        let found = expert_formats(check, expert, sizes, activation)?;
+    for (index, expert) in experts.iter().enumerate() {
+        let of_expert = |error| Error::Expert { expert: index, error: Box::new(error) };
+        let found = expert_formats(check, expert, sizes, activation, &ROUTED).map_err(of_expert)?;
         let first = *formats.get_or_insert(found);
-        check.value(
-            found == first,
-            "experts",
-            "one format for all experts",
-            format_args!("{} and {}, {} and {}", first.0, first.1, found.0, found.1),
-        )?;
+        check
+            .value(
+                found == first,
+                "experts",
+                "one format for all experts",
+                format_args!("{} and {}, {} and {}", first[0], first[1], found[0], found[1]),
+            )
+            .map_err(of_expert)?;
     }
     check.present("experts", formats, "a layer has at least one")
 }
+
+/// Names of gate, up, down and their biases.
+type Names = [&'static str; 6];
+
+const ROUTED: Names = ["gate", "up", "down", "gate_bias", "up_bias", "down_bias"];
+const SHARED: Names = [
+    "shared.matrices.gate",
+    "shared.matrices.up",
+    "shared.matrices.down",
+    "shared.matrices.gate_bias",
+    "shared.matrices.up_bias",
+    "shared.matrices.down_bias",
+];
 
 /// The formats of one expert's gate_up and down.
 fn expert_formats(
@@ -199,36 +216,38 @@ fn expert_formats(
     expert: &ExpertMatrices<'_>,
     [intermediate, hidden]: [usize; 2],
     activation: Activation,
-) -> Result<(DType, DType)> {
+    names: &Names,
+) -> Result<[DType; 2]> {
     let matrix = |operand, matrix: &Matrix<'_>, layout, dims: [usize; 2]| -> Result<DType> {
-        let float = matrix.dtype().is_float();
-        if !float {
+        if !matrix.dtype().is_float() {
             return check.dtype(operand, matrix.dtype(), "f32, f16 or bf16");
         }
         if matrix.shape() == Shape::from(dims) {
             return Ok(matrix.dtype());
         }
-        Err(crate::Error::Shape { operation: check.0, operand, layout, expected: dims.into(), actual: matrix.shape() })
+        Err(Error::Shape { operation: check.0, operand, layout, expected: dims.into(), actual: matrix.shape() })
     };
-    let gated = ["the activation is gated", "the activation has no gate"];
-    check.matches("gate", &expert.gate, activation.is_gated(), gated)?;
-    let up = matrix("up", &expert.up, "[I, H]", [intermediate, hidden])?;
+    let &[gate_name, up_name, down_name, gate_bias, up_bias, down_bias] = names;
+    check.matches(gate_name, &expert.gate, activation.is_gated(), GATE_REASONS)?;
+    let up = matrix(up_name, &expert.up, "[I, H]", [intermediate, hidden])?;
     if let Some(gate) = &expert.gate {
-        let format = matrix("gate", gate, "[I, H]", [intermediate, hidden])?;
-        check.value(format == up, "gate", "the format of up", format)?;
+        let format = matrix(gate_name, gate, "[I, H]", [intermediate, hidden])?;
+        check.value(format == up, gate_name, "the format of up", format)?;
     }
-    let down = matrix("down", &expert.down, "[H, I]", [hidden, intermediate])?;
-    check.matches("gate_bias", &expert.gate_bias, activation.is_gated() && expert.up_bias.is_some(), BOTH)?;
-    for (operand, bias, n) in [
-        ("gate_bias", &expert.gate_bias, intermediate),
-        ("up_bias", &expert.up_bias, intermediate),
-        ("down_bias", &expert.down_bias, hidden),
+    let down = matrix(down_name, &expert.down, "[H, I]", [hidden, intermediate])?;
+    if !activation.is_gated() {
+        check.absent(gate_bias, &expert.gate_bias, GATE_REASONS[1])?;
+    }
+    for (operand, bias, layout, n) in [
+        (gate_bias, &expert.gate_bias, "[I, 1]", intermediate),
+        (up_bias, &expert.up_bias, "[I, 1]", intermediate),
+        (down_bias, &expert.down_bias, "[H, 1]", hidden),
     ] {
         if let Some(bias) = bias {
-            matrix(operand, bias, "[N, 1]", [n, 1])?;
+            matrix(operand, bias, layout, [n, 1])?;
         }
     }
-    Ok((up, down))
+    Ok([up, down])
 }
 
-const BOTH: [&str; 2] = ["up has a bias", "up has none, or there is no gate"];
+pub(super) const GATE_REASONS: [&str; 2] = ["the activation is gated", "the activation has no gate"];

@@ -3,23 +3,28 @@
 //! Each struct of operands has a method `problem` that checks it; a Problem holds no memory, so that a plan can be made
 //! and tested without a device.
 
+mod expert_loop;
 mod experts;
 mod layer;
 mod routes;
 mod rows;
 
+pub use expert_loop::ExpertLoopProblem;
 pub use experts::{ActivationProblem, Arrangement, DownProblem, GateUpProblem, LinearProblem};
 pub use layer::{ForwardProblem, LayerProblem};
 pub use routes::{ChoiceProblem, GateProblem, GatherWeightsProblem, PermuteProblem};
-pub use rows::{AccumulateProblem, CombineProblem};
+pub use rows::{AccumulateProblem, CombineProblem, ZeroProblem};
 
-use crate::config::{LayerConfig, Normalize, RoutingRule, Selection};
+use crate::config::{Activation, LayerConfig, Normalize, RoutingRule, Selection};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::{Shape, View};
 
 /// The largest E.
 pub const MAX_EXPERTS: usize = 4096;
+
+/// Names of the numbers in an operand `activation`.
+const ACTIVATION: [&str; 2] = ["activation.limit", "activation.alpha"];
 
 /// Checks of one operation's operands; every error names the operation and the operand.
 #[derive(Clone, Copy)]
@@ -56,11 +61,7 @@ impl Check {
     }
 
     fn only<S>(self, operand: &'static str, view: &View<S>, dtype: DType) -> Result<()> {
-        let expected = match dtype {
-            DType::U32 => "u32",
-            _ => "f32",
-        };
-        if view.dtype() == dtype { Ok(()) } else { self.dtype(operand, view.dtype(), expected) }
+        if view.dtype() == dtype { Ok(()) } else { self.dtype(operand, view.dtype(), dtype.name()) }
     }
 
     fn dtype<T>(self, operand: &'static str, actual: DType, expected: &'static str) -> Result<T> {
@@ -140,8 +141,8 @@ impl Check {
         self.value(x.is_finite() && x > 0.0, parameter, "a positive number", x)
     }
 
-    fn eps(self, x: f32) -> Result<()> {
-        self.value(x.is_finite() && x >= 0.0, "eps", "a number not below zero", x)
+    fn not_negative(self, parameter: &'static str, x: f32) -> Result<()> {
+        self.value(x.is_finite() && x >= 0.0, parameter, "a number not below zero", x)
     }
 
     fn experts(self, experts: usize, top_k: usize) -> Result<()> {
@@ -168,17 +169,15 @@ impl Check {
             Selection::TopK { .. } | Selection::Table => {}
             Selection::SparseMixer { jitter } => {
                 self.value(top_k == 2, "K", "2 for the sparse mixer", top_k)?;
-                self.value(jitter.is_finite() && jitter >= 0.0, "jitter", "a number not below zero", jitter)?;
+                self.not_negative("selection.jitter", jitter)?;
             }
         }
         self.finite("weights.scale", rule.weights.scale)?;
         match rule.weights.normalize {
             Normalize::None => Ok(()),
-            Normalize::Sum { eps } => self.eps(eps),
-            Normalize::SumAtLeast { min } => {
-                self.value(min.is_finite() && min >= 0.0, "min", "a number not below zero", min)
-            }
-            Normalize::Lp { p } => self.positive("p", p),
+            Normalize::Sum { eps } => self.not_negative("weights.normalize.eps", eps),
+            Normalize::SumAtLeast { min } => self.not_negative("weights.normalize.min", min),
+            Normalize::Lp { p } => self.positive("weights.normalize.p", p),
         }
     }
 
@@ -189,29 +188,28 @@ impl Check {
         self.rule(&config.routing, config.experts, config.top_k)?;
         self.finite("gate.scale", config.gate.scale)?;
         if let Some(norm) = config.gate.norm {
-            self.eps(norm.eps)?;
+            self.not_negative("gate.norm.eps", norm.eps)?;
         }
         if let Some(softcap) = config.gate.softcap {
             self.positive("gate.softcap", softcap)?;
         }
         self.finite("routed_scale", config.routed_scale)?;
-        self.activation(config.activation)?;
+        self.activation(ACTIVATION, config.activation)?;
         if let Some(shared) = config.shared {
-            self.value(shared.intermediate > 0, "S", "a size above zero", shared.intermediate)?;
+            self.value(shared.intermediate > 0, "shared.intermediate", "a size above zero", shared.intermediate)?;
             self.finite("shared.scale", shared.scale)?;
-            self.activation(shared.activation)?;
+            self.activation(["shared.activation.limit", "shared.activation.alpha"], shared.activation)?;
         }
         Ok(())
     }
 
-    fn activation(self, activation: crate::config::Activation) -> Result<()> {
-        use crate::config::Activation;
+    fn activation(self, [limit_name, alpha_name]: [&'static str; 2], activation: Activation) -> Result<()> {
         match activation {
             Activation::Gated(_) | Activation::Plain(_) => Ok(()),
-            Activation::ClampedSilu { limit } | Activation::SiluThenClamp { limit } => self.positive("limit", limit),
+            Activation::ClampedSilu { limit } | Activation::SiluThenClamp { limit } => self.positive(limit_name, limit),
             Activation::ClampedSwish { alpha, limit } => {
-                self.finite("alpha", alpha)?;
-                self.positive("limit", limit)
+                self.finite(alpha_name, alpha)?;
+                self.positive(limit_name, limit)
             }
         }
     }

@@ -69,7 +69,6 @@ impl<B: Backend> Gate<'_, B> {
         let check = Check("gate");
         let (tokens, hidden, experts) = (self.x.rows(), self.x.cols(), self.router.rows());
         let x = check.float("x", &self.x)?;
-        check.rows("x", &self.x, "[T, H]", [tokens, hidden])?;
         let router = check.float("router", &self.router)?;
         check.shape("router", &self.router, "[E, H]", [experts, hidden])?;
         check.value((1..=MAX_EXPERTS).contains(&experts), "E", "1 to 4096 experts", experts)?;
@@ -87,12 +86,12 @@ impl<B: Backend> Gate<'_, B> {
             check.rows("normed", normed, "[T, H]", [tokens, hidden])?;
         }
         if let Some(norm) = self.config.norm {
-            check.eps(norm.eps)?;
+            check.not_negative("config.norm.eps", norm.eps)?;
         }
         if let Some(softcap) = self.config.softcap {
-            check.positive("softcap", softcap)?;
+            check.positive("config.softcap", softcap)?;
         }
-        check.finite("scale", self.config.scale)?;
+        check.finite("config.scale", self.config.scale)?;
         check.only("logits", &self.logits, DType::F32)?;
         check.rows("logits", &self.logits, "[T, E]", [tokens, experts])?;
         Ok(GateProblem { tokens, hidden, experts, x, router })
@@ -121,10 +120,10 @@ impl<B: Backend> Choice<'_, B> {
         let mut vocabulary = 0;
         if let Some(table) = &self.table {
             vocabulary = table.experts.rows();
-            check.only("token_ids", &table.token_ids, DType::U32)?;
-            check.shape("token_ids", &table.token_ids, "[T]", [tokens])?;
-            check.only("table", &table.experts, DType::U32)?;
-            check.shape("table", &table.experts, "[V, K]", [vocabulary, top_k])?;
+            check.only("table.token_ids", &table.token_ids, DType::U32)?;
+            check.shape("table.token_ids", &table.token_ids, "[T]", [tokens])?;
+            check.only("table.experts", &table.experts, DType::U32)?;
+            check.shape("table.experts", &table.experts, "[V, K]", [vocabulary, top_k])?;
         }
         if let Some(witness) = &self.witness {
             let top = matches!(self.rule.selection, Selection::TopK { .. });

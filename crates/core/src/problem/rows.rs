@@ -2,7 +2,7 @@ use super::Check;
 use crate::backend::Backend;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::operation::{Accumulate, Combine, Factor, NextNorm, Residual, SlotRows};
+use crate::operation::{Accumulate, Combine, Factor, NextNorm, Residual, SlotRows, Zero};
 
 /// A checked [`Combine`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,17 @@ pub struct AccumulateProblem {
     pub y: DType,
 }
 
+/// A checked [`Zero`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ZeroProblem {
+    /// Rows.
+    pub rows: usize,
+    /// Length of a row.
+    pub width: usize,
+    /// Format of the zeros.
+    pub out: DType,
+}
+
 impl<B: Backend> Combine<'_, B> {
     /// Checks shapes, formats and numbers.
     pub fn problem(&self) -> Result<CombineProblem> {
@@ -40,15 +51,15 @@ impl<B: Backend> Combine<'_, B> {
         let out = check.float("out", &self.out)?;
         let (y, slots) = match &self.rows {
             SlotRows::Slots(y) => {
-                check.float("y", y)?;
-                check.value(y.cols() == hidden, "y", "rows of H elements", y.shape())?;
+                check.float("rows", y)?;
+                check.value(y.cols() == hidden, "rows", "rows of H elements", y.shape())?;
                 (y.dtype(), y.rows())
             }
             SlotRows::Permuted { y, slot_row } => {
-                check.float("y", y)?;
-                check.only("slot_row", slot_row, DType::U32)?;
-                check.shape("slot_row", slot_row, "[R]", [slot_row.cols()])?;
-                check.rows("y", y, "[R, H]", [slot_row.cols(), hidden])?;
+                check.float("rows.y", y)?;
+                check.only("rows.slot_row", slot_row, DType::U32)?;
+                check.shape("rows.slot_row", slot_row, "[R]", [slot_row.cols()])?;
+                check.rows("rows.y", y, "[R, H]", [slot_row.cols(), hidden])?;
                 (y.dtype(), slot_row.cols())
             }
         };
@@ -58,7 +69,7 @@ impl<B: Backend> Combine<'_, B> {
         };
         check.value(
             check.slots(tokens, top_k)? == slots,
-            "y",
+            "rows",
             "T*K rows",
             format_args!("{slots} for T = {tokens}, K = {top_k}"),
         )?;
@@ -97,7 +108,7 @@ pub(super) fn tail<B: Backend>(
         check.rows("residual", residual, "[T, H]", [tokens, hidden])?;
     }
     if let Some(norm) = norm {
-        check.eps(norm.eps)?;
+        check.not_negative("norm.eps", norm.eps)?;
         check.float("norm.out", &norm.out)?;
         check.rows("norm.out", &norm.out, "[T, H]", [tokens, hidden])?;
         if let Some(weight) = &norm.weight {
@@ -120,5 +131,12 @@ impl<B: Backend> Accumulate<'_, B> {
             check.column("weight", weights, "[T]", rows)?;
         }
         Ok(AccumulateProblem { rows, hidden, acc, y })
+    }
+}
+
+impl<B: Backend> Zero<'_, B> {
+    /// Any shape and any format will do.
+    pub fn problem(&self) -> Result<ZeroProblem> {
+        Ok(ZeroProblem { rows: self.out.rows(), width: self.out.cols(), out: self.out.dtype() })
     }
 }

@@ -39,8 +39,12 @@ pub struct Layer<'a> {
 pub struct SharedExpert<'a> {
     /// `[2S, H]`, gate rows first; `[S, H]` without gate.
     pub gate_up: &'a [f64],
+    /// `[2S]` or `[S]`, or absent for zeros.
+    pub gate_up_bias: Option<&'a [f64]>,
     /// `[H, S]`.
     pub down: &'a [f64],
+    /// `[H]`, or absent for zeros.
+    pub down_bias: Option<&'a [f64]>,
     /// `[H]`; used if the configuration says `gated`.
     pub gate: Option<&'a [f64]>,
 }
@@ -224,9 +228,11 @@ fn shared_expert(config: &LayerConfig, layer: &Layer<'_>, x: &[f64], tokens: usi
     let (shared, weights) = (config.shared?, layer.shared?);
     let (rows, hidden, intermediate) = (tokens, config.hidden, shared.intermediate);
     let outputs = shared.activation.gate_up_rows(intermediate);
-    let pre_activation = linear(&Linear { x, weight: weights.gate_up, bias: None, rows, inputs: hidden, outputs });
+    let (weight, bias) = (weights.gate_up, weights.gate_up_bias);
+    let pre_activation = linear(&Linear { x, weight, bias, rows, inputs: hidden, outputs });
     let a = activation(shared.activation, PreActivation::Halves(&pre_activation), rows, intermediate);
-    let down = Linear { x: &a, weight: weights.down, bias: None, rows, inputs: intermediate, outputs: hidden };
+    let (weight, bias) = (weights.down, weights.down_bias);
+    let down = Linear { x: &a, weight, bias, rows, inputs: intermediate, outputs: hidden };
     let gate = weights.gate.filter(|_| shared.gated);
     Some(SharedRows {
         y: linear(&down),

@@ -4,7 +4,7 @@ use super::math::{normal, sigmoid};
 use super::simd::{Simd, Task};
 use fused_moe_core::config::{Activation, Function};
 
-/// `f(x)`; NaN for a function that is not known here.
+/// `f(x)`.
 #[inline(always)]
 fn function<S: Simd>(s: S, f: Function, x: S::Vector) -> S::Vector {
     match f {
@@ -22,11 +22,10 @@ fn function<S: Simd>(s: S, f: Function, x: S::Vector) -> S::Vector {
             s.mul(x, x)
         }
         Function::Identity => x,
-        _ => s.splat(f32::NAN),
     }
 }
 
-/// The activation of g and u; NaN for one that is not known here.
+/// The activation of g and u.
 #[inline(always)]
 fn apply<S: Simd>(s: S, activation: Activation, g: S::Vector, u: S::Vector) -> S::Vector {
     match activation {
@@ -43,7 +42,6 @@ fn apply<S: Simd>(s: S, activation: Activation, g: S::Vector, u: S::Vector) -> S
             s.mul(s.min(s.splat(limit), function(s, Function::Silu, g)), clamp(s, u, limit))
         }
         Activation::Plain(f) => function(s, f, u),
-        _ => s.splat(f32::NAN),
     }
 }
 

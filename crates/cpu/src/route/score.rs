@@ -72,7 +72,7 @@ pub(super) fn scores(kernels: Kernels, score: Score, softmax: Option<Softmax>, l
                 *score = (ln_1p(*score) + if logit > 0.0 { logit } else { 0.0 }).sqrt();
             }
         }
-        _ => scores.copy_from_slice(logits),
+        (Score::Softmax, None) | (Score::Logit, _) => scores.copy_from_slice(logits),
     }
 }
 
@@ -102,7 +102,7 @@ pub(super) fn exact(score: Score, softmax: Option<Softmax>, logit: f32) -> f64 {
             if l < 0.0 { e / (1.0 + e) } else { 1.0 / (1.0 + e) }
         }
         (Score::SqrtSoftplus, _) => ((-l.abs()).exp().ln_1p() + l.max(0.0)).sqrt(),
-        _ => l,
+        (Score::Softmax, None) | (Score::Logit, _) => l,
     }
 }
 

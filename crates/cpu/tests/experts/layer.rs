@@ -140,10 +140,9 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
         gate_up_bias: None,
         down: &down,
         down_bias: vectors[4].as_deref(),
-        shared: shared
-            .as_ref()
-            .zip(shared_gate_up.as_ref())
-            .map(|([.., down, gate], gate_up)| reference::SharedExpert { gate_up, down, gate: Some(gate) }),
+        shared: shared.as_ref().zip(shared_gate_up.as_ref()).map(|([.., down, gate], gate_up)| {
+            reference::SharedExpert { gate_up, gate_up_bias: None, down, down_bias: None, gate: Some(gate) }
+        }),
     };
     let (xs, residuals, norm_weights) = (x.values(), residual.values(), norm_weight.values());
     let input = reference::Input {

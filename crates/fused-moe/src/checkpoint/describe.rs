@@ -18,7 +18,6 @@ pub(super) fn sentence(config: &LayerConfig) -> String {
             format!("the {top_k} of {experts} {plural} that a sparse mixer with jitter {jitter} finds in two passes")
         }
         Selection::Table => format!("the {top_k} of {experts} {plural} that a table has for its token id"),
-        _ => format!("{top_k} of {experts} {plural}"),
     };
     let mut text = format!("Each token goes to {choice}, {}", weights(config));
     if let Some(shared) = &config.shared {
@@ -33,7 +32,7 @@ fn score(score: Score) -> &'static str {
         Score::Softmax => "softmax score",
         Score::Sigmoid => "sigmoid score",
         Score::SqrtSoftplus => "sqrt(softplus) score",
-        _ => "router logit",
+        Score::Logit => "router logit",
     }
 }
 
@@ -62,7 +61,7 @@ fn weights(config: &LayerConfig) -> String {
             Score::Softmax => "their softmax scores",
             Score::Sigmoid => "their sigmoid scores",
             Score::SqrtSoftplus => "their sqrt(softplus) scores",
-            _ => "their logits",
+            Score::Logit => "their logits",
         },
     };
     let normalize = match rule.normalize {

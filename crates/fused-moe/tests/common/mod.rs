@@ -95,7 +95,13 @@ pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32]) -> Output {
         gate_up_bias: Some(&gate_up_bias[..]).filter(|bias| some(bias)),
         down: &down,
         down_bias: Some(&down_bias[..]).filter(|bias| some(bias)),
-        shared: shared.as_ref().map(|(gate_up, down, gate)| SharedExpert { gate_up, down, gate: gate.as_deref() }),
+        shared: shared.as_ref().map(|(gate_up, down, gate)| SharedExpert {
+            gate_up,
+            gate_up_bias: None,
+            down,
+            down_bias: None,
+            gate: gate.as_deref(),
+        }),
         ..Default::default()
     };
     let tokens = x.len() / config.hidden;
