@@ -72,7 +72,7 @@ pub(crate) fn combine(cpu: &Cpu, operands: Combine<'_, Cpu>) -> Result<()> {
     if hidden == 0 {
         return Ok(());
     }
-    let grain = GRAIN / hidden.saturating_mul(problem.top_k + 1);
+    let grain = GRAIN / hidden.saturating_mul(problem.top_k.saturating_add(1));
     share_rows(&cpu.pool, (FloatsMut::new(out)?, normed), problem.tokens, grain, |range, (mut out, mut normed)| {
         let mut row = [0.0; KEPT];
         for (i, t) in range.enumerate() {
@@ -173,10 +173,10 @@ impl Norm<'_> {
 pub(crate) fn zero(cpu: &Cpu, operands: Zero<'_, Cpu>) -> Result<()> {
     let out = operands.out;
     let (rows, size, extent) = (out.rows(), out.dtype().size(), out.extent());
-    let (width, stride, start) = (out.cols() * size, out.row_stride() * size, out.offset());
     if extent == 0 {
         return Ok(());
     }
+    let (width, stride, start) = (out.cols() * size, out.row_stride().saturating_mul(size), out.offset());
     let bytes = out.into_storage().get_mut(start..start + extent).unwrap_or_default();
     share_rows(&cpu.pool, Part::of_bytes(bytes, width, stride), rows, 4 * GRAIN / width, |range, mut out| {
         (0..range.len()).for_each(|i| out.row(i).fill(0));

@@ -56,6 +56,7 @@ pub(crate) fn gate(cpu: &Cpu, _stream: &CpuStream, operands: Gate<'_, Cpu>) -> R
     let Gate { x, router, bias, norm_weight, config, normed, logits } = operands;
     let (x, router) = (Floats::new(&x)?, Floats::new(&router)?);
     let (bias, norm_weight) = (Floats::optional(&bias)?, Floats::optional(&norm_weight)?);
+    let normed = normed.map(FloatsMut::new).transpose()?;
     let logits = logits.typed_mut::<f32>()?;
     let stride = logits.stride();
     let logits = SharedSlice::new(logits.into_data());
@@ -64,7 +65,7 @@ pub(crate) fn gate(cpu: &Cpu, _stream: &CpuStream, operands: Gate<'_, Cpu>) -> R
         Router { kernels, problem, config, x, router, bias, norm_weight, logits, stride }.run(&cpu.pool);
     });
     if let (Some(normed), Some(norm)) = (normed, config.norm) {
-        store_normed(cpu, (&x, norm_weight.as_ref()), norm.eps, FloatsMut::new(normed)?, problem);
+        store_normed(cpu, (&x, norm_weight.as_ref()), norm.eps, normed, problem);
     }
     Ok(())
 }
@@ -82,6 +83,7 @@ pub(crate) fn gate_route(cpu: &Cpu, stream: &CpuStream, operands: GateRoute<'_, 
         normed: normed.map(shorten_mut::<Cpu>),
         logits: reborrow::<Cpu>(&mut logits),
     };
+    route::check_alignment(&choice)?;
     gate(cpu, stream, operands)?;
     route::choose(cpu, stream, problem, Floats::new(&share::<Cpu>(&logits))?, choice)
 }

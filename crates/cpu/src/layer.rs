@@ -6,6 +6,7 @@ use crate::rows::{Floats, Part, norm_factor, share_rows};
 use crate::workspace::{Buffer, PermutationScratch, RoutingScratch, Scratch, SharedScratch, Workspace};
 use crate::{Cpu, CpuStream};
 use fused_moe_core::DType::{F32, U32};
+use fused_moe_core::backend::share;
 use fused_moe_core::config::{LayerConfig, SharedConfig, WeightOn};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
@@ -119,6 +120,7 @@ impl Layer<Cpu> for CpuLayer {
 
     fn run(&self, stream: &CpuStream, call: Forward<'_, Cpu>, workspace: &mut Workspace) -> Result<()> {
         let tokens = self.problem.forward(&call)?.tokens;
+        check_alignment(&call)?;
         let scratch = workspace.carve("forward", &self.problem, tokens)?;
         // One hand-over to the pool for all stages.
         self.cpu.pool.install(|| self.stages(stream, tokens, call, scratch))
@@ -363,6 +365,22 @@ fn floats(cpu: &Cpu, view: HostView<'_>) -> Result<Vec<f32>> {
     aligned.copy_in(&view.storage()[view.offset()..view.offset() + view.extent()])?;
     Floats::new(&View::new(&aligned[..], view.dtype(), 0, view.shape())?)?.load(cpu.kernels, 0, 0, &mut vector);
     Ok(vector)
+}
+
+/// What is written must lie as its format wants it, and this is found before anything is written.
+fn check_alignment(call: &Forward<'_, Cpu>) -> Result<()> {
+    Floats::new(&share::<Cpu>(&call.y))?;
+    if let Some(norm) = &call.norm {
+        Floats::new(&share::<Cpu>(&norm.out))?;
+    }
+    if let Some(RoutesOut { experts, weights }) = &call.routes {
+        share::<Cpu>(experts).typed::<u32>()?;
+        share::<Cpu>(weights).typed::<f32>()?;
+    }
+    if let Some(counts) = &call.counts {
+        share::<Cpu>(counts).typed::<u32>()?;
+    }
+    Ok(())
 }
 
 fn copy_rows<T: Element>(from: HostView<'_>, to: HostViewMut<'_>) -> Result<()> {

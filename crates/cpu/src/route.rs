@@ -8,6 +8,7 @@ use crate::arch::Kernels;
 use crate::error::Result;
 use crate::rows::{Floats, Part, share_rows};
 use crate::{Cpu, CpuStream};
+use fused_moe_core::backend::share;
 use fused_moe_core::config::{Score, SelectBy, Selection, WeightValue};
 use fused_moe_core::operation::{Choice, GatherWeights, Route, TokenTable, Witness};
 use fused_moe_core::problem::{ChoiceProblem, MAX_EXPERTS};
@@ -56,6 +57,23 @@ struct Token<'a> {
 pub(crate) fn route(cpu: &Cpu, stream: &CpuStream, operands: Route<'_, Cpu>) -> Result<()> {
     let problem = operands.problem()?;
     choose(cpu, stream, problem, Floats::new(&operands.logits)?, operands.choice)
+}
+
+/// The errors that [`choose`] would come to, for callers that write before.
+pub(crate) fn check_alignment(choice: &Choice<'_, Cpu>) -> Result<()> {
+    Floats::optional(&choice.correction_bias)?;
+    Floats::optional(&choice.expert_scale)?;
+    if let Some(TokenTable { token_ids, experts }) = &choice.table {
+        token_ids.typed::<u32>()?;
+        experts.typed::<u32>()?;
+    }
+    if let Some(Witness { keys, experts }) = &choice.witness {
+        share::<Cpu>(keys).typed::<f32>()?;
+        share::<Cpu>(experts).typed::<u32>()?;
+    }
+    share::<Cpu>(&choice.experts).typed::<u32>()?;
+    share::<Cpu>(&choice.weights).typed::<f32>()?;
+    Ok(())
 }
 
 /// [`route`] of checked operands.
