@@ -1,7 +1,7 @@
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::pack::Experts;
-use crate::plan::{ELEMENTS_PER_THREAD, LayerPlan};
+use crate::plan::{LayerPlan, RowsPlan};
 use crate::rows::{Floats, Part, norm_factor, share_rows};
 use crate::workspace::{Buffer, PermutationScratch, RoutingScratch, Scratch, SharedScratch, Workspace};
 use crate::{Cpu, CpuStream};
@@ -286,7 +286,7 @@ impl CpuLayer {
         }
         let (shape, kernels) = ([x.rows(), x.cols()], self.cpu.kernels);
         let (x, out) = (Floats::new(&x)?, Part::<f32>::new(tokens.view_mut(F32, shape)?)?);
-        share_rows(&self.cpu.pool, out, shape[0], ELEMENTS_PER_THREAD / shape[1], |range, mut out| {
+        share_rows(&self.cpu.pool, out, shape[0], RowsPlan::elements(shape[1]), |range, mut out| {
             for (i, t) in range.enumerate() {
                 match norm {
                     None => x.load(kernels, t, 0, out.row(i)),

@@ -13,10 +13,7 @@ fn combine_of_no_tokens_and_any_number_of_slots() {
     let rows = SlotRows::Slots(View::of(&none, [0, 4]).unwrap());
     let weights = View::of(&none, [0, usize::MAX]).unwrap();
     // Whether so many slots are an error is the contract's business.
-    let _ = cpu.combine(
-        &cpu.stream().unwrap(),
-        Combine::new(rows, weights, View::of_mut(&mut out, [0, 4]).unwrap()),
-    );
+    let _ = cpu.combine(&cpu.stream().unwrap(), Combine::new(rows, weights, View::of_mut(&mut out, [0, 4]).unwrap()));
 }
 
 #[test]
