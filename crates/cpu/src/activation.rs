@@ -2,11 +2,9 @@
 
 use crate::Cpu;
 use crate::error::Result;
-use crate::rows::{CHUNK, Floats, FloatsMut, share_rows};
+use crate::plan::{CHUNK, RowsPlan};
+use crate::rows::{Floats, FloatsMut, share_rows};
 use fused_moe_core::operation::{Activate, ActivationOperands};
-
-/// Elements that are worth a thread of their own.
-const GRAIN: usize = 1 << 14;
 
 /// Where gate and up are read; `Out` is the operand that is written.
 enum Source<'a> {
@@ -26,7 +24,7 @@ pub(crate) fn activation(cpu: &Cpu, operands: Activate<'_, Cpu>) -> Result<()> {
     if width == 0 {
         return Ok(());
     }
-    share_rows(&cpu.pool, out, problem.rows, GRAIN / width, |range, mut out| {
+    share_rows(&cpu.pool, out, problem.rows, RowsPlan::activation(width), |range, mut out| {
         let (mut gate, mut up, mut pairs) = ([0.0; CHUNK], [0.0; CHUNK], [0.0; 2 * CHUNK]);
         for (i, row) in range.enumerate() {
             for col in (0..width).step_by(CHUNK) {

@@ -3,16 +3,10 @@
 use crate::Cpu;
 use crate::arch::Kernels;
 use crate::error::Result;
-use crate::rows::{CHUNK, Floats, FloatsMut, Part, norm_factor, share_rows};
+use crate::plan::{CHUNK, COMBINE_COLUMNS as KEPT, RowsPlan};
+use crate::rows::{Floats, FloatsMut, Part, norm_factor, share_rows};
 use fused_moe_core::Rows;
 use fused_moe_core::operation::{Accumulate, Combine, Factor, NextNorm, Residual, Shared, SlotRows, Zero};
-
-/// Elements read that are worth a thread of their own.
-const GRAIN: usize = 1 << 15;
-
-/// Columns of a token that are kept unrounded between the two passes of the norm; of wider tokens each part is
-/// computed twice.
-const KEPT: usize = 8 * CHUNK;
 
 /// The operands that are read.
 struct Sum<'a> {
@@ -72,8 +66,8 @@ pub(crate) fn combine(cpu: &Cpu, operands: Combine<'_, Cpu>) -> Result<()> {
     if hidden == 0 {
         return Ok(());
     }
-    let grain = GRAIN / hidden.saturating_mul(problem.top_k + 1);
-    share_rows(&cpu.pool, (FloatsMut::new(out)?, normed), problem.tokens, grain, |range, (mut out, mut normed)| {
+    let plan = RowsPlan::combine(hidden, problem.top_k);
+    share_rows(&cpu.pool, (FloatsMut::new(out)?, normed), problem.tokens, plan, |range, (mut out, mut normed)| {
         let mut row = [0.0; KEPT];
         for (i, t) in range.enumerate() {
             let mut factor = 0.0;
@@ -173,12 +167,12 @@ impl Norm<'_> {
 pub(crate) fn zero(cpu: &Cpu, operands: Zero<'_, Cpu>) -> Result<()> {
     let out = operands.out;
     let (rows, size, extent) = (out.rows(), out.dtype().size(), out.extent());
-    let (width, stride, start) = (out.cols() * size, out.row_stride() * size, out.offset());
     if extent == 0 {
         return Ok(());
     }
+    let (width, stride, start) = (out.cols() * size, out.row_stride().saturating_mul(size), out.offset());
     let bytes = out.into_storage().get_mut(start..start + extent).unwrap_or_default();
-    share_rows(&cpu.pool, Part::of_bytes(bytes, width, stride), rows, 4 * GRAIN / width, |range, mut out| {
+    share_rows(&cpu.pool, Part::of_bytes(bytes, width, stride), rows, RowsPlan::zero(width), |range, mut out| {
         (0..range.len()).for_each(|i| out.row(i).fill(0));
     });
     Ok(())
@@ -195,7 +189,7 @@ pub(crate) fn accumulate(cpu: &Cpu, operands: Accumulate<'_, Cpu>) -> Result<()>
     if hidden == 0 {
         return Ok(());
     }
-    share_rows(&cpu.pool, FloatsMut::new(operands.acc)?, problem.rows, GRAIN / hidden, |range, mut acc| {
+    share_rows(&cpu.pool, FloatsMut::new(operands.acc)?, problem.rows, RowsPlan::elements(hidden), |range, mut acc| {
         let mut sum = [0.0; CHUNK];
         for (i, t) in range.enumerate() {
             let w = per_row.as_ref().map_or(value, |weights| weights.element(t));

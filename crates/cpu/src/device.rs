@@ -7,21 +7,20 @@ use std::fs;
 /// The variable that forces an instruction set.
 const ISA_VARIABLE: &str = "FMOE_CPU_ISA";
 
-/// Sizes of one core's data caches, in bytes.
+/// Sizes of one core's caches, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Caches {
-    pub(crate) l1: usize,
     pub(crate) l2: usize,
 }
 
 impl Caches {
     /// What the system tells, or what every processor of the last ten years has.
     pub(crate) fn read() -> Self {
-        Self { l1: cache(0).unwrap_or(32 << 10), l2: cache(2).unwrap_or(256 << 10) }
+        Self { l2: cache(2).unwrap_or(256 << 10) }
     }
 }
 
-/// Size of cache `index`: 0 is the data cache of level 1, 2 the cache of level 2.
+/// Size of cache `index`, as the system counts: 2 is the cache of level 2.
 fn cache(index: usize) -> Option<usize> {
     let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size");
     cache_size(fs::read_to_string(path).ok()?.trim())
@@ -80,8 +79,7 @@ mod tests {
         for text in ["", "K", "48", "0K", "-1K", "99999999999999999999M"] {
             assert_eq!(cache_size(text), None, "{text}");
         }
-        let caches = Caches::read();
-        assert!(caches.l1 > 0 && caches.l2 > 0);
+        assert!(Caches::read().l2 > 0);
     }
 
     #[test]

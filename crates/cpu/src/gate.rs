@@ -2,8 +2,9 @@
 
 use crate::arch::{Kernels, SharedSlice};
 use crate::error::Result;
+use crate::plan::{CHUNK, GATE_COLUMNS as COLUMNS, GATE_EXPERTS as EXPERTS, GATE_TOKENS as TOKENS, GatePlan, RowsPlan};
 use crate::pool::Pool;
-use crate::rows::{CHUNK, Floats, FloatsMut, each_format, norm_factor, share_rows};
+use crate::rows::{Floats, FloatsMut, each_format, norm_factor, share_rows};
 use crate::{Cpu, CpuStream, route};
 use fused_moe_core::Rows;
 use fused_moe_core::backend::{reborrow, share, shorten, shorten_mut};
@@ -12,20 +13,6 @@ use fused_moe_core::dtype::Float;
 use fused_moe_core::operation::{Gate, GateRoute};
 use fused_moe_core::problem::GateProblem;
 use std::array::from_fn;
-
-/// Tokens of a block: what they have of x stays in the second-level cache while the router passes by.
-const TOKENS: usize = 24;
-
-/// Router rows of a block; fewer where there are fewer tokens than a block has, for the sake of more blocks, unless each
-/// block has to normalise its tokens.
-const EXPERTS: usize = 32;
-const FEW_EXPERTS: usize = 8;
-
-/// Columns of normalised tokens that a block holds at a time.
-const COLUMNS: usize = 512;
-
-/// Products that are worth a thread of their own.
-const GRAIN: usize = 1 << 17;
 
 /// What all blocks read, and the logits that each writes its part of.
 struct Router<'a, W> {
@@ -56,6 +43,7 @@ pub(crate) fn gate(cpu: &Cpu, _stream: &CpuStream, operands: Gate<'_, Cpu>) -> R
     let Gate { x, router, bias, norm_weight, config, normed, logits } = operands;
     let (x, router) = (Floats::new(&x)?, Floats::new(&router)?);
     let (bias, norm_weight) = (Floats::optional(&bias)?, Floats::optional(&norm_weight)?);
+    let normed = normed.map(FloatsMut::new).transpose()?;
     let logits = logits.typed_mut::<f32>()?;
     let stride = logits.stride();
     let logits = SharedSlice::new(logits.into_data());
@@ -64,7 +52,7 @@ pub(crate) fn gate(cpu: &Cpu, _stream: &CpuStream, operands: Gate<'_, Cpu>) -> R
         Router { kernels, problem, config, x, router, bias, norm_weight, logits, stride }.run(&cpu.pool);
     });
     if let (Some(normed), Some(norm)) = (normed, config.norm) {
-        store_normed(cpu, (&x, norm_weight.as_ref()), norm.eps, FloatsMut::new(normed)?, problem);
+        store_normed(cpu, (&x, norm_weight.as_ref()), norm.eps, normed, problem);
     }
     Ok(())
 }
@@ -82,6 +70,7 @@ pub(crate) fn gate_route(cpu: &Cpu, stream: &CpuStream, operands: GateRoute<'_, 
         normed: normed.map(shorten_mut::<Cpu>),
         logits: reborrow::<Cpu>(&mut logits),
     };
+    route::check_alignment(&choice)?;
     gate(cpu, stream, operands)?;
     route::choose(cpu, stream, problem, Floats::new(&share::<Cpu>(&logits))?, choice)
 }
@@ -89,9 +78,8 @@ pub(crate) fn gate_route(cpu: &Cpu, stream: &CpuStream, operands: GateRoute<'_, 
 impl<W: Float> Router<'_, W> {
     fn run(&self, pool: &Pool) {
         let GateProblem { tokens, hidden, experts, .. } = self.problem;
-        let width = if tokens < TOKENS && self.config.norm.is_none() { FEW_EXPERTS } else { EXPERTS };
+        let GatePlan { experts: width, grain } = GatePlan::new([tokens, hidden], self.config.norm.is_some());
         let across = experts.div_ceil(width);
-        let grain = GRAIN / hidden.saturating_mul(width * TOKENS.min(tokens.max(1)));
         pool.for_each(tokens.div_ceil(TOKENS) * across, grain, |block| {
             let (token, expert) = (block / across * TOKENS, block % across * width);
             let block =
@@ -165,7 +153,7 @@ fn store_normed(
     problem: GateProblem,
 ) {
     let (kernels, hidden) = (cpu.kernels, problem.hidden);
-    share_rows(&cpu.pool, normed, problem.tokens, GRAIN / 4 / hidden, |range, mut normed| {
+    share_rows(&cpu.pool, normed, problem.tokens, RowsPlan::elements(hidden), |range, mut normed| {
         let (mut weights, mut scaled) = ([0.0; CHUNK], [0.0; CHUNK]);
         for (i, t) in range.enumerate() {
             let factor = norm_factor(x.sum_squares(kernels, t), hidden, eps);

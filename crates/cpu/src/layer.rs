@@ -1,11 +1,12 @@
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::pack::Experts;
-use crate::plan::{ELEMENTS_PER_THREAD, LayerPlan};
+use crate::plan::{LayerPlan, RowsPlan};
 use crate::rows::{Floats, Part, norm_factor, share_rows};
 use crate::workspace::{Buffer, PermutationScratch, RoutingScratch, Scratch, SharedScratch, Workspace};
 use crate::{Cpu, CpuStream};
 use fused_moe_core::DType::{F32, U32};
+use fused_moe_core::backend::share;
 use fused_moe_core::config::{LayerConfig, SharedConfig, WeightOn};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
@@ -119,6 +120,7 @@ impl Layer<Cpu> for CpuLayer {
 
     fn run(&self, stream: &CpuStream, call: Forward<'_, Cpu>, workspace: &mut Workspace) -> Result<()> {
         let tokens = self.problem.forward(&call)?.tokens;
+        check_alignment(&call)?;
         let scratch = workspace.carve("forward", &self.problem, tokens)?;
         // One hand-over to the pool for all stages.
         self.cpu.pool.install(|| self.stages(stream, tokens, call, scratch))
@@ -284,7 +286,7 @@ impl CpuLayer {
         }
         let (shape, kernels) = ([x.rows(), x.cols()], self.cpu.kernels);
         let (x, out) = (Floats::new(&x)?, Part::<f32>::new(tokens.view_mut(F32, shape)?)?);
-        share_rows(&self.cpu.pool, out, shape[0], ELEMENTS_PER_THREAD / shape[1], |range, mut out| {
+        share_rows(&self.cpu.pool, out, shape[0], RowsPlan::elements(shape[1]), |range, mut out| {
             for (i, t) in range.enumerate() {
                 match norm {
                     None => x.load(kernels, t, 0, out.row(i)),
@@ -363,6 +365,22 @@ fn floats(cpu: &Cpu, view: HostView<'_>) -> Result<Vec<f32>> {
     aligned.copy_in(&view.storage()[view.offset()..view.offset() + view.extent()])?;
     Floats::new(&View::new(&aligned[..], view.dtype(), 0, view.shape())?)?.load(cpu.kernels, 0, 0, &mut vector);
     Ok(vector)
+}
+
+/// What is written must lie as its format wants it, and this is found before anything is written.
+fn check_alignment(call: &Forward<'_, Cpu>) -> Result<()> {
+    Floats::new(&share::<Cpu>(&call.y))?;
+    if let Some(norm) = &call.norm {
+        Floats::new(&share::<Cpu>(&norm.out))?;
+    }
+    if let Some(RoutesOut { experts, weights }) = &call.routes {
+        share::<Cpu>(experts).typed::<u32>()?;
+        share::<Cpu>(weights).typed::<f32>()?;
+    }
+    if let Some(counts) = &call.counts {
+        share::<Cpu>(counts).typed::<u32>()?;
+    }
+    Ok(())
 }
 
 fn copy_rows<T: Element>(from: HostView<'_>, to: HostViewMut<'_>) -> Result<()> {

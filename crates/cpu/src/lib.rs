@@ -2,6 +2,9 @@
 //!
 //! The stages are called in order by [`CpuLayer`]; each is public as a method of [`Cpu`] through
 //! [`Backend`].
+//!
+//! Operations and layers allocate nothing when they run. Work that comes from a thread outside the pool goes through
+//! rayon's queue, which allocates a block now and then: call from inside the pool (`ThreadPool::install`) for none.
 #![deny(unsafe_code)]
 
 mod activation;
@@ -65,7 +68,8 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// On rayon's global pool, with the fastest instruction set here.
+    /// On the rayon pool of the thread that calls an operation, else on the global one; with the fastest instruction set
+    /// here.
     ///
     /// The variable `FMOE_CPU_ISA` (`scalar`, `avx2`, `avx512`) forces another one, here and in the constructors below.
     ///

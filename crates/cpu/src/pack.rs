@@ -1,6 +1,7 @@
 use crate::Cpu;
 use crate::error::Result;
 use crate::memory::Memory;
+use crate::plan::PACKED_ROWS;
 use crate::table::{RowOrder, Table};
 use fused_moe_core::config::{Activation, Function};
 use fused_moe_core::weights::{ExpertMatrices, ExpertWeights, Matrix};
@@ -55,8 +56,6 @@ impl Sizes {
 
 /// Bytes that a matrix begins at a multiple of.
 const ALIGNMENT: usize = 4096;
-/// Rows that one thread copies at a time: where the source is transposed, neighbours share its cache lines.
-const ROWS_AT_A_TIME: usize = 64;
 
 impl Experts {
     pub(crate) fn new(cpu: &Cpu, weights: &ExpertWeights<'_>) -> Result<Self> {
@@ -165,8 +164,8 @@ fn copy_rows<'a>(to: &mut [u8], height: usize, row: impl Fn(usize, usize) -> (Ma
     }
     let (first, _) = row(0, 0);
     let bytes = first.cols() * first.dtype().size();
-    to.par_chunks_mut(ROWS_AT_A_TIME * bytes).enumerate().for_each(|(block, to)| {
-        for (n, to) in (block * ROWS_AT_A_TIME..).zip(to.chunks_exact_mut(bytes)) {
+    to.par_chunks_mut(PACKED_ROWS * bytes).enumerate().for_each(|(block, to)| {
+        for (n, to) in (block * PACKED_ROWS..).zip(to.chunks_exact_mut(bytes)) {
             let (matrix, i) = row(n / height, n % height);
             matrix.copy_row(i, to);
         }

@@ -2,21 +2,13 @@
 
 use crate::arch::SharedSlice;
 use crate::error::Result;
+use crate::plan::{FEW_EXPERTS as FEW, PERMUTE_THREADS as THREADS, PermutePlan, RowsPlan};
 use crate::rows::{Part, share_rows};
 use crate::{Cpu, CpuStream};
 use fused_moe_core::operation::{Permute, TileSchedule};
 use fused_moe_core::problem::{MAX_EXPERTS, PermuteProblem};
 use fused_moe_core::{NO_EXPERT, NO_ROW, Rows, Status};
 use std::ops::Range;
-
-/// The E up to which the counters are few.
-const FEW: usize = 512;
-
-/// The most threads that share the work.
-const THREADS: usize = 16;
-
-/// Slots that are worth a thread of their own.
-const GRAIN: usize = 1 << 14;
 
 /// What the counting and the placing have in common.
 struct Slots<'a> {
@@ -42,24 +34,23 @@ pub(crate) fn permute(cpu: &Cpu, stream: &CpuStream, operands: Permute<'_, Cpu>)
     let slot_row = SharedSlice::new(operands.slot_row.typed_mut()?.into_data());
     let mut offsets = Part::new(operands.offsets)?;
     let slots = Slots { stream, problem, experts, row_slot, slot_row };
-    let alone = problem.slots < 2 * GRAIN || cpu.threads() == 1;
-    match (problem.experts, alone) {
-        (..=FEW, true) => slots.run::<FEW>(cpu, &mut [[0; FEW]], offsets.row(0)),
-        (..=FEW, false) => slots.run::<FEW>(cpu, &mut [[0; FEW]; THREADS], offsets.row(0)),
-        (_, true) => slots.run::<MAX_EXPERTS>(cpu, &mut [[0; MAX_EXPERTS]], offsets.row(0)),
-        (_, false) => slots.run::<MAX_EXPERTS>(cpu, &mut [[0; MAX_EXPERTS]; THREADS], offsets.row(0)),
+    let PermutePlan { few_experts, threads, .. } = PermutePlan::new(problem.slots, problem.experts, &cpu.device());
+    match (few_experts, threads) {
+        (true, 1) => slots.run::<FEW>(cpu, &mut [[0; FEW]], offsets.row(0)),
+        (true, _) => slots.run::<FEW>(cpu, &mut [[0; FEW]; THREADS][..threads], offsets.row(0)),
+        (false, 1) => slots.run::<MAX_EXPERTS>(cpu, &mut [[0; MAX_EXPERTS]], offsets.row(0)),
+        (false, _) => slots.run::<MAX_EXPERTS>(cpu, &mut [[0; MAX_EXPERTS]; THREADS][..threads], offsets.row(0)),
     }
     Ok(())
 }
 
 impl Slots<'_> {
     fn run<const N: usize>(&self, cpu: &Cpu, counts: &mut [[u32; N]], offsets: &mut [u32]) {
-        let threads = counts.len().min(cpu.threads());
-        let counts = &mut counts[..threads];
+        let threads = counts.len();
         let tokens = if self.problem.slots == 0 { 0 } else { self.experts.rows() };
         let share = tokens.div_ceil(threads);
         let part = |p: usize| (p * share).min(tokens)..((p + 1) * share).min(tokens);
-        share_rows(&cpu.pool, &mut *counts, threads, 1, |range, counts| {
+        share_rows(&cpu.pool, &mut *counts, threads, RowsPlan::single(), |range, counts| {
             range.zip(counts).for_each(|(p, counts)| self.count(part(p), counts));
         });
         let mut row = 0;
@@ -71,7 +62,7 @@ impl Slots<'_> {
                 }
             }
         }
-        share_rows(&cpu.pool, &mut *counts, threads, 1, |range, counts| {
+        share_rows(&cpu.pool, &mut *counts, threads, RowsPlan::single(), |range, counts| {
             range.zip(counts).for_each(|(p, next)| self.place(part(p), next));
         });
         for rest in row as usize..self.problem.slots {

@@ -3,8 +3,9 @@
 
 use crate::arch::Isa;
 use crate::device::Caches;
-use fused_moe_core::DType;
-use fused_moe_core::config::Activation;
+use fused_moe_core::DType::{self, F32};
+use fused_moe_core::config::{Activation, LayerConfig, SharedConfig};
+use fused_moe_core::operation::GateUpOutput;
 use fused_moe_core::problem::{DownProblem, GateUpProblem, LayerProblem, LinearProblem};
 use std::fmt;
 
@@ -17,9 +18,6 @@ pub(crate) const MAX_BLOCK_ROWS: usize = 64;
 pub(crate) const MAX_TILE: usize = 48;
 /// The most sums of a block and a tile; they lie on the stack.
 pub(crate) const MAX_SUMS: usize = 768;
-
-/// So many elements to convert or to normalise take long compared to handing work to a thread.
-pub(crate) const ELEMENTS_PER_THREAD: usize = 32 << 10;
 
 /// What a plan needs to know about the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,53 +131,282 @@ impl fmt::Display for GroupedPlan {
     }
 }
 
+/// Tokens of a block of the gate: what they have of x stays in the second-level cache while the router passes by.
+pub(crate) const GATE_TOKENS: usize = 24;
+/// The most router rows of a block of the gate.
+pub(crate) const GATE_EXPERTS: usize = 32;
+/// Router rows of a block where there are fewer tokens than a block has, for the sake of more blocks.
+const GATE_FEW_EXPERTS: usize = 8;
+/// Columns of normalised tokens that a block of the gate holds at a time: with `GATE_TOKENS` they are 48 KiB.
+pub(crate) const GATE_COLUMNS: usize = 512;
+/// So many products of the gate take long compared to handing work to a thread.
+const GATE_GRAIN: usize = 1 << 17;
+
+/// How the gate is carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GatePlan {
+    /// Router rows of a block.
+    pub(crate) experts: usize,
+    /// Blocks that a thread takes at a time at least.
+    pub(crate) grain: usize,
+}
+
+impl GatePlan {
+    /// For x `[T, H]`; `normed`: each block has to normalise its tokens, so that more of them would cost more.
+    pub(crate) fn new([tokens, hidden]: [usize; 2], normed: bool) -> Self {
+        let experts = if tokens < GATE_TOKENS && !normed { GATE_FEW_EXPERTS } else { GATE_EXPERTS };
+        let products = hidden.saturating_mul(experts * tokens.clamp(1, GATE_TOKENS));
+        Self { experts, grain: (GATE_GRAIN / products.max(1)).max(1) }
+    }
+}
+
+impl fmt::Display for GatePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} experts at a time, {GATE_TOKENS} tokens of x in the cache", self.experts)?;
+        match self.grain {
+            1 => Ok(()),
+            grain => write!(f, ", {grain} such blocks to a thread at least since each is small"),
+        }
+    }
+}
+
+/// The E up to which a token's ranks and a thread's counters lie in small arrays; else these are `MAX_EXPERTS` long.
+pub(crate) const FEW_EXPERTS: usize = 512;
+/// How many of the best are found one by one, which takes no branches that depend on the data; more are sorted.
+pub(crate) const ONE_BY_ONE: usize = 32;
+/// The most parts that a token's ranks are looked at in: each of the best costs a look at the parts and at one of them.
+pub(crate) const RANK_PARTS: usize = 64;
+/// The fewest ranks in such a part, which vectors go through at once.
+pub(crate) const RANKS_OF_A_PART: usize = 16;
+/// Terms of a softmax that are summed in f32 before f64 takes the sum: enough for vectors, and too few for rounding
+/// errors to add up.
+pub(crate) const SOFTMAX_TERMS: usize = 128;
+
+/// How routing is carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RoutePlan {
+    top_k: usize,
+    /// Whether E is at most `FEW_EXPERTS`.
+    pub(crate) few_experts: bool,
+    /// Its tokens.
+    pub(crate) rows: RowsPlan,
+}
+
+impl RoutePlan {
+    pub(crate) fn new(experts: usize, top_k: usize) -> Self {
+        Self { top_k, few_experts: experts <= FEW_EXPERTS, rows: RowsPlan::new(LOGITS_PER_THREAD, experts) }
+    }
+}
+
+impl fmt::Display for RoutePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.top_k {
+            ..=ONE_BY_ONE => write!(f, "the {} best found one by one", self.top_k)?,
+            _ => write!(f, "the {} best sorted since they are many", self.top_k)?,
+        }
+        write!(f, "; {}", self.rows)
+    }
+}
+
+/// The most threads that share a permutation: each has counters of its own, which lie on the stack.
+pub(crate) const PERMUTE_THREADS: usize = 16;
+/// So many slots take long compared to handing work to a thread and to adding up its counters.
+const PERMUTE_GRAIN: usize = 1 << 14;
+
+/// How slots are permuted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PermutePlan {
+    slots: usize,
+    /// Whether E is at most `FEW_EXPERTS`.
+    pub(crate) few_experts: bool,
+    /// How many count and place, each some successive tokens.
+    pub(crate) threads: usize,
+}
+
+impl PermutePlan {
+    pub(crate) fn new(slots: usize, experts: usize, device: &Device) -> Self {
+        let threads = if slots < 2 * PERMUTE_GRAIN { 1 } else { device.threads.clamp(1, PERMUTE_THREADS) };
+        Self { slots, few_experts: experts <= FEW_EXPERTS, threads }
+    }
+}
+
+impl fmt::Display for PermutePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.threads {
+            1 => write!(f, "{} slots counted by one thread", self.slots),
+            threads => write!(f, "{} slots counted by {threads} threads, {PERMUTE_THREADS} at most", self.slots),
+        }
+    }
+}
+
+/// Columns of a row that are worked on at a time, as f32 on the stack: few enough for the first-level cache.
+pub(crate) const CHUNK: usize = 1024;
+/// Columns of a token that combine keeps unrounded between the two passes of the norm; of wider tokens each part is
+/// computed twice.
+pub(crate) const COMBINE_COLUMNS: usize = 8 * CHUNK;
+
+/// So many elements to add, to convert or to normalise take long compared to handing work to a thread.
+const ELEMENTS_PER_THREAD: usize = 1 << 15;
+/// The same of bytes to clear, which are only written.
+const ZEROS_PER_THREAD: usize = 1 << 17;
+/// The same of activations: each is an exponential.
+const ACTIVATIONS_PER_THREAD: usize = 1 << 14;
+/// The same of logits: each is a score, a rank and a look or more.
+const LOGITS_PER_THREAD: usize = 1 << 12;
+/// The same of slots whose weight is gathered: each reads somewhere.
+const GATHERED_PER_THREAD: usize = 1 << 9;
+
+/// How rows that do not meet are shared out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RowsPlan {
+    /// Rows that a thread takes at a time at least.
+    pub(crate) grain: usize,
+}
+
+impl RowsPlan {
+    /// Rows of `columns` elements that are read once each and added, converted or normalised.
+    pub(crate) fn elements(columns: usize) -> Self {
+        Self::new(ELEMENTS_PER_THREAD, columns)
+    }
+
+    pub(crate) fn combine(hidden: usize, top_k: usize) -> Self {
+        Self::elements(hidden.saturating_mul(top_k.saturating_add(1)))
+    }
+
+    pub(crate) fn zero(row_bytes: usize) -> Self {
+        Self::new(ZEROS_PER_THREAD, row_bytes)
+    }
+
+    pub(crate) fn activation(intermediate: usize) -> Self {
+        Self::new(ACTIVATIONS_PER_THREAD, intermediate)
+    }
+
+    pub(crate) fn gather_weights(top_k: usize) -> Self {
+        Self::new(GATHERED_PER_THREAD, top_k)
+    }
+
+    /// Each row is a part of the work of its own.
+    pub(crate) fn single() -> Self {
+        Self { grain: 1 }
+    }
+
+    fn new(per_thread: usize, per_row: usize) -> Self {
+        Self { grain: (per_thread / per_row.max(1)).max(1) }
+    }
+
+    /// The most rows of a part when `rows` of them are shared by `threads`.
+    pub(crate) fn part(self, rows: usize, threads: usize) -> usize {
+        self.grain.max(rows.div_ceil(PARTS_PER_THREAD * threads))
+    }
+}
+
+impl fmt::Display for RowsPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} tokens to a thread at least", self.grain)
+    }
+}
+
+/// Rows that one thread packs at a time: where the source is transposed, neighbours share its cache lines.
+pub(crate) const PACKED_ROWS: usize = 64;
+
 /// How a layer is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LayerPlan {
     tokens: usize,
     device: Device,
+    gate: Option<GatePlan>,
+    route: RoutePlan,
+    permute: PermutePlan,
     gate_up: GroupedPlan,
     down: GroupedPlan,
-    shared: Option<[GroupedPlan; 2]>,
+    shared: Option<SharedPlan>,
+    combine: RowsPlan,
+}
+
+/// How a layer's shared expert is carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SharedPlan {
+    gate_up: GroupedPlan,
+    down: GroupedPlan,
+    gate: Option<GroupedPlan>,
 }
 
 impl LayerPlan {
+    /// For the router's routes; the stages make the same plans of their operands.
     pub(crate) fn new(layer: &LayerProblem, tokens: usize, device: &Device) -> Self {
-        let config = &layer.config;
-        let plan = |rows: usize, experts: usize, [inner, outputs, rows_per_output]: [usize; 3], weight: DType| {
-            GroupedPlan::new(Sizes { rows, experts, inner, outputs, rows_per_output, weight }, device)
-        };
-        let (rows, hidden) = (tokens.saturating_mul(config.top_k), config.hidden);
-        let gate_up = [hidden, config.intermediate, rows_per_output(config.activation)];
-        let shared = config.shared.zip(layer.shared).map(|(shared, [up, down])| {
-            let gate_up = [hidden, shared.intermediate, rows_per_output(shared.activation)];
-            [plan(tokens, 1, gate_up, up), plan(tokens, 1, [shared.intermediate, hidden, 1], down)]
+        let LayerConfig { hidden, intermediate, experts, top_k, activation, .. } = layer.config;
+        let rows = tokens.saturating_mul(top_k);
+        let expert = ExpertSizes { rows, experts, hidden, intermediate, activation };
+        let shared = layer.config.shared.zip(layer.shared).map(|(shared, [up, down])| {
+            let SharedConfig { intermediate, activation, gated, .. } = shared;
+            let expert = ExpertSizes { rows: tokens, experts: 1, hidden, intermediate, activation };
+            let gate = LinearProblem { rows: tokens, inner: hidden, outer: 1, x: F32, weight: F32, out: F32 };
+            SharedPlan {
+                gate_up: GroupedPlan::gate_up(&expert.gate_up(), up, device),
+                down: GroupedPlan::down(&expert.down(), down, device),
+                gate: gated.then(|| GroupedPlan::linear(&gate, device)),
+            }
         });
+        let normed = layer.config.gate.norm.is_some();
         Self {
             tokens,
             device: *device,
-            gate_up: plan(rows, config.experts, gate_up, layer.gate_up),
-            down: plan(rows, config.experts, [config.intermediate, hidden, 1], layer.down),
+            gate: layer.router.map(|_| GatePlan::new([tokens, hidden], normed)),
+            route: RoutePlan::new(experts, top_k),
+            permute: PermutePlan::new(rows, experts, device),
+            gate_up: GroupedPlan::gate_up(&expert.gate_up(), layer.gate_up, device),
+            down: GroupedPlan::down(&expert.down(), layer.down, device),
             shared,
+            combine: RowsPlan::combine(hidden, top_k),
         }
+    }
+}
+
+/// The experts of a layer, whose intermediate activations are f32.
+struct ExpertSizes {
+    rows: usize,
+    experts: usize,
+    hidden: usize,
+    intermediate: usize,
+    activation: Activation,
+}
+
+impl ExpertSizes {
+    fn gate_up(&self) -> GateUpProblem {
+        let Self { rows, experts, hidden, intermediate, activation } = *self;
+        let (x, stack, out, output) = (F32, None, F32, GateUpOutput::Activated);
+        GateUpProblem { rows, hidden, intermediate, experts, x, stack, out, activation, output }
+    }
+
+    fn down(&self) -> DownProblem {
+        let Self { rows, experts, hidden, intermediate, .. } = *self;
+        DownProblem { rows, hidden, intermediate, experts, a: F32, stack: None, out: F32 }
     }
 }
 
 impl fmt::Display for LayerPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { tokens, device, gate_up, down, shared } = self;
+        let Self { tokens, device, gate, route, permute, gate_up, down, shared, combine } = self;
         writeln!(
             f,
             "{tokens} tokens on {} threads with {}; sums in one order for any batch",
             device.threads, device.isa
         )?;
-        writeln!(f, "gate_up: {gate_up}; with the activation")?;
-        write!(f, "down: {down}")?;
-        if let Some([gate_up, down]) = shared {
-            writeln!(f, "\nshared gate_up: {gate_up}; with the activation")?;
-            write!(f, "shared down: {down}")?;
+        if let Some(gate) = gate {
+            writeln!(f, "gate: {gate}")?;
         }
-        Ok(())
+        writeln!(f, "route: {route}")?;
+        writeln!(f, "permute: {permute}")?;
+        writeln!(f, "gate_up: {gate_up}; with the activation")?;
+        writeln!(f, "down: {down}")?;
+        if let Some(SharedPlan { gate_up, down, gate }) = shared {
+            writeln!(f, "shared gate_up: {gate_up}; with the activation")?;
+            writeln!(f, "shared down: {down}")?;
+            if let Some(gate) = gate {
+                writeln!(f, "shared gate: {gate}")?;
+            }
+        }
+        write!(f, "combine: {combine}")
     }
 }
 
@@ -188,7 +415,7 @@ mod tests {
     use super::*;
 
     fn device(threads: usize) -> Device {
-        Device { threads, isa: Isa::Avx512, caches: Caches { l1: 48 << 10, l2: 2 << 20 } }
+        Device { threads, isa: Isa::Avx512, caches: Caches { l2: 2 << 20 } }
     }
 
     fn sizes(rows: usize, experts: usize, [inner, outputs, rows_per_output]: [usize; 3]) -> Sizes {
@@ -198,7 +425,7 @@ mod tests {
     #[test]
     fn plans_fit_the_buffers_of_the_product() {
         for l2 in [1, 64 << 10, 2 << 20, usize::MAX] {
-            let device = Device { caches: Caches { l1: 1, l2 }, ..device(64) };
+            let device = Device { caches: Caches { l2 }, ..device(64) };
             for inner in [1, 7, 2048, 1 << 20, usize::MAX] {
                 for (outputs, rows_per_output) in [(0, 1), (1, 1), (1, 2), (13, 2), (4096, 1), (4096, 2)] {
                     for rows in [0, 1, 8, 4096, usize::MAX / 8] {
@@ -227,5 +454,29 @@ mod tests {
         let plan = GroupedPlan::new(sizes(1, 4, [16, 8, 2]), &device(8));
         assert!(plan.grain >= 4, "{plan:?}");
         assert!(plan.to_string().contains("since each is small"), "{plan}");
+    }
+
+    #[test]
+    fn few_tokens_cut_the_router_finer_unless_they_are_normalised() {
+        assert_eq!(GatePlan::new([1, 2048], false), GatePlan { experts: GATE_FEW_EXPERTS, grain: 8 });
+        assert_eq!(GatePlan::new([1, 2048], true).experts, GATE_EXPERTS);
+        assert_eq!(GatePlan::new([64, 2048], false), GatePlan { experts: GATE_EXPERTS, grain: 1 });
+        assert_eq!(GatePlan::new([0, usize::MAX], false).grain, 1);
+    }
+
+    #[test]
+    fn few_slots_are_permuted_by_one_thread() {
+        assert_eq!(PermutePlan::new(2 * PERMUTE_GRAIN - 1, 8, &device(64)).threads, 1);
+        assert_eq!(PermutePlan::new(2 * PERMUTE_GRAIN, 8, &device(64)).threads, PERMUTE_THREADS);
+        assert_eq!(PermutePlan::new(usize::MAX, 8, &device(2)).threads, 2);
+    }
+
+    #[test]
+    fn rows_of_any_width_are_shared() {
+        for width in [0, 1, 2048, usize::MAX] {
+            assert!(RowsPlan::combine(width, usize::MAX).grain >= 1);
+            assert!(RowsPlan::elements(width).part(usize::MAX, 8) >= usize::MAX / (PARTS_PER_THREAD * 8));
+        }
+        assert_eq!(RowsPlan::elements(2048).part(4, 8), 16);
     }
 }

@@ -6,20 +6,16 @@ mod weigh;
 
 use crate::arch::Kernels;
 use crate::error::Result;
+use crate::plan::{FEW_EXPERTS as FEW, RoutePlan, RowsPlan};
 use crate::rows::{Floats, Part, share_rows};
 use crate::{Cpu, CpuStream};
+use fused_moe_core::backend::share;
 use fused_moe_core::config::{Score, SelectBy, Selection, WeightValue};
 use fused_moe_core::operation::{Choice, GatherWeights, Route, TokenTable, Witness};
 use fused_moe_core::problem::{ChoiceProblem, MAX_EXPERTS};
 use fused_moe_core::{NO_EXPERT, Rows, Status};
 use score::Softmax;
 use std::ops::Range;
-
-/// Logits that are worth a thread of their own.
-const GRAIN: usize = 1 << 12;
-
-/// The E up to which a token's scratch is small.
-const FEW: usize = 512;
 
 /// What every token reads.
 struct Router<'a> {
@@ -58,6 +54,23 @@ pub(crate) fn route(cpu: &Cpu, stream: &CpuStream, operands: Route<'_, Cpu>) -> 
     choose(cpu, stream, problem, Floats::new(&operands.logits)?, operands.choice)
 }
 
+/// The errors that [`choose`] would come to, for callers that write before.
+pub(crate) fn check_alignment(choice: &Choice<'_, Cpu>) -> Result<()> {
+    Floats::optional(&choice.correction_bias)?;
+    Floats::optional(&choice.expert_scale)?;
+    if let Some(TokenTable { token_ids, experts }) = &choice.table {
+        token_ids.typed::<u32>()?;
+        experts.typed::<u32>()?;
+    }
+    if let Some(Witness { keys, experts }) = &choice.witness {
+        share::<Cpu>(keys).typed::<f32>()?;
+        share::<Cpu>(experts).typed::<u32>()?;
+    }
+    share::<Cpu>(&choice.experts).typed::<u32>()?;
+    share::<Cpu>(&choice.weights).typed::<f32>()?;
+    Ok(())
+}
+
 /// [`route`] of checked operands.
 pub(crate) fn choose(
     cpu: &Cpu,
@@ -82,11 +95,12 @@ pub(crate) fn choose(
         Some(Witness { keys, experts }) => Some((Part::new(keys)?, Part::new(experts)?)),
         None => None,
     };
+    let plan = RoutePlan::new(problem.experts, problem.top_k);
     let outputs = ((Part::new(choice.experts)?, Part::new(choice.weights)?), witness);
-    share_rows(&cpu.pool, outputs, problem.tokens, GRAIN / problem.experts, |range, outputs| {
-        stream.raise(match problem.experts {
-            ..=FEW => router.tokens::<FEW>(range, outputs),
-            _ => router.tokens::<MAX_EXPERTS>(range, outputs),
+    share_rows(&cpu.pool, outputs, problem.tokens, plan.rows, |range, outputs| {
+        stream.raise(match plan.few_experts {
+            true => router.tokens::<FEW>(range, outputs),
+            false => router.tokens::<MAX_EXPERTS>(range, outputs),
         });
     });
     Ok(())
@@ -252,7 +266,7 @@ pub(crate) fn gather_weights(cpu: &Cpu, stream: &CpuStream, operands: GatherWeig
     let ids = operands.experts.typed::<u32>()?;
     let scale = Floats::optional(&operands.expert_scale)?;
     let weights = Part::<f32>::new(operands.weights)?;
-    share_rows(&cpu.pool, weights, problem.tokens, GRAIN / 8 / problem.top_k, |range, mut weights| {
+    share_rows(&cpu.pool, weights, problem.tokens, RowsPlan::gather_weights(problem.top_k), |range, mut weights| {
         let exists = |id: u32| (id as usize) < problem.experts;
         for (i, t) in range.enumerate() {
             let score = |id: u32| f64::from(scores.at(t, id as usize));

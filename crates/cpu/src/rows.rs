@@ -2,14 +2,12 @@
 
 use crate::arch::Kernels;
 use crate::error::Result;
+use crate::plan::{CHUNK, RowsPlan};
 use crate::pool::Pool;
 use fused_moe_core::dtype::{Element, Float};
 use fused_moe_core::{DType, HostView, HostViewMut, Rows};
 use half::{bf16, f16};
 use std::ops::Range;
-
-/// Columns that are worked on at a time, as f32 on the stack.
-pub(crate) const CHUNK: usize = 1024;
 
 /// Rows of floats that are read.
 #[derive(Clone, Copy)]
@@ -208,17 +206,16 @@ impl<T: Send> Split for &mut [T] {
     }
 }
 
-/// `work(range, parts of that range)` for ranges that make up `0..rows`, some at once; `grain` rows at least where the
-/// work is shared. Row i of the parts is row `range.start + i` of the whole.
+/// `work(range, parts of that range)` for ranges that make up `0..rows`, some at once. Row i of the parts is row `range.start + i` of the whole.
 pub(crate) fn share_rows<P: Split>(
     pool: &Pool,
     parts: P,
     rows: usize,
-    grain: usize,
+    plan: RowsPlan,
     work: impl Fn(Range<usize>, P) + Sync,
 ) {
     let threads = pool.threads();
-    let grain = grain.max(rows.div_ceil(4 * threads)).max(1);
+    let grain = plan.part(rows, threads);
     if rows == 0 {
         return;
     }

@@ -53,8 +53,6 @@ fn clamp<S: Simd>(s: S, x: S::Vector, limit: f32) -> S::Vector {
 
 /// Which buffers are read and written.
 pub(super) enum Buffers<'a> {
-    /// `out = act(gate, up)`.
-    Apart { gate: &'a [f32], up: &'a [f32], out: &'a mut [f32] },
     /// `gate = act(gate, up)`.
     IntoGate { gate: &'a mut [f32], up: &'a [f32] },
     /// `up = act(gate, up)`.
@@ -74,14 +72,6 @@ impl Task for Activate<'_> {
     fn run<S: Simd>(self, s: S) {
         let activation = self.activation;
         match self.buffers {
-            Buffers::Apart { gate, up, out } => {
-                let gate = if activation.is_gated() { gate } else { up };
-                let n = gate.len().min(up.len()).min(out.len());
-                let inputs = gate[..n].chunks(S::LANES).zip(up[..n].chunks(S::LANES));
-                for ((g, u), out) in inputs.zip(out[..n].chunks_mut(S::LANES)) {
-                    s.store(apply(s, activation, s.load(g), s.load(u)), out);
-                }
-            }
             Buffers::IntoGate { gate, up } => {
                 let n = gate.len().min(up.len());
                 for (g, u) in gate[..n].chunks_mut(S::LANES).zip(up[..n].chunks(S::LANES)) {

@@ -21,7 +21,7 @@ mod simd;
 #[cfg(test)]
 mod tests;
 
-pub use shared::SharedSlice;
+pub(crate) use shared::SharedSlice;
 
 use activation::{Activate, Buffers};
 use dot::Dot;
@@ -174,19 +174,15 @@ impl Kernels {
         }
     }
 
-    /// `out = act(gate, up)`. A plain activation does not read `gate`, which may then be empty.
+    /// `gate = act(gate, up)`. A plain activation does not depend on what was there.
     ///
     /// NaN in gives NaN out, and infinities give what the formula gives, so `silu(-inf) = -inf * 0 = NaN`.
-    pub fn activation(self, activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        self.run(Activate { activation, buffers: Buffers::Apart { gate, up, out } });
-    }
-
-    /// [`activation`](Self::activation) that writes over `gate`. A plain one does not depend on what was there.
     pub fn activation_into_gate(self, activation: Activation, gate: &mut [f32], up: &[f32]) {
         self.run(Activate { activation, buffers: Buffers::IntoGate { gate, up } });
     }
 
-    /// [`activation`](Self::activation) that writes over `up`.
+    /// `up = act(gate, up)`, with the bits of [`activation_into_gate`](Self::activation_into_gate). A plain activation does
+    /// not read `gate`, which may then be empty.
     pub fn activation_into_up(self, activation: Activation, gate: &[f32], up: &mut [f32]) {
         self.run(Activate { activation, buffers: Buffers::IntoUp { gate, up } });
     }

@@ -12,7 +12,7 @@ const _: () = assert!(align_of::<AtomicU16>() == align_of::<u16>() && align_of::
 /// Two threads that store to one element are a mistake, but not undefined behaviour: one of the values stays.
 /// The elements can be read when the borrow ends.
 #[derive(Clone, Copy, Debug)]
-pub struct SharedSlice<'a, T> {
+pub(crate) struct SharedSlice<'a, T> {
     cells: Cells<'a>,
     element: PhantomData<&'a [T]>,
 }
@@ -26,13 +26,13 @@ enum Cells<'a> {
 
 impl<'a, T: Element> SharedSlice<'a, T> {
     /// Shares a slice for as long as it is borrowed.
-    pub fn new(slice: &'a mut [T]) -> Self {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
         // An element has as many bits as the integer that it is cast to, so neither cast fails.
         let cells = match size_of::<T>() {
             2 => {
                 let bits: &'a mut [u16] = try_cast_slice_mut(slice).unwrap_or_default();
-                // SAFETY: an atomic integer has the size, the bits and (see below) the alignment of the integer, and
-                // nothing else reaches the elements while this borrow of them lasts.
+                // SAFETY: an atomic integer has the size, the bits and (as asserted above) the alignment of the integer,
+                // and nothing else reaches the elements while this borrow of them lasts.
                 Cells::Two(unsafe { &*(std::ptr::from_mut(bits) as *const [AtomicU16]) })
             }
             _ => {
@@ -44,26 +44,13 @@ impl<'a, T: Element> SharedSlice<'a, T> {
         Self { cells, element: PhantomData }
     }
 
-    /// How many elements.
-    pub fn len(self) -> usize {
-        match self.cells {
-            Cells::Two(cells) => cells.len(),
-            Cells::Four(cells) => cells.len(),
-        }
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(self) -> bool {
-        self.len() == 0
-    }
-
     /// `slice[index] = value`; nothing where the index is out of range.
-    pub fn store(self, index: usize, value: T) {
+    pub(crate) fn store(self, index: usize, value: T) {
         self.store_slice(index, &[value]);
     }
 
     /// `slice[start..][..values.len()] = values`; what does not fit is left out.
-    pub fn store_slice(self, start: usize, values: &[T]) {
+    pub(crate) fn store_slice(self, start: usize, values: &[T]) {
         match self.cells {
             Cells::Two(cells) => {
                 for (cell, value) in cells.get(start..).unwrap_or_default().iter().zip(values) {

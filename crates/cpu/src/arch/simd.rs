@@ -24,12 +24,12 @@ pub(super) trait Simd: Copy {
     /// `LANES` elements as f32.
     ///
     /// # Safety
-    /// `LANES` elements are readable at `from`.
+    /// `LANES` elements are readable at `from`, which is aligned for X.
     unsafe fn load_raw<X: Float>(self, from: *const X) -> Self::Vector;
     /// `LANES` elements, each the nearest to its lane, ties to even; NaN stays NaN.
     ///
     /// # Safety
-    /// `LANES` elements are writable at `to`.
+    /// `LANES` elements are writable at `to`, which is aligned for Y.
     unsafe fn store_raw<Y: Float>(self, v: Self::Vector, to: *mut Y);
     /// a + b.
     fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
@@ -64,7 +64,7 @@ pub(super) trait Simd: Copy {
     #[inline(always)]
     fn load<X: Float>(self, from: &[X]) -> Self::Vector {
         if from.len() >= Self::LANES {
-            // SAFETY: the slice has LANES elements.
+            // SAFETY: the slice has LANES elements, aligned as a slice's are.
             unsafe { self.load_raw(from.as_ptr()) }
         } else {
             self.load_part(from)
@@ -78,7 +78,7 @@ pub(super) trait Simd: Copy {
         for (p, x) in padded.iter_mut().zip(from) {
             *p = *x;
         }
-        // SAFETY: `padded` has MAX_LANES >= LANES elements.
+        // SAFETY: `padded` has MAX_LANES >= LANES elements, aligned as an array's are.
         unsafe { self.load_raw(padded.as_ptr()) }
     }
 
@@ -86,7 +86,7 @@ pub(super) trait Simd: Copy {
     #[inline(always)]
     fn store<Y: Float>(self, v: Self::Vector, to: &mut [Y]) {
         if to.len() >= Self::LANES {
-            // SAFETY: the slice has LANES elements.
+            // SAFETY: the slice has LANES elements, aligned as a slice's are.
             unsafe { self.store_raw(v, to.as_mut_ptr()) }
         } else {
             self.store_part(v, to);
@@ -97,7 +97,7 @@ pub(super) trait Simd: Copy {
     #[inline(always)]
     fn store_part<Y: Float>(self, v: Self::Vector, to: &mut [Y]) {
         let mut padded = [Y::zeroed(); MAX_LANES];
-        // SAFETY: `padded` has MAX_LANES >= LANES elements.
+        // SAFETY: `padded` has MAX_LANES >= LANES elements, aligned as an array's are.
         unsafe { self.store_raw(v, padded.as_mut_ptr()) }
         for (y, p) in to.iter_mut().zip(&padded) {
             *y = *p;

@@ -2,10 +2,8 @@
 //! quotients of scores that f32 has no numbers for.
 
 use crate::arch::Kernels;
+use crate::plan::SOFTMAX_TERMS as TERMS;
 use fused_moe_core::config::Score;
-
-/// Terms that are summed in f32 before f64 takes the sum.
-const TERMS: usize = 128;
 
 /// What a softmax is made with.
 #[derive(Clone, Copy)]

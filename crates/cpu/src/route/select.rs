@@ -3,17 +3,12 @@
 //! An expert's rank is an integer that is smaller for a better expert: whether it yields to all others, then its key
 //! from the largest down, then its id. Ranks are all different, so any way to sort them gives the same order.
 
+use crate::plan::{ONE_BY_ONE, RANK_PARTS as PARTS, RANKS_OF_A_PART};
 use fused_moe_core::config::{GroupScore, Groups, Masked};
 
 const ID_BITS: u32 = 12;
 const ID_MASK: u64 = (1 << ID_BITS) - 1;
 const LAST_RESORT: u64 = 1 << (32 + ID_BITS);
-
-/// How many are found one by one; more are sorted.
-const FEW: usize = 32;
-
-/// The most parts that a token's ranks are looked at in.
-const PARTS: usize = 64;
 
 /// A key of an expert as a rank. Both zeros are one key.
 fn rank(key: f32, expert: usize) -> u64 {
@@ -81,13 +76,14 @@ fn worth(group: &[f32], score: GroupScore) -> f32 {
     }
 }
 
-/// Brings the n smallest ranks to the front, in order; what is behind them is lost. `ranks[e]` is that of e. Returns the last of them.
+/// Brings the n smallest ranks to the front, in order; what is behind them is lost. `ranks[e]` is that of e. Returns the
+/// last of them.
 pub(super) fn best(ranks: &mut [u64], n: usize) -> u64 {
     let n = n.min(ranks.len());
     if n == 0 {
         return 0;
     }
-    if n > FEW {
+    if n > ONE_BY_ONE {
         if n < ranks.len() {
             ranks.select_nth_unstable(n - 1);
         }
@@ -98,16 +94,16 @@ pub(super) fn best(ranks: &mut [u64], n: usize) -> u64 {
     ranks[n - 1]
 }
 
-/// `best` for n up to `FEW`. The smallest of each part is kept, so that each of the n costs a look at these and at one
-/// part; without branches that depend on the data, which are most of the time of a heap or an insertion.
+/// `best` for n up to `ONE_BY_ONE`. The smallest of each part is kept, so that each of the n costs a look at these and
+/// at one part; without branches that depend on the data, which are most of the time of a heap or an insertion.
 fn few_best(ranks: &mut [u64], n: usize) {
-    let size = ranks.len().div_ceil(PARTS).max(PARTS / 4);
+    let size = ranks.len().div_ceil(PARTS).max(RANKS_OF_A_PART);
     let mut minima = [u64::MAX; PARTS];
     for (minimum, part) in minima.iter_mut().zip(ranks.chunks(size)) {
         *minimum = smallest(part);
     }
     let minima = &mut minima[..ranks.len().div_ceil(size)];
-    let mut found = [0; FEW];
+    let mut found = [0; ONE_BY_ONE];
     for found in &mut found[..n] {
         *found = smallest(minima);
         let place = expert(*found) as usize;

@@ -316,5 +316,7 @@ fn workspaces_and_their_limits() {
     assert!(matches!(error, Error::Contract(Contract::Workspace { tokens: 9, .. })), "{error}");
     assert!(layer.workspace_bytes(usize::MAX / 2).is_err());
     let explained = layer.explain(100);
-    assert!(explained.contains("gate_up: ") && explained.contains("shared down: "), "{explained}");
+    for stage in ["gate: ", "route: ", "permute: ", "gate_up: ", "down: ", "shared down: ", "combine: "] {
+        assert!(explained.contains(&format!("\n{stage}")), "{stage}: {explained}");
+    }
 }

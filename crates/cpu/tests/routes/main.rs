@@ -4,6 +4,7 @@
 mod activation;
 mod combine;
 mod gate;
+mod hostile;
 mod permute;
 mod route;
 mod support;

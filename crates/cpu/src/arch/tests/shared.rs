@@ -5,7 +5,6 @@ use half::{bf16, f16};
 fn two_writers<T: Element>(number: fn(u16) -> T) {
     let mut buffer: Vec<T> = vec![number(0); 1001];
     let shared = SharedSlice::new(&mut buffer);
-    assert_eq!((shared.len(), shared.is_empty()), (1001, false));
     std::thread::scope(|scope| {
         for odd in 0..2 {
             scope.spawn(move || {
@@ -28,7 +27,7 @@ fn two_threads_write_one_buffer() {
     two_writers(u32::from);
     two_writers(f16::from_bits);
     two_writers(bf16::from_bits);
-    assert!(SharedSlice::<f32>::new(&mut []).is_empty());
+    SharedSlice::<f32>::new(&mut []).store(0, 1.0);
 }
 
 #[test]
