@@ -165,6 +165,7 @@ impl Norm<'_> {
 }
 
 pub(crate) fn zero(cpu: &Cpu, operands: Zero<'_, Cpu>) -> Result<()> {
+    operands.problem()?;
     let out = operands.out;
     let (rows, size, extent) = (out.rows(), out.dtype().size(), out.extent());
     if extent == 0 {

@@ -47,8 +47,18 @@ fn routing_in_words() {
     says("deepseek_v3", &["sigmoid score plus a correction bias", "the best 2 of 4 groups", "plus 1e-20", "times 2.5"]);
     says("deepseek_v2_group", &["counting as zero", "times 16"]);
     says("gpt_oss", &["largest router logit", "softmax over the chosen logits"]);
-    says("llama4", &["1 of 8 expert with", "its input weighted by"]);
+    says("llama4", &["the one of 8 experts with", "its input weighted by"]);
     says("phimoe", &["sparse mixer"]);
+}
+
+#[test]
+fn activations_as_formulas() {
+    let says = |name: &str, formula: &str| {
+        let summary = Checkpoint::open(path(name)).unwrap().inspect();
+        assert_eq!(serde_json::to_value(&summary).unwrap()["activation"], formula, "{name}");
+    };
+    says("mixtral", "silu(gate) * up");
+    says("gpt_oss", "(clamp(up, -1.5, 1.5) + 1) * min(gate, 1.5) * sigmoid(1.702 * min(gate, 1.5))");
 }
 
 #[test]
@@ -154,6 +164,55 @@ fn a_failed_write_leaves_nothing() {
     std::fs::write(model.join("taken/file"), b"").unwrap();
     assert!(write_safetensors(model.join("taken"), [("a", view)]).is_err());
     assert_eq!(std::fs::read_dir(model.path()).unwrap().count(), 1);
+}
+
+#[test]
+#[cfg(unix)]
+fn writing_over_what_is_there() {
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
+    let data = [0.0f32; 4];
+    let view = View::of(&data, [4]).unwrap();
+    let model = Model::empty().with("old", b"old");
+    let (old, new) = (model.join("old"), model.join("new"));
+
+    std::fs::set_permissions(&old, std::fs::Permissions::from_mode(0o640)).unwrap();
+    write_safetensors(&old, [("a", view)]).unwrap();
+    assert_eq!(std::fs::metadata(&old).unwrap().permissions().mode() & 0o777, 0o640);
+
+    std::fs::create_dir(model.join("links")).unwrap();
+    let (link, dangling) = (model.join("links/a"), model.join("links/b"));
+    symlink("../old", &link).unwrap();
+    symlink(&new, &dangling).unwrap();
+    for (link, target) in [(&link, &old), (&dangling, &new)] {
+        write_safetensors(link, [("linked", view)]).unwrap();
+        assert!(std::fs::symlink_metadata(link).unwrap().is_symlink());
+        let bytes = std::fs::read(target).unwrap();
+        assert!(safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("linked").is_ok());
+    }
+    let circle = model.join("links/circle");
+    symlink("circle", &circle).unwrap();
+    assert!(matches!(write_safetensors(&circle, [("a", view)]), Err(WriteError::Io { .. })));
+
+    let pipe = model.join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    symlink(&pipe, model.join("links/pipe")).unwrap();
+    for path in [pipe.clone(), model.join("links/pipe"), model.join("links")] {
+        let error = write_safetensors(&path, [("a", view)]).unwrap_err();
+        assert!(matches!(error, WriteError::NotAFile { .. }), "{error}");
+        assert!(error.to_string().contains("not a regular file; nothing was written"), "{error}");
+    }
+    assert!(std::fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
+    assert_eq!(std::fs::read_dir(model.path()).unwrap().count(), 4);
+}
+
+#[test]
+#[cfg(unix)]
+fn files_of_a_checkpoint() {
+    let model = Model::empty().with("blob", &file(&tensors())).with("config.json", config().to_string().as_bytes());
+    std::os::unix::fs::symlink("blob", model.join("model.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(model.path()).unwrap();
+    assert_eq!(checkpoint.files().collect::<Vec<_>>(), [model.join("blob").canonicalize().unwrap()]);
+    assert_eq!(checkpoint.inspect().files, [model.join("model.safetensors")]);
 }
 
 #[test]

@@ -104,6 +104,15 @@ fn header_contents() {
     ] {
         header_error(&bytes);
     }
+    let lie = header_error(&one("[17]", "[0,64]")).to_string();
+    assert_eq!(lie, "tensor a of F32 [17] does not fill its 64 bytes exactly");
+    let mut overlapping = String::from(r#"{"z":{"dtype":"F32","shape":[8],"data_offsets":[0,32]}"#);
+    for name in ["e", "c", "b", "d"] {
+        overlapping += &format!(r#","{name}":{{"dtype":"F32","shape":[12],"data_offsets":[16,64]}}"#);
+    }
+    let overlap = header_error(&raw(&(overlapping + "}"), &zeros)).to_string();
+    assert_eq!(overlap, "tensor b lies in bytes 16 to 64 of the data, expected it to begin at 32");
+
     // Offsets that fit each other and overflow with the length of the header.
     let huge = u64::MAX / 8;
     let mut header = String::from("{");
@@ -139,7 +148,20 @@ fn paths() {
     assert!(error.to_string().contains("a.safetensors, b.safetensors"), "{error}");
 
     std::fs::create_dir(model.join("model.safetensors")).unwrap();
-    assert!(matches!(open(&model), Error::Io { .. }));
+    let error = open(&model);
+    assert!(matches!(&error, Error::NotAFile { path } if path.ends_with("model.safetensors")), "{error}");
+    let model = Model::empty().with("model.safetensors", &file(&tensors()));
+    std::fs::create_dir(model.join("config.json")).unwrap();
+    assert!(matches!(open(&model), Error::NotAFile { path } if path.ends_with("config.json")));
+}
+
+#[test]
+fn git_lfs_pointers() {
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n";
+    let model = Model::new(&config(), pointer);
+    assert!(open(&model).to_string().ends_with("run `git lfs pull` in its directory"));
+    let model = Model::new(&config(), &file(&tensors())).with("config.json", pointer);
+    assert!(matches!(open(&model), Error::GitLfs { path } if path.ends_with("config.json")));
 }
 
 #[test]
@@ -224,17 +246,112 @@ fn formats() {
     }
 }
 
+/// Rewrites the format of the tensors whose names contain a text; their data grow or shrink.
+fn with_format(of: &str, format: &str) -> Vec<u8> {
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (name, shape) in tensors() {
+        let (format, size) = if name.contains(of) { (format, 2) } else { ("F32", 4) };
+        let start = end;
+        end += shape.iter().product::<usize>() * size;
+        header.insert(name, json!({ "dtype": format, "shape": shape, "data_offsets": [start, end] }));
+    }
+    raw(&Value::Object(header).to_string(), &vec![0; end])
+}
+
+#[test]
+fn mixed_formats() {
+    for (odd, side) in [("experts.1.up_proj", "up"), ("experts.0.down_proj", "down")] {
+        let model = Model::new(&config(), &with_format(odd, "F16"));
+        let error = layer(&model, 0);
+        let Error::MixedFormats { problems, .. } = &error else { panic!("{error}") };
+        assert_eq!(problems.len(), 1, "{side}: {error}");
+        let problem = problems[0].to_string();
+        if side == "up" {
+            assert_eq!(problem, "model.layers.0.mlp.experts.1.up_proj.weight is f16, expected f32");
+            assert!(error.to_string().contains(&problem), "{error}");
+        }
+        let summary = Checkpoint::open(model.path()).unwrap().inspect();
+        assert_eq!(summary.layers[0].problem.as_deref(), Some(problem.as_str()));
+    }
+    for fits in ["down_proj", "mlp.gate", "none"] {
+        let model = Model::new(&config(), &with_format(fits, "BF16"));
+        let checkpoint = Checkpoint::open(model.path()).unwrap();
+        let cpu = fused_moe::cpu::Cpu::new().unwrap();
+        assert!(checkpoint.layer(0).unwrap().prepare(&cpu, &fused_moe::Options::default()).is_ok(), "{fits}");
+    }
+}
+
+#[test]
+fn mixed_formats_of_a_shared_expert() {
+    let mut config = config();
+    config["model_type"] = json!("qwen2_moe");
+    config["shared_expert_intermediate_size"] = json!(2);
+    let mut all = tensors();
+    for (name, shape) in [("gate_proj", [2, 4]), ("up_proj", [2, 4]), ("down_proj", [4, 2])] {
+        all.push((format!("model.layers.0.mlp.shared_expert.{name}.weight"), shape.to_vec()));
+    }
+    all.push(("model.layers.0.mlp.shared_expert_gate.weight".into(), vec![1, 4]));
+    let whole = file(&all);
+    let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&whole[8..8 + length]).unwrap();
+    assert!(Checkpoint::open(Model::new(&config, &whole).path()).is_ok());
+    let down = &mut header["model.layers.0.mlp.shared_expert.down_proj.weight"];
+    *down = json!({ "dtype": "F16", "shape": [4, 2], "data_offsets": down["data_offsets"] });
+    // Half of its bytes become those of another tensor.
+    let start = down["data_offsets"][0].as_u64().unwrap();
+    down["data_offsets"] = json!([start, start + 16]);
+    header["rest"] = json!({ "dtype": "U8", "shape": [16], "data_offsets": [start + 16, start + 32] });
+    let error = layer(&Model::new(&config, &raw(&header.to_string(), &whole[8 + length..])), 0);
+    assert!(error.to_string().contains("shared_expert.down_proj.weight is f16, expected f32"), "{error}");
+}
+
+#[test]
+fn quantised() {
+    let mut config = config();
+    config["num_experts"] = json!(8);
+    config["quantization_config"] = json!({ "quant_method": "awq" });
+    for (format, size) in [("F8_E4M3", 1), ("U8", 1), ("F32", 4)] {
+        let model = Model::new(&config, &file_of(&tensors()[1..], format, size));
+        let error = layer(&model, 0);
+        let Error::Quantised { method, problems, .. } = &error else { panic!("{error}") };
+        assert_eq!(method, "awq");
+        let text = error.to_string();
+        assert!(text.contains("quantised with awq, which is not read yet"), "{text}");
+        assert!(text.contains(&format!("and {} more", problems.len() - 4)) && text.lines().count() == 6, "{text}");
+        let summary = Checkpoint::open(model.path()).unwrap().inspect();
+        assert!(summary.layers[0].problem.as_ref().unwrap().contains("quantised with awq"));
+    }
+    config["num_experts"] = json!(2);
+    let checkpoint = Model::new(&config, &file(&tensors()));
+    assert!(Checkpoint::open(checkpoint.path()).unwrap().layer(0).is_ok());
+}
+
 #[test]
 fn model_types() {
     let error = open(&with_field("model_type", json!("qwen3_mo")));
-    let Error::UnknownModel { nearest, known, .. } = &error else { panic!("{error}") };
+    let Error::UnknownModel { nearest, .. } = &error else { panic!("{error}") };
     assert_eq!(nearest[0], "qwen3_moe");
-    assert!(known.contains(&"mixtral"));
+    assert!(error.to_string().contains("perhaps qwen3_moe or"), "{error}");
     assert!(error.to_string().contains("qwen3_mo") && error.to_string().contains("olmoe"), "{error}");
-    for value in [json!(null), json!(3), json!({})] {
-        assert!(matches!(open(&with_field("model_type", value)), Error::ConfigMissing { .. }));
+    for name in ["whisper", "bert", "", "5"] {
+        let error = open(&with_field("model_type", json!(name))).to_string();
+        assert!(error.contains("is not known; known: mixtral, "), "{error}");
+        assert_eq!(error.matches("mixtral").count(), 1, "{error}");
+    }
+    assert!(matches!(open(&with_field("model_type", json!(null))), Error::ConfigMissing { .. }));
+    for value in [json!(3), json!({})] {
+        let error = open(&with_field("model_type", value.clone())).to_string();
+        assert!(error.ends_with(&format!("field model_type expected a text, got {value}")), "{error}");
     }
     open(&with_field("model_type", json!("x".repeat(1 << 20))));
+}
+
+#[test]
+fn config_that_is_no_object() {
+    for text in ["[1, 2]", "null", "5"] {
+        let error = open(&Model::new(&config(), &file(&tensors())).with("config.json", text.as_bytes()));
+        assert!(error.to_string().contains("expected a JSON object, got"), "{error}");
+    }
 }
 
 #[test]

@@ -6,18 +6,22 @@ use fused_moe_core::config::*;
 pub(super) fn sentence(config: &LayerConfig) -> String {
     let (experts, top_k) = (config.experts, config.top_k);
     let rule = &config.routing;
-    let plural = if top_k == 1 { "expert" } else { "experts" };
+    let chosen = match (top_k, experts) {
+        (1, 1) => "only expert".to_owned(),
+        (1, _) => format!("one of {experts} experts"),
+        _ => format!("{top_k} of {experts} experts"),
+    };
     let choice = match rule.selection {
         Selection::TopK { by, bias, groups } => {
             let key = if by == SelectBy::Score { score(rule.score) } else { "router logit" };
             let bias = if bias { " plus a correction bias" } else { "" };
             let groups = groups.map(|g| groups_text(&g)).unwrap_or_default();
-            format!("the {top_k} of {experts} {plural} with the largest {key}{bias}{groups}")
+            format!("the {chosen} with the largest {key}{bias}{groups}")
         }
         Selection::SparseMixer { jitter } => {
-            format!("the {top_k} of {experts} {plural} that a sparse mixer with jitter {jitter} finds in two passes")
+            format!("the {chosen} that a sparse mixer with jitter {jitter} finds in two passes")
         }
-        Selection::Table => format!("the {top_k} of {experts} {plural} that a table has for its token id"),
+        Selection::Table => format!("the {chosen} that a table has for its token id"),
     };
     let mut text = format!("Each token goes to {choice}, {}", weights(config));
     if let Some(shared) = &config.shared {
@@ -54,25 +58,52 @@ fn weights(config: &LayerConfig) -> String {
         WeightOn::Output => "weighted by",
         WeightOn::Input => "its input weighted by",
     };
+    let (whose, scores, logits) =
+        if config.top_k == 1 { ("its", "score", "logit") } else { ("their", "scores", "logits") };
     let value = match (config.routing.selection, rule.value) {
-        (Selection::SparseMixer { .. }, _) => "the masked softmax of each pass",
-        (_, WeightValue::SoftmaxOfChosen) => "the softmax over the chosen logits",
+        (Selection::SparseMixer { .. }, _) => "the masked softmax of each pass".to_owned(),
+        (_, WeightValue::SoftmaxOfChosen) => "the softmax over the chosen logits".to_owned(),
         (_, WeightValue::Score) => match config.routing.score {
-            Score::Softmax => "their softmax scores",
-            Score::Sigmoid => "their sigmoid scores",
-            Score::SqrtSoftplus => "their sqrt(softplus) scores",
-            Score::Logit => "their logits",
+            Score::Softmax => format!("{whose} softmax {scores}"),
+            Score::Sigmoid => format!("{whose} sigmoid {scores}"),
+            Score::SqrtSoftplus => format!("{whose} sqrt(softplus) {scores}"),
+            Score::Logit => format!("{whose} {logits}"),
         },
     };
     let normalize = match rule.normalize {
         Normalize::None => String::new(),
-        Normalize::Sum { eps: 0.0 } => " divided by their sum".into(),
-        Normalize::Sum { eps } => format!(" divided by their sum plus {eps:e}"),
-        Normalize::SumAtLeast { min } => format!(" divided by their sum or {min:e} if that is larger"),
-        Normalize::Lp { p: 1.0 } => " divided by the sum of their magnitudes".into(),
-        Normalize::Lp { p } => format!(" divided by their L{p} norm"),
+        Normalize::Sum { eps: 0.0 } => format!(" divided by {whose} sum"),
+        Normalize::Sum { eps } => format!(" divided by {whose} sum plus {eps:e}"),
+        Normalize::SumAtLeast { min } => format!(" divided by {whose} sum or {min:e} if that is larger"),
+        Normalize::Lp { p: 1.0 } => format!(" divided by the sum of {whose} magnitudes"),
+        Normalize::Lp { p } => format!(" divided by {whose} L{p} norm"),
     };
     let factor = rule.scale * config.routed_scale;
     let scale = if factor == 1.0 { String::new() } else { format!(" times {factor}") };
     format!("{place} {value}{normalize}{scale}")
+}
+
+/// What experts compute between their matrices, as a formula.
+pub(super) fn activation(activation: Activation) -> String {
+    match activation {
+        Activation::Gated(function) => format!("{} * up", applied(function, "gate")),
+        Activation::ClampedSilu { limit } => format!("silu(min(gate, {limit})) * clamp(up, -{limit}, {limit})"),
+        Activation::ClampedSwish { alpha, limit } => {
+            let gate = format!("min(gate, {limit})");
+            format!("(clamp(up, -{limit}, {limit}) + 1) * {gate} * sigmoid({alpha} * {gate})")
+        }
+        Activation::SiluThenClamp { limit } => format!("min(silu(gate), {limit}) * clamp(up, -{limit}, {limit})"),
+        Activation::Plain(function) => applied(function, "up"),
+    }
+}
+
+fn applied(function: Function, x: &str) -> String {
+    match function {
+        Function::Silu => format!("silu({x})"),
+        Function::GeluTanh => format!("gelu_tanh({x})"),
+        Function::GeluErf => format!("gelu({x})"),
+        Function::Relu => format!("relu({x})"),
+        Function::ReluSquared => format!("relu({x})^2"),
+        Function::Identity => x.into(),
+    }
 }

@@ -1,7 +1,7 @@
 //! Which files make a checkpoint, and which of them holds a tensor.
 
 use super::error::{Error, Result};
-use super::file::{StoredTensor, TensorFile};
+use super::file::{GIT_LFS, StoredTensor, TensorFile};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
@@ -131,15 +131,27 @@ impl Files {
     pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(TensorFile::path)
     }
+
+    /// The same, without symbolic links.
+    pub(super) fn real_paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(TensorFile::real_path)
+    }
 }
 
 /// A JSON file of moderate size.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = fs::metadata(path).map_err(|source| io(path, "read the file", source))?.len();
+    let kind = fs::metadata(path).map_err(|source| io(path, "read the file", source))?;
+    if !kind.is_file() {
+        return Err(Error::NotAFile { path: path.into() });
+    }
+    let bytes = kind.len();
     if bytes > MAX_JSON {
         return Err(Error::JsonSize { path: path.into(), bytes, limit: MAX_JSON });
     }
     let text = fs::read(path).map_err(|source| io(path, "read the file", source))?;
+    if text.starts_with(GIT_LFS) {
+        return Err(Error::GitLfs { path: path.into() });
+    }
     serde_json::from_slice(&text).map_err(|source| Error::Json { path: path.into(), source })
 }
 

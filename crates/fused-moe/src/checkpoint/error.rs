@@ -1,4 +1,5 @@
-use fused_moe_core::Shape;
+use super::model_config::known_model_types;
+use fused_moe_core::{DType, Shape};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -18,6 +19,18 @@ pub enum Error {
         action: &'static str,
         /// What the system says.
         source: std::io::Error,
+    },
+    /// A directory, a pipe or a device where a file should be.
+    #[error("{}: not a regular file; give the model's own file of that name", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A pointer of Git LFS in place of the file.
+    #[error("{}: a Git LFS pointer, not the file itself; run `git lfs pull` in its directory", path.display())]
+    GitLfs {
+        /// The file.
+        path: PathBuf,
     },
     /// A GGUF file.
     #[error("{}: GGUF files cannot be read yet; give the safetensors directory of the same model", path.display())]
@@ -42,7 +55,7 @@ pub enum Error {
     },
     /// Several safetensors files and nothing that says how they belong together.
     #[error(
-        "{}: {} and no model.safetensors.index.json; name one file or add the index", path.display(), files.join(", ")
+        "{}: {} and no model.safetensors.index.json; name one file or add the index", path.display(), few(files)
     )]
     NoIndex {
         /// The directory.
@@ -51,7 +64,7 @@ pub enum Error {
         files: Vec<String>,
     },
     /// Files that the index names are not there.
-    #[error("{}: missing beside it: {}; download them again", index.display(), files.join(", "))]
+    #[error("{}: missing beside it: {}; download them again", index.display(), few(files))]
     MissingShards {
         /// The index.
         index: PathBuf,
@@ -59,7 +72,7 @@ pub enum Error {
         files: Vec<String>,
     },
     /// The index promises tensors that its files do not have.
-    #[error("{}: names tensors that are not in their files: {}; download the model again", index.display(), tensors.join(", "))]
+    #[error("{}: names tensors that are not in their files: {}; download the model again", index.display(), few(tensors))]
     Index {
         /// The index.
         index: PathBuf,
@@ -101,16 +114,14 @@ pub enum Error {
         reason: HeaderError,
     },
     /// A model that the table of families does not know.
-    #[error("{}: model type {model_type:?} is not known; nearest: {}; all: {}", config.display(), nearest.join(", "), known.join(", "))]
+    #[error("{}: model type {model_type:?} is not known{}; known: {}", config.display(), suggestion(nearest), known())]
     UnknownModel {
         /// The config.json.
         config: PathBuf,
         /// What it says.
         model_type: String,
-        /// Known types that are spelled alike.
+        /// Known types that are spelled alike, if any are.
         nearest: Vec<&'static str>,
-        /// All known types.
-        known: Vec<&'static str>,
     },
     /// A field of config.json is absent.
     #[error("{}: field {} is missing", config.display(), fields.join(" or "))]
@@ -129,6 +140,14 @@ pub enum Error {
         field: String,
         /// What would do.
         expected: String,
+        /// What is there.
+        actual: String,
+    },
+    /// config.json is no JSON object.
+    #[error("{}: expected a JSON object, got {actual}; give the config.json of the model", config.display())]
+    ConfigKind {
+        /// The config.json.
+        config: PathBuf,
         /// What is there.
         actual: String,
     },
@@ -168,6 +187,31 @@ pub enum Error {
         /// The layer.
         layer: usize,
         /// All that is wrong.
+        problems: Vec<TensorProblem>,
+    },
+    /// Tensors of a layer are missing or of a format that is not read, and config.json says that they are quantised.
+    #[error(
+        "{}: layer {layer}: the checkpoint is quantised with {method}, which is not read yet:{}; \
+         give the model with F32, F16 or BF16 weights", path.display(), lines(problems)
+    )]
+    Quantised {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The layer.
+        layer: usize,
+        /// `quant_method` of config.json.
+        method: String,
+        /// All that is wrong.
+        problems: Vec<TensorProblem>,
+    },
+    /// Matrices that must have one format have several.
+    #[error("{}: layer {layer} mixes formats:{}; convert its experts to one format", path.display(), lines(problems))]
+    MixedFormats {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The layer.
+        layer: usize,
+        /// The odd ones.
         problems: Vec<TensorProblem>,
     },
     /// The tensors were found and still make no layer.
@@ -211,9 +255,33 @@ pub enum HeaderError {
     /// Not text.
     #[error("the header is not UTF-8: {0}")]
     Utf8(#[from] std::str::Utf8Error),
-    /// No JSON, or tensors that overlap, leave gaps, or are not as long as their shapes.
+    /// No JSON, or not that of a header.
     #[error("the header is not valid: {0}")]
     Contents(#[from] serde_json::Error),
+    /// Tensors overlap, leave gaps or end before they begin.
+    #[error("tensor {name} lies in bytes {start} to {end} of the data, expected it to begin at {expected}")]
+    TensorOffsets {
+        /// The first tensor that lies wrong.
+        name: String,
+        /// Where those before it end.
+        expected: usize,
+        /// Its first byte.
+        start: usize,
+        /// One past its last byte.
+        end: usize,
+    },
+    /// A tensor is not as long as its shape.
+    #[error("tensor {name} of {dtype} {shape:?} does not fill its {bytes} bytes exactly")]
+    TensorLength {
+        /// Its name.
+        name: String,
+        /// Its format.
+        dtype: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// The bytes that it has.
+        bytes: usize,
+    },
     /// The data are not as long as the header says.
     #[error("the tensors need {expected} bytes, the file has {actual}: it is cut short or has a tail")]
     DataLength {
@@ -251,6 +319,15 @@ pub enum TensorProblem {
         /// Its format in safetensors' spelling.
         format: String,
     },
+    /// It has another format than the matrices that it must agree with.
+    Mixed {
+        /// Its name.
+        name: String,
+        /// Its format.
+        format: DType,
+        /// That of most of the others.
+        expected: DType,
+    },
 }
 
 impl fmt::Display for TensorProblem {
@@ -258,6 +335,7 @@ impl fmt::Display for TensorProblem {
         match self {
             Self::Missing { names, expected } => write!(f, "{} {expected} is missing", names.join(" or ")),
             Self::Shape { name, expected, actual } => write!(f, "{name} expected {expected}, got {actual:?}"),
+            Self::Mixed { name, format, expected } => write!(f, "{name} is {format}, expected {expected}"),
             Self::Format { name, format } => {
                 write!(f, "{name} is {format}; only F32, F16 and BF16 can be read, convert it to one of them")
             }
@@ -265,8 +343,29 @@ impl fmt::Display for TensorProblem {
     }
 }
 
+/// At most so many names in a message.
+const LISTED: usize = 4;
+
 fn lines(problems: &[TensorProblem]) -> String {
-    problems.iter().map(|problem| format!("\n  {problem}")).collect()
+    let listed = problems.iter().take(LISTED).map(|problem| format!("\n  {problem}"));
+    listed.chain(more(problems.len()).map(|more| format!("\n  {more}"))).collect()
+}
+
+fn few(names: &[String]) -> String {
+    let listed = names.iter().take(LISTED).cloned();
+    listed.chain(more(names.len())).collect::<Vec<_>>().join(", ")
+}
+
+fn more(count: usize) -> Option<String> {
+    (count > LISTED).then(|| format!("and {} more", count - LISTED))
+}
+
+fn suggestion(nearest: &[&str]) -> String {
+    if nearest.is_empty() { String::new() } else { format!(", perhaps {}", nearest.join(" or ")) }
+}
+
+fn known() -> String {
+    known_model_types().collect::<Vec<_>>().join(", ")
 }
 
 /// `0, 2-5, 7`.

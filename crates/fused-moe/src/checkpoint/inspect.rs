@@ -1,8 +1,8 @@
 //! What a checkpoint holds, from its headers alone.
 
-use super::describe::sentence;
+use super::describe::{activation, sentence};
 use super::layer::CheckpointLayer;
-use super::{Checkpoint, Error};
+use super::{Checkpoint, Error, TensorProblem};
 use fused_moe_core::config::LayerConfig;
 use fused_moe_core::weights::{ExpertMatrices, Matrix};
 use fused_moe_core::{DType, HostView};
@@ -30,7 +30,7 @@ pub struct Summary {
     pub sizes: Option<Sizes>,
     /// Its routing, in one sentence.
     pub routing: Option<String>,
-    /// Its activation.
+    /// Its activation, as a formula.
     pub activation: Option<String>,
     /// Parameters of the MoE layers that are here.
     pub parameters: u64,
@@ -113,7 +113,7 @@ impl Summary {
         if self.sizes.is_none() {
             self.sizes = Some(sizes(&layer.config));
             self.routing = Some(sentence(&layer.config));
-            self.activation = Some(format!("{:?}", layer.config.activation));
+            self.activation = Some(activation(layer.config.activation));
         }
         let mut total = Tally::default();
         let weights = &layer.weights;
@@ -159,12 +159,19 @@ fn sizes(config: &LayerConfig) -> Sizes {
 /// An error without the list of every tensor.
 fn short(error: &Error) -> String {
     match error {
-        Error::Tensors { problems, .. } => match problems.as_slice() {
-            [] => error.to_string(),
-            [one] => one.to_string(),
-            [first, rest @ ..] => format!("{first}, and {} more tensors do not fit", rest.len()),
-        },
+        Error::Quantised { method, problems, .. } => {
+            format!("quantised with {method}, which is not read yet: {}", first(problems))
+        }
+        Error::Tensors { problems, .. } | Error::MixedFormats { problems, .. } => first(problems),
         other => other.to_string(),
+    }
+}
+
+fn first(problems: &[TensorProblem]) -> String {
+    match problems {
+        [] => String::new(),
+        [one] => one.to_string(),
+        [first, rest @ ..] => format!("{first}, and {} more tensors do not fit", rest.len()),
     }
 }
 

@@ -1,13 +1,14 @@
 //! The tensors of one layer.
 
+use super::Checkpoint;
 use super::directory::Files;
 use super::error::{Error, Result, TensorProblem};
 use super::family::{Family, Layout, Names, Shared};
 use fused_moe_core::config::{LayerConfig, Selection, SharedConfig};
+use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::weights::{ExpertMatrices, ExpertWeights, LayerWeights, Matrix, Orientation, SharedWeights};
 use fused_moe_core::{Backend, DType, HostView, Options, Shape};
 use safetensors::Dtype;
-use std::path::Path;
 
 /// One MoE layer of a checkpoint: its description, and its tensors where they lie in the mapped file.
 #[derive(Clone, Debug)]
@@ -33,23 +34,34 @@ impl CheckpointLayer<'_> {
 }
 
 /// Finds the tensors that `config` asks for.
-pub(super) fn load<'a>(
-    files: &'a Files,
-    path: &Path,
-    family: &Family,
-    index: usize,
-    config: LayerConfig,
-) -> Result<CheckpointLayer<'a>> {
+pub(super) fn load(checkpoint: &Checkpoint, index: usize, config: LayerConfig) -> Result<CheckpointLayer<'_>> {
+    let Checkpoint { files, family, .. } = checkpoint;
     let name = block(files, family, index);
     let mut tensors = Tensors::new(files, &name);
     let weights = tensors.layer(family, &config);
     let problems = tensors.problems;
-    match weights {
-        Ok(Some(weights)) if problems.is_empty() => Ok(CheckpointLayer { index, name, config, weights }),
-        Err(source) if problems.is_empty() => {
-            Err(Error::Layer { path: path.into(), layer: index, source: source.into() })
+    if !problems.is_empty() {
+        return Err(unfit(checkpoint, index, problems));
+    }
+    let invalid = |source: fused_moe_core::Error| {
+        let path = checkpoint.path.clone();
+        Error::Layer { path, layer: index, source: source.into() }
+    };
+    let Some(weights) = weights.map_err(invalid)? else { return Err(unfit(checkpoint, index, problems)) };
+    LayerProblem::new(&config, &weights, &Options::default()).map_err(invalid)?;
+    Ok(CheckpointLayer { index, name, config, weights })
+}
+
+fn unfit(checkpoint: &Checkpoint, layer: usize, problems: Vec<TensorProblem>) -> Error {
+    let path = checkpoint.path.clone();
+    let unread = |p: &TensorProblem| matches!(p, TensorProblem::Missing { .. } | TensorProblem::Format { .. });
+    let mixed = |p: &TensorProblem| matches!(p, TensorProblem::Mixed { .. });
+    match checkpoint.config.quantisation() {
+        Some(method) if problems.iter().any(unread) => {
+            Error::Quantised { path, layer, method: method.into(), problems }
         }
-        _ => Err(Error::Tensors { path: path.into(), layer: index, problems }),
+        _ if problems.iter().any(mixed) && problems.iter().all(mixed) => Error::MixedFormats { path, layer, problems },
+        _ => Error::Tensors { path, layer, problems },
     }
 }
 
@@ -94,11 +106,28 @@ struct Tensors<'a, 'n> {
     block: &'n str,
     found: usize,
     problems: Vec<TensorProblem>,
+    /// The matrices before and after the activation, with their formats.
+    formats: [Vec<(String, DType)>; 2],
+}
+
+/// How many formats an expert's matrices may have.
+#[derive(Clone, Copy)]
+enum Formats {
+    One,
+    /// One before the activation and one after it.
+    TwoSides,
+}
+
+/// Which of an expert's matrices.
+#[derive(Clone, Copy)]
+enum Side {
+    GateUp,
+    Down,
 }
 
 impl<'a, 'n> Tensors<'a, 'n> {
     fn new(files: &'a Files, block: &'n str) -> Self {
-        Self { files, block, found: 0, problems: Vec::new() }
+        Self { files, block, found: 0, problems: Vec::new(), formats: Default::default() }
     }
 
     fn layer(&mut self, family: &Family, config: &LayerConfig) -> Contract<Option<LayerWeights<'a>>> {
@@ -107,7 +136,7 @@ impl<'a, 'n> Tensors<'a, 'n> {
         let router_bias = self.vector(family.router_bias, experts);
         let biased = matches!(config.routing.selection, Selection::TopK { bias: true, .. });
         let correction_bias = if biased { self.vector(family.correction_bias, experts) } else { None };
-        let matrices = self.matrices(family.matrices, [experts, config.intermediate, hidden])?;
+        let matrices = self.matrices(family.matrices, [experts, config.intermediate, hidden], Formats::TwoSides)?;
         let shared = match (&family.shared, &config.shared) {
             (Some(described), Some(shared)) => self.shared(described, shared, hidden)?,
             _ => None,
@@ -123,19 +152,29 @@ impl<'a, 'n> Tensors<'a, 'n> {
         hidden: usize,
     ) -> Contract<Option<SharedWeights<'a>>> {
         let gate = self.vector(described.gate, hidden);
-        let found = self.matrices(described.matrices, [1, config.intermediate, hidden])?;
+        let found = self.matrices(described.matrices, [1, config.intermediate, hidden], Formats::One)?;
         let matrices = found.as_ref().and_then(|one| one.iter().next()).copied();
         Ok(matrices.map(|matrices| SharedWeights { matrices, gate }))
     }
 
     /// The first layout whose tensors are all there with the right shapes; if there is none, the problems of the
     /// layout of which most is there.
-    fn matrices(&mut self, layouts: &[Layout], sizes: [usize; 3]) -> Contract<Option<ExpertWeights<'a>>> {
+    fn matrices(
+        &mut self,
+        layouts: &[Layout],
+        sizes: [usize; 3],
+        formats: Formats,
+    ) -> Contract<Option<ExpertWeights<'a>>> {
         let mut nearest: Option<Self> = None;
         for layout in layouts {
             let mut attempt = Tensors::new(self.files, self.block);
             let experts = attempt.layout(*layout, sizes)?;
             if attempt.problems.is_empty() && experts.is_some() {
+                let [gate_up, down] = attempt.formats;
+                match formats {
+                    Formats::One => self.problems.extend(odd([gate_up, down].concat())),
+                    Formats::TwoSides => self.problems.extend(odd(gate_up).into_iter().chain(odd(down))),
+                }
                 return Ok(experts);
             }
             if nearest.as_ref().is_none_or(|nearest| attempt.found > nearest.found) {
@@ -152,13 +191,14 @@ impl<'a, 'n> Tensors<'a, 'n> {
                 let mut all = Vec::new();
                 for expert in 0..experts {
                     let expert = expert.to_string();
-                    let mut matrix = |name: &str, shape: [usize; 2]| {
-                        self.named(&[&name.replace("{e}", &expert)], shape.into(), &[])
+                    let mut matrix = |side, name: &str, shape: [usize; 2]| {
+                        self.matrix(side, &name.replace("{e}", &expert), shape.into(), &[])
                             .map(|view| Matrix::new(view, Orientation::OutIn))
                             .transpose()
                     };
-                    let gate = matrix(gate, [inner, hidden])?;
-                    let (up, down) = (matrix(up, [inner, hidden])?, matrix(down, [hidden, inner])?);
+                    let gate = matrix(Side::GateUp, gate, [inner, hidden])?;
+                    let up = matrix(Side::GateUp, up, [inner, hidden])?;
+                    let down = matrix(Side::Down, down, [hidden, inner])?;
                     if let (Some(gate), Some(up), Some(down)) = (gate, up, down) {
                         all.push(ExpertMatrices::new(Some(gate), up, down));
                     }
@@ -167,8 +207,8 @@ impl<'a, 'n> Tensors<'a, 'n> {
             }
             Layout::Joint { gate_up, down, layout, biases } => {
                 let rows = inner.saturating_mul(2);
-                let gate_up = self.stack(gate_up, experts, oriented(layout.gate_up, rows, hidden), false);
-                let down = self.stack(down, experts, oriented(layout.down, hidden, inner), false);
+                let gate_up = self.stack(Side::GateUp, gate_up, oriented(experts, layout.gate_up, rows, hidden), false);
+                let down = self.stack(Side::Down, down, oriented(experts, layout.down, hidden, inner), false);
                 let biases = biases.map(|[gate_up, down]| {
                     let mut bias = |name, cols| self.named(&[name], Shape::from([experts, cols]), &[]);
                     (bias(gate_up, rows), bias(down, hidden))
@@ -181,20 +221,28 @@ impl<'a, 'n> Tensors<'a, 'n> {
                 }
             }
             Layout::Stacks { gate, up, down, layout, flat } => {
-                let gate = self.stack(gate, experts, oriented(layout.gate_up, inner, hidden), flat);
-                let up = self.stack(up, experts, oriented(layout.gate_up, inner, hidden), flat);
-                let down = self.stack(down, experts, oriented(layout.down, hidden, inner), flat);
+                let gate = self.stack(Side::GateUp, gate, oriented(experts, layout.gate_up, inner, hidden), flat);
+                let up = self.stack(Side::GateUp, up, oriented(experts, layout.gate_up, inner, hidden), flat);
+                let down = self.stack(Side::Down, down, oriented(experts, layout.down, hidden, inner), flat);
                 let (Some(gate), Some(up), Some(down)) = (gate, up, down) else { return Ok(None) };
                 ExpertWeights::stacked_apart(Some(gate), up, down, layout).map(Some)
             }
         }
     }
 
-    /// `[experts, rows, cols]`; flat: `[experts * rows, cols]`; a stack of one may be a matrix.
-    fn stack(&mut self, name: &str, experts: usize, [rows, cols]: [usize; 2], flat: bool) -> Option<HostView<'a>> {
+    /// `[experts, rows, cols]`, or `[experts * rows, cols]` if flat; a stack of one may be a matrix.
+    fn stack(&mut self, side: Side, name: &str, dims: [usize; 3], flat: bool) -> Option<HostView<'a>> {
+        let [experts, rows, cols] = dims;
         let matrix = [Shape::from([experts.saturating_mul(rows), cols])];
         let also: &[Shape] = if flat || experts == 1 { &matrix } else { &[] };
-        self.named(&[name], Shape::from([experts, rows, cols]), also)
+        self.matrix(side, name, dims.into(), also)
+    }
+
+    /// As `find`; the tensor's format must be that of the others of its side.
+    fn matrix(&mut self, side: Side, name: &str, shape: Shape, also: &[Shape]) -> Option<HostView<'a>> {
+        let (name, view) = self.find(&[name], shape, also)?;
+        self.formats[side as usize].push((name, view.dtype()));
+        Some(view)
     }
 
     /// `[n]`, `[1, n]` or `[n, 1]`; nothing where the tensor has no name.
@@ -205,8 +253,13 @@ impl<'a, 'n> Tensors<'a, 'n> {
         self.named(names, Shape::from([n]), &[[1, n].into(), [n, 1].into()])
     }
 
-    /// The tensor of the first of these names that is there, as `shape`; on disk it may have another of `also`.
+    /// As `find`, of any format.
     fn named(&mut self, names: &[&str], shape: Shape, also: &[Shape]) -> Option<HostView<'a>> {
+        self.find(names, shape, also).map(|(_, view)| view)
+    }
+
+    /// The tensor of the first of these names that is there, as `shape`; on disk it may have another of `also`.
+    fn find(&mut self, names: &[&str], shape: Shape, also: &[Shape]) -> Option<(String, HostView<'a>)> {
         let full_names = || names.iter().map(|name| full(self.block, name));
         let Some((name, tensor)) = full_names().find_map(|name| self.files.tensor(&name).map(|tensor| (name, tensor)))
         else {
@@ -221,7 +274,7 @@ impl<'a, 'n> Tensors<'a, 'n> {
         };
         let fits = tensor.shape == shape.dims() || also.iter().any(|also| tensor.shape == also.dims());
         match HostView::new(tensor.data, dtype, 0, shape) {
-            Ok(view) if fits => Some(view),
+            Ok(view) if fits => Some((name, view)),
             _ => {
                 self.problems.push(TensorProblem::Shape { name, expected: shape, actual: tensor.shape.to_vec() });
                 None
@@ -232,19 +285,25 @@ impl<'a, 'n> Tensors<'a, 'n> {
 
 type Contract<T> = fused_moe_core::Result<T>;
 
-fn oriented(orientation: Orientation, rows: usize, cols: usize) -> [usize; 2] {
+fn oriented(experts: usize, orientation: Orientation, rows: usize, cols: usize) -> [usize; 3] {
     match orientation {
-        Orientation::OutIn => [rows, cols],
-        Orientation::InOut => [cols, rows],
+        Orientation::OutIn => [experts, rows, cols],
+        Orientation::InOut => [experts, cols, rows],
     }
 }
 
+/// The tensors whose format is not that of most.
+fn odd(formats: Vec<(String, DType)>) -> Vec<TensorProblem> {
+    let count = |wanted: DType| formats.iter().filter(|(_, format)| *format == wanted).count();
+    let counted = READ.map(|(_, format)| (count(format), format));
+    let Some((_, expected)) = counted.into_iter().max_by_key(|(count, _)| *count) else { return Vec::new() };
+    let odd = formats.into_iter().filter(|(_, format)| *format != expected);
+    odd.map(|(name, format)| TensorProblem::Mixed { name, format, expected }).collect()
+}
+
 /// Formats that a layer's floating-point tensors may have.
+const READ: [(Dtype, DType); 3] = [(Dtype::F32, DType::F32), (Dtype::F16, DType::F16), (Dtype::BF16, DType::BF16)];
+
 fn dtype(stored: Dtype) -> Option<DType> {
-    match stored {
-        Dtype::F32 => Some(DType::F32),
-        Dtype::F16 => Some(DType::F16),
-        Dtype::BF16 => Some(DType::BF16),
-        _ => None,
-    }
+    READ.into_iter().find(|(format, _)| *format == stored).map(|(_, dtype)| dtype)
 }

@@ -68,6 +68,11 @@ impl Checkpoint {
         &self.path
     }
 
+    /// The files that its tensors lie in, without symbolic links: what must not be written while it lives.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.real_paths()
+    }
+
     /// The layers that have experts, whether or not their tensors are in these files.
     pub fn layers(&self) -> &[usize] {
         &self.moe
@@ -81,7 +86,9 @@ impl Checkpoint {
     /// Layer `index` of the model, counted from 0 over all its layers.
     ///
     /// Errors: `NoSuchLayer`, `DenseLayer`; `ConfigMissing`, `ConfigValue` and `Config` when config.json does not
-    /// describe a layer; `Tensors` with everything that is missing, misshapen or of a format that cannot be read.
+    /// describe a layer; `Tensors` with everything that is missing, misshapen or of a format that cannot be read,
+    /// `Quantised` if config.json says why; `MixedFormats`; `Layer` if all that does not make a layer. What is returned
+    /// passes a backend's checks.
     pub fn layer(&self, index: usize) -> Result<CheckpointLayer<'_>> {
         if index >= self.count {
             return Err(Error::NoSuchLayer { path: self.path.clone(), layer: index, count: self.count });
@@ -90,7 +97,7 @@ impl Checkpoint {
             return Err(Error::DenseLayer { path: self.path.clone(), layer: index, moe: self.moe.clone() });
         }
         let config = resolve::layer_config(&self.config, self.family, index)?;
-        layer::load(&self.files, &self.path, self.family, index, config)
+        layer::load(self, index, config)
     }
 
     /// What the checkpoint holds, without reading a tensor.

@@ -10,25 +10,36 @@ use std::path::{Path, PathBuf};
 /// Where a composite model keeps what its language model is; innermost first.
 const SCOPES: [&[&str]; 4] = [&["thinker_config", "text_config"], &["text_config"], &["llm_config"], &[]];
 
+/// The Jaro-Winkler similarity from which a name is worth suggesting.
+const ALIKE: f64 = 0.88;
+
 /// The part of config.json that describes the language model.
 #[derive(Debug)]
 pub(super) struct ModelConfig {
     path: PathBuf,
     scope: Value,
     model_type: String,
+    quantisation: Option<String>,
 }
 
 impl ModelConfig {
     /// Reads the file and finds the family.
     pub(super) fn open(path: &Path) -> Result<(Self, &'static Family)> {
         let root: Value = read_json(path)?;
-        let model_type = |value: &Value| value.get("model_type").and_then(Value::as_str).map(str::to_owned);
+        if !root.is_object() {
+            return Err(Error::ConfigKind { config: path.into(), actual: short(&root) });
+        }
         let mut first = None;
         for keys in SCOPES {
             let Some(scope) = keys.iter().try_fold(&root, |value, key| value.get(key)) else { continue };
-            let Some(name) = model_type(scope) else { continue };
-            if let Some(family) = FAMILIES.iter().find(|family| family.model_types.contains(&name.as_str())) {
-                return Ok((Self { path: path.into(), scope: scope.clone(), model_type: name }, family));
+            let Some(name) = scope.get("model_type").filter(|name| !name.is_null()) else { continue };
+            let Some(name) = name.as_str() else {
+                return Err(wrong(path, "model_type", "a text", name));
+            };
+            if let Some(family) = FAMILIES.iter().find(|family| family.model_types.contains(&name)) {
+                let quantisation = quantisation(scope).or_else(|| quantisation(&root));
+                let (path, scope) = (path.into(), scope.clone());
+                return Ok((Self { path, scope, model_type: name.into(), quantisation }, family));
             }
             first = Some(name);
         }
@@ -36,9 +47,8 @@ impl ModelConfig {
             None => Err(Error::ConfigMissing { config: path.into(), fields: vec!["model_type".into()] }),
             Some(name) => {
                 let model_type: String = name.chars().take(64).collect();
-                let known: Vec<&'static str> = known_model_types().collect();
-                let nearest = nearest(&model_type, &known);
-                Err(Error::UnknownModel { config: path.into(), model_type, nearest, known })
+                let nearest = nearest(&model_type);
+                Err(Error::UnknownModel { config: path.into(), model_type, nearest })
             }
         }
     }
@@ -49,6 +59,11 @@ impl ModelConfig {
 
     pub(super) fn model_type(&self) -> &str {
         &self.model_type
+    }
+
+    /// What the weights are quantised with, if they are.
+    pub(super) fn quantisation(&self) -> Option<&str> {
+        self.quantisation.as_deref()
     }
 
     fn value(&self, name: &str) -> Option<&Value> {
@@ -153,12 +168,24 @@ impl ModelConfig {
     }
 
     pub(super) fn wrong(&self, field: &str, expected: &str, actual: &Value) -> Error {
-        let mut actual = actual.to_string();
-        if actual.len() > 80 {
-            actual = actual.chars().take(80).chain("...".chars()).collect();
-        }
-        Error::ConfigValue { config: self.path.clone(), field: field.into(), expected: expected.into(), actual }
+        wrong(&self.path, field, expected, actual)
     }
+}
+
+fn wrong(config: &Path, field: &str, expected: &str, actual: &Value) -> Error {
+    Error::ConfigValue { config: config.into(), field: field.into(), expected: expected.into(), actual: short(actual) }
+}
+
+/// The beginning of a value.
+fn short(value: &Value) -> String {
+    let text = value.to_string();
+    if text.len() > 80 { text.chars().take(80).chain("...".chars()).collect() } else { text }
+}
+
+fn quantisation(scope: &Value) -> Option<String> {
+    let settings = scope.get("quantization_config").filter(|settings| !settings.is_null())?;
+    let method = settings.get("quant_method").and_then(Value::as_str).unwrap_or("a method without a name");
+    Some(method.chars().take(64).collect())
 }
 
 /// The `model_type`s that [`Checkpoint::open`](super::Checkpoint::open) understands.
@@ -171,9 +198,10 @@ pub fn known_families() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.name)
 }
 
-fn nearest(name: &str, known: &[&'static str]) -> Vec<&'static str> {
-    let mut scored: Vec<(f64, &'static str)> =
-        known.iter().map(|candidate| (strsim::jaro_winkler(name, candidate), *candidate)).collect();
-    scored.sort_by(|a, b| b.0.total_cmp(&a.0));
-    scored.into_iter().take(3).map(|(_, candidate)| candidate).collect()
+/// The known types that are spelled much like `name`, the likest first.
+fn nearest(name: &str) -> Vec<&'static str> {
+    let scored = known_model_types().map(|known| (strsim::jaro_winkler(name, known), known));
+    let mut alike: Vec<(f64, &'static str)> = scored.filter(|(score, _)| *score >= ALIKE).collect();
+    alike.sort_by(|a, b| b.0.total_cmp(&a.0));
+    alike.into_iter().take(3).map(|(_, known)| known).collect()
 }

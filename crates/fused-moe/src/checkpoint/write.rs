@@ -8,6 +8,9 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Symbolic links that are followed, one to the next: as many as Linux follows.
+const MAX_LINKS: usize = 40;
+
 /// Why a file was not written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -30,6 +33,14 @@ pub enum WriteError {
         /// Why.
         source: safetensors::SafeTensorError,
     },
+    /// Something that is not a regular file has that name.
+    #[error("{}: {kind}, not a regular file; nothing was written, name another path", path.display())]
+    NotAFile {
+        /// The file that was to be written.
+        path: PathBuf,
+        /// What is there.
+        kind: &'static str,
+    },
     /// Two tensors of one name.
     #[error("{}: two tensors are called {name}; rename one", path.display())]
     Duplicate {
@@ -43,9 +54,11 @@ pub enum WriteError {
 /// Writes `name: tensor` pairs as a safetensors file.
 ///
 /// They go to a temporary file in the same directory, which is flushed to the disk and then renamed: `path` holds
-/// either what it held before or all of the new file. Rows that lie apart are written without their gaps.
+/// either what it held before or all of the new file, which has the permissions of the old one. A symbolic link stays,
+/// and the file that it leads to is written. Rows that lie apart are written without their gaps.
 ///
-/// Errors: `Io`, `Header`, `Duplicate`; the temporary file is removed.
+/// Errors: `Io`, `Header`, `Duplicate`, and `NotAFile` where there is a directory, a device, a pipe or a socket; the
+/// temporary file is removed.
 pub fn write_safetensors<'a>(
     path: impl AsRef<Path>,
     tensors: impl IntoIterator<Item = (&'a str, HostView<'a>)>,
@@ -54,13 +67,40 @@ pub fn write_safetensors<'a>(
     let mut tensors: Vec<_> = tensors.into_iter().collect();
     tensors.sort_by(|(a, x), (b, y)| y.dtype().size().cmp(&x.dtype().size()).then(a.cmp(b)));
     let header = header(path, &tensors)?;
-    let temporary = Temporary::new(path);
     let io = |action| move |source| WriteError::Io { path: path.into(), action, source };
+    let target = resolve(path).map_err(io("follow its symbolic links"))?;
+    let existing = match fs::symlink_metadata(&target) {
+        Ok(existing) => Some(existing),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => None,
+        Err(source) => return Err(io("look at what is there")(source)),
+    };
+    if let Some(existing) = &existing
+        && !existing.is_file()
+    {
+        let kind = if existing.is_dir() { "a directory" } else { "a device, a pipe or a socket" };
+        return Err(WriteError::NotAFile { path: path.into(), kind });
+    }
+    let temporary = Temporary::new(&target);
     let file = temporary.create().map_err(io("create a temporary file beside it"))?;
+    if let Some(existing) = existing {
+        file.set_permissions(existing.permissions()).map_err(io("keep its permissions"))?;
+    }
     write(&file, &header, &tensors).map_err(io("write a temporary file beside it"))?;
     file.sync_all().map_err(io("flush a temporary file beside it to the disk"))?;
     drop(file);
-    temporary.rename(path).map_err(io("rename the temporary file to it"))
+    temporary.rename(&target).map_err(io("rename the temporary file to it"))
+}
+
+/// Where symbolic links lead, whether or not there is anything.
+fn resolve(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..MAX_LINKS {
+        match fs::symlink_metadata(&path) {
+            Ok(kind) if kind.is_symlink() => path = path.with_file_name("").join(fs::read_link(&path)?),
+            _ => return Ok(path),
+        }
+    }
+    Err(io::Error::other("too many symbolic links"))
 }
 
 fn header(path: &Path, tensors: &[(&str, HostView<'_>)]) -> Result<Vec<u8>, WriteError> {
