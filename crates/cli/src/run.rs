@@ -108,6 +108,10 @@ fn writable(path: &Path) -> Result<()> {
     if path.is_dir() {
         return Err(remedied(format!("{}: is a directory", path.display()), "give --output the name of a file"));
     }
+    if path.exists() && !path.is_file() {
+        let message = format!("{}: is no regular file", path.display());
+        return Err(remedied(message, "give --output the name of a file, new or to be replaced"));
+    }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match folder.metadata() {
         Ok(data) if data.is_dir() => Ok(()),

@@ -125,6 +125,9 @@ fn outputs_that_cannot_be_written() {
     let model = Model::new().write();
     let run = |file: &str| fmoe(["run", model.name(), "--tokens", "2", "--output", file]);
     run(model.name()).errs(["is a directory"]);
+    let socket = model.file("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    run(&socket).errs(["is no regular file"]);
     run(&model.file("nowhere/out.safetensors")).errs(["nowhere"]);
     run("/dev/null/out.safetensors").errs(["/dev/null"]);
     run("/proc/out.safetensors").errs(["/proc/out.safetensors"]);
