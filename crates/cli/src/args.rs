@@ -1,6 +1,8 @@
 //! The command line.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::RangedU64ValueParser;
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
 /// The Mixture-of-Experts layer: run one from a checkpoint, check this machine, measure it.
@@ -70,7 +72,7 @@ pub(crate) struct Run {
     #[arg(long, value_name = "FILE[:TENSOR]", conflicts_with = "all", requires = "input")]
     pub(crate) expect: Option<String>,
     /// Largest error, relative to the largest expected value [default: by the coarsest format involved]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", value_parser = tolerance, allow_negative_numbers = true, conflicts_with_all = ["tokens", "all"])]
     pub(crate) tolerance: Option<f64>,
     #[command(flatten)]
     pub(crate) on: On,
@@ -133,7 +135,8 @@ The result is checked against the f64 reference before a time is printed. Each r
 The floor is the larger of the bytes that a run must read over the read bandwidth, and its floating-point operations
 over the arithmetic rate, both measured on this machine in the same run.")]
 pub(crate) struct Bench {
-    /// A named shape [default: qwen3-30b-a3b]
+    /// A named shape: qwen3-30b-a3b, mixtral-8x7b, gemma4-26b-a4b, deepseek-v3, gpt-oss-20b or olmoe
+    /// [default: qwen3-30b-a3b]
     #[arg(long, value_name = "NAME", conflicts_with_all = ["hidden", "intermediate", "experts", "top_k"])]
     pub(crate) shape: Option<String>,
     /// H, the width of a token
@@ -149,16 +152,16 @@ pub(crate) struct Bench {
     #[arg(long, value_name = "K", requires = "hidden")]
     pub(crate) top_k: Option<usize>,
     /// Batch sizes
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1,4,16,64,256")]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = count, default_value = "1,4,16,64,256")]
     pub(crate) tokens: Vec<usize>,
     /// Format of the weights
-    #[arg(long, value_name = "D", default_value = "bf16")]
+    #[arg(long, value_name = "D", default_value = "bf16", ignore_case = true)]
     pub(crate) dtype: Format,
     /// How tokens spread over the experts
-    #[arg(long, value_name = "R", default_value = "uniform")]
+    #[arg(long, value_name = "R", default_value = "uniform", ignore_case = true)]
     pub(crate) routing: Spread,
     /// Threads of the CPU backend [default: one for each processor]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     pub(crate) threads: Option<usize>,
     /// Seed of weights and tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -186,6 +189,33 @@ pub(crate) struct Devices {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+impl Arguments {
+    /// The command line, or the end of the program where it makes no sense.
+    pub(crate) fn get() -> Self {
+        let arguments = Self::parse();
+        if let Command::Run(run) = &arguments.command
+            && run.tolerance.is_some()
+            && run.checkpoint.is_some()
+            && run.expect.is_none()
+        {
+            let message = "--tolerance needs --expect: there is nothing to compare the output with\n";
+            Self::command().error(ErrorKind::MissingRequiredArgument, message).exit();
+        }
+        arguments
+    }
+}
+
+fn tolerance(text: &str) -> Result<f64, String> {
+    match text.trim().parse::<f64>() {
+        Ok(x) if x.is_finite() && x >= 0.0 => Ok(x),
+        _ => Err("expected a finite number, 0 or more".to_owned()),
+    }
+}
+
+fn count(text: &str) -> Result<usize, std::num::ParseIntError> {
+    text.trim().parse()
 }
 
 /// Where to run.

@@ -11,11 +11,10 @@ mod run;
 mod tensors;
 
 use args::{Arguments, Command};
-use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let result = match &Arguments::parse().command {
+    let result = match &Arguments::get().command {
         Command::Run(arguments) => run::run(arguments),
         Command::Inspect(arguments) => inspect::inspect(arguments),
         Command::Check(arguments) => check::check(arguments),

@@ -31,7 +31,13 @@ pub(crate) fn checkpoint_error(error: fused_moe::checkpoint::Error) -> anyhow::E
     use fused_moe::checkpoint::Error;
     let message = error.to_string();
     let elsewhere = match &error {
-        Error::Io { .. } => "check the path and its permissions",
+        Error::Io { source, .. } => match source.kind() {
+            io::ErrorKind::OutOfMemory => {
+                "the address space has no room for the file; raise `ulimit -v`, or close what else needs memory"
+            }
+            io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => "check the path and its permissions",
+            _ => "check that it is a regular file or a directory, on a file system that can map files into memory",
+        },
         Error::UnknownModel { .. } => "only these families can be read; check `model_type` in config.json",
         Error::ConfigMissing { .. } | Error::ConfigValue { .. } | Error::Config { .. } => {
             "config.json is not that of the model; download it again"
@@ -76,10 +82,22 @@ pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
     }
     let mut stderr = anstream::stderr().lock();
     let _ = writeln!(stderr, "{BAD}error:{BAD:#} {text}");
-    let remedied = error.chain().find_map(|cause| cause.downcast_ref::<Remedied>());
-    let help = remedied.map_or("`fmoe help` lists the commands, `--help` after one what it takes", |error| &error.help);
-    let _ = writeln!(stderr, "{HELP}help:{HELP:#} {help}");
+    if let Some(help) = help(error) {
+        let _ = writeln!(stderr, "{HELP}help:{HELP:#} {help}");
+    }
     ExitCode::FAILURE
+}
+
+/// What to do about an error, where anything is known.
+pub(crate) fn help(error: &anyhow::Error) -> Option<&str> {
+    if let Some(remedied) = error.chain().find_map(|cause| cause.downcast_ref::<Remedied>()) {
+        return Some(&remedied.help);
+    }
+    match error.chain().find_map(|cause| cause.downcast_ref::<io::Error>())?.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some("make room, or write the output elsewhere"),
+        io::ErrorKind::OutOfMemory => Some("close what else needs memory, or ask for less"),
+        _ => None,
+    }
 }
 
 /// Something worth knowing that is no error.
@@ -104,14 +122,21 @@ pub(crate) fn print_json(value: &serde_json::Value) -> io::Result<()> {
     writeln!(out)
 }
 
-/// A bar over `length` steps on a terminal, nothing elsewhere.
+/// A bar over `length` steps on a terminal, drawn after a second; nothing elsewhere.
 pub(crate) fn progress(length: u64, what: &str) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr());
+    let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::hidden());
     if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} {eta}") {
         bar.set_style(style.progress_chars("=> "));
     }
     bar.set_message(what.to_owned());
-    bar.enable_steady_tick(Duration::from_millis(200));
+    let waiting = bar.downgrade();
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(1));
+        if let Some(bar) = waiting.upgrade().filter(|bar| !bar.is_finished()) {
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+    });
     bar
 }
 

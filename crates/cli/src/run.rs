@@ -5,8 +5,8 @@ use crate::devices;
 use crate::output::{
     self, BAD, BOLD, DIM, GOOD, bytes, checkpoint_error, duration, histogram, progress, remedied, rounded,
 };
-use crate::tensors::{Tensor, floats};
-use anyhow::{Context, Result};
+use crate::tensors::{self, Tensor, floats};
+use anyhow::Result;
 use fused_moe::backend::{shorten, shorten_mut};
 use fused_moe::checkpoint::{Checkpoint, CheckpointLayer, write_safetensors};
 use fused_moe::operation::Forward;
@@ -14,7 +14,7 @@ use fused_moe::weights::{ExpertMatrices, Matrix};
 use fused_moe::{Backend, DType, Device, HostView, Layer, Options, Statistics, Status, Stream, View, Visitor};
 use fused_moe_conformance::tolerance;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -41,6 +41,9 @@ pub(crate) fn run(arguments: &args::Run) -> Result<ExitCode> {
     match &arguments.checkpoint {
         Some(path) => {
             let checkpoint = Checkpoint::open(path).map_err(checkpoint_error)?;
+            if let Some(output) = &arguments.output {
+                unlike_inputs(output, arguments, &checkpoint)?;
+            }
             let layers = chosen_layers(arguments, &checkpoint)?;
             let [first, ..] = layers.as_slice() else { return Err(no_layer(&checkpoint)) };
             let input = match &arguments.input {
@@ -67,10 +70,16 @@ pub(crate) fn run(arguments: &args::Run) -> Result<ExitCode> {
 
 /// The layer that comes with the program, in a directory of its own.
 fn built_in() -> Result<TempDir> {
-    let folder = tempfile::Builder::new().prefix("fmoe-").tempdir().context("a temporary directory")?;
+    let folder = tempfile::Builder::new().prefix("fmoe-").tempdir().map_err(|error| {
+        let message = format!("{}: cannot make a directory: {error}", std::env::temp_dir().display());
+        remedied(message, "set TMPDIR to a directory that can be written to, or give a checkpoint")
+    })?;
     for (name, contents) in [("config.json", CONFIG), ("model.safetensors", MODEL)] {
         let path = folder.path().join(name);
-        std::fs::write(&path, contents).with_context(|| format!("{}: cannot write", path.display()))?;
+        std::fs::write(&path, contents).map_err(|error| {
+            let message = format!("{}: cannot write: {error}", path.display());
+            remedied(message, "set TMPDIR to a directory with some free space, or give a checkpoint")
+        })?;
     }
     Ok(folder)
 }
@@ -99,11 +108,36 @@ fn writable(path: &Path) -> Result<()> {
     if path.is_dir() {
         return Err(remedied(format!("{}: is a directory", path.display()), "give --output the name of a file"));
     }
+    if path.exists() && !path.is_file() {
+        let message = format!("{}: is no regular file", path.display());
+        return Err(remedied(message, "give --output the name of a file, new or to be replaced"));
+    }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match folder.metadata() {
         Ok(data) if data.is_dir() => Ok(()),
         _ => Err(remedied(format!("{}: {} is no directory", path.display(), folder.display()), "make it first")),
     }
+}
+
+/// Errors where the output would take the place of something that the run reads.
+fn unlike_inputs(output: &Path, arguments: &args::Run, checkpoint: &Checkpoint) -> Result<()> {
+    // what is not there yet takes no place
+    let Ok(target) = output.canonicalize() else { return Ok(()) };
+    let same = |path: &Path| path.canonicalize().is_ok_and(|path| path == target);
+    let beside = |file: &PathBuf| {
+        let names = ["config.json", "model.safetensors.index.json"].map(|name| file.with_file_name(name));
+        [vec![file.clone()], names.into()].concat()
+    };
+    let read = [("--input", &arguments.input), ("--expect", &arguments.expect)];
+    let read = read.into_iter().find(|(_, name)| name.as_ref().is_some_and(|name| same(&tensors::split(name).0)));
+    let what = match read {
+        Some((option, _)) => format!("the file of {option}"),
+        None if checkpoint.inspect().files.iter().flat_map(beside).any(|file| same(&file)) => {
+            "a file of the checkpoint".to_owned()
+        }
+        None => return Ok(()),
+    };
+    Err(remedied(format!("--output {}: is {what}", output.display()), "give --output another name"))
 }
 
 struct Run<'a> {
@@ -122,15 +156,10 @@ impl Run<'_> {
         let mut passed = true;
         let bar = progress(self.layers.len() as u64, "layers");
         for layer in &self.layers {
-            let ran = self.device.visit(Once { layer, input: &self.input })?;
+            let outputs_kept = if self.arguments.output.is_some() { self.layers.len() } else { 1 };
+            let ran = self.device.visit(Once { layer, input: &self.input, outputs_kept })?;
             bar.inc(1);
-            bar.suspend(|| if self.arguments.all { self.line(layer, &ran) } else { self.report(layer, &ran) })?;
-            if !ran.status.is_ok() {
-                bar.suspend(|| output::warn(format_args!("layer {}: {}", layer.index, ran.status)));
-            }
-            if let Some(expected) = &self.expected {
-                passed &= self.compare(layer, expected, &ran)?;
-            }
+            passed &= bar.suspend(|| self.show(layer, &ran))?;
             if self.arguments.output.is_some() {
                 outputs.push((layer.index, ran.y));
             }
@@ -140,6 +169,34 @@ impl Run<'_> {
             self.write(path, &outputs)?;
         }
         Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    /// Whether the output is what is expected, if anything is; says all about the run.
+    fn show(&self, layer: &CheckpointLayer<'_>, ran: &Ran) -> Result<bool> {
+        if self.arguments.all {
+            self.line(layer, ran)?;
+        } else {
+            self.report(layer, ran)?;
+        }
+        if !ran.status.is_ok() {
+            output::warn(format_args!("layer {}: {}", layer.index, ran.status));
+        }
+        let odd = floats(self.input.dtype, &ran.y).filter(|y| !y.is_finite()).count();
+        if odd > 0 {
+            let whence = if self.input.values().all(f64::is_finite) {
+                "though the input was finite: the weights are not, or a sum passes the range of the format"
+            } else {
+                "as is some of the input"
+            };
+            output::warn(format_args!(
+                "layer {}: {odd} elements of the output are NaN or infinite, {whence}",
+                layer.index
+            ));
+        }
+        match &self.expected {
+            Some(expected) => self.compare(layer, expected, ran),
+            None => Ok(true),
+        }
     }
 
     /// The widths of the input and of what is expected.
@@ -172,9 +229,10 @@ impl Run<'_> {
         if self.input.narrowed {
             output::warn(format_args!("{}: f64, converted to f32", self.input.origin));
         }
-        let odd = self.input.values().filter(|x| !x.is_finite()).count();
+        // random numbers are finite, and not to be made before it is known whether they fit
+        let odd = if self.input.is_random() { 0 } else { self.input.values().filter(|x| !x.is_finite()).count() };
         if odd > 0 {
-            output::warn(format_args!("{}: {odd} elements are NaN or infinite", self.input.origin));
+            output::warn(format_args!("{}: {odd} elements of the input are NaN or infinite", self.input.origin));
         }
     }
 
@@ -310,6 +368,8 @@ impl Ran {
 struct Once<'a> {
     layer: &'a CheckpointLayer<'a>,
     input: &'a Tensor,
+    /// How many outputs are on the host in the end.
+    outputs_kept: usize,
 }
 
 impl Visitor for Once<'_> {
@@ -318,6 +378,12 @@ impl Visitor for Once<'_> {
     fn visit<B: Backend>(self, backend: &B) -> Result<Ran> {
         let layer = self.layer.prepare(backend, &Options::default())?;
         let (dtype, shape, experts) = (self.input.dtype, self.input.shape, layer.config().experts);
+        if backend.name() == "cpu" {
+            // x and y of the backend
+            self.input.check_memory(self.outputs_kept + 2, |tokens| layer.workspace_bytes(tokens).ok())?;
+        } else {
+            self.input.check_memory(self.outputs_kept, |_| Some(0))?;
+        }
         let stream = backend.stream()?;
         let mut workspace = layer.workspace(shape.rows())?;
         let mut x = backend.allocate(self.input.bytes().len())?;

@@ -7,6 +7,7 @@ use anyhow::Result;
 use fused_moe::{DType, Shape};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
+use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -20,36 +21,60 @@ pub(crate) struct Tensor {
     pub(crate) shape: Shape,
     /// Whether it was f64 and is f32 now.
     pub(crate) narrowed: bool,
-    words: Vec<u32>,
+    /// Of random numbers, which are made when they are first asked for.
+    seed: u64,
+    words: OnceCell<Vec<u32>>,
 }
 
 impl Tensor {
     /// Random tokens `[T, H]` in f32, uniform in -1..1.
     pub(crate) fn random(tokens: usize, hidden: usize, seed: u64) -> Result<Self> {
-        if tokens == 0 {
-            return Err(remedied("--tokens 0: there is nothing to run", "give 1 or more"));
+        let size = DType::F32.size();
+        if tokens.checked_mul(hidden).and_then(|n| n.checked_mul(size)).is_none_or(|bytes| bytes > isize::MAX as usize)
+        {
+            let message = format!("--tokens {tokens}: x, [{tokens}, {hidden}], is larger than any memory");
+            return Err(remedied(message, "give a smaller number"));
         }
-        let needed = tokens as u128 * hidden as u128 * 4;
-        let available = available_memory().unwrap_or(u64::MAX / 4);
-        // x, y and the workspace
-        if needed * 4 > u128::from(available) {
-            return Err(remedied(
-                format!(
-                    "--tokens {tokens}: x alone, [{tokens}, {hidden}] in f32, takes {}; {} of memory are free",
-                    bytes(needed.try_into().unwrap_or(u64::MAX)),
-                    bytes(available)
-                ),
-                format!("at most {} tokens fit", available as u128 / (hidden as u128 * 16).max(1)),
-            ));
-        }
-        let numbers = Numbers::new(DType::F32, tokens * hidden, 1.0, seed);
         Ok(Self {
             origin: format!("random tokens, seed {seed}"),
             dtype: DType::F32,
             shape: [tokens, hidden].into(),
             narrowed: false,
-            words: numbers.into_words(),
+            seed,
+            words: OnceCell::new(),
         })
+    }
+
+    /// Whether its numbers are yet to be made.
+    pub(crate) fn is_random(&self) -> bool {
+        self.words.get().is_none()
+    }
+
+    /// Errors where a run on this input does not fit into memory; `workspace` gives the bytes for a number of tokens,
+    /// and `tensors` is how many of this one's size a run makes beside it.
+    pub(crate) fn check_memory(&self, tensors: usize, workspace: impl Fn(usize) -> Option<usize>) -> Result<()> {
+        let Some(available) = available_memory() else { return Ok(()) };
+        let made = tensors + usize::from(self.is_random());
+        let token = (self.shape.cols() * self.dtype.size() * made) as u128;
+        let needed = |tokens| Some(workspace(tokens)? as u128 + tokens as u128 * token);
+        let tokens = self.shape.rows();
+        let fits = |tokens, room: u64| needed(tokens).is_some_and(|needed| needed <= u128::from(room));
+        // what else runs here needs some too, and what fits now should a moment later
+        if fits(tokens, available - available / 16) {
+            return Ok(());
+        }
+        let (mut most, mut over) = (0, tokens);
+        while over - most > 1 {
+            let middle = most + (over - most) / 2;
+            *(if fits(middle, available - available / 8) { &mut most } else { &mut over }) = middle;
+        }
+        let needed = needed(tokens).and_then(|needed| needed.try_into().ok()).map_or("more".to_owned(), bytes);
+        let (name, advice) = match self.is_random() {
+            true => (format!("--tokens {tokens}"), format!("at most {most} tokens fit")),
+            false => (self.origin.clone(), format!("at most {most} tokens fit; cut the input into parts")),
+        };
+        let message = format!("{name}: x, y and the workspace of {tokens} tokens take {needed}");
+        Err(remedied(format!("{message}; {} of memory are free", bytes(available)), advice))
     }
 
     /// The tensor that `FILE` or `FILE:TENSOR` names.
@@ -112,13 +137,15 @@ impl Tensor {
                 ));
             }
         };
-        Ok(Self { origin, dtype, shape, narrowed: tensor.dtype() == Dtype::F64, words })
+        Ok(Self { origin, dtype, shape, narrowed: tensor.dtype() == Dtype::F64, seed: 0, words: words.into() })
     }
 
     /// Its elements.
     pub(crate) fn bytes(&self) -> &[u8] {
-        let length = self.shape.rows() * self.shape.cols() * self.dtype.size();
-        bytemuck::cast_slice(&self.words).get(..length).unwrap_or(&[])
+        let count = self.shape.rows() * self.shape.cols();
+        let length = count * self.dtype.size();
+        let words = self.words.get_or_init(|| Numbers::new(self.dtype, count, 1.0, self.seed).into_words());
+        bytemuck::cast_slice(words).get(..length).unwrap_or(&[])
     }
 
     /// Its elements in f64.
@@ -138,7 +165,7 @@ pub(crate) fn floats(dtype: DType, bytes: &[u8]) -> impl Iterator<Item = f64> {
 }
 
 /// `FILE:TENSOR`, unless there is a file of the whole name.
-fn split(name: &str) -> (PathBuf, Option<&str>) {
+pub(crate) fn split(name: &str) -> (PathBuf, Option<&str>) {
     match name.rsplit_once(':') {
         Some((file, tensor)) if !tensor.is_empty() && !Path::new(name).exists() => (file.into(), Some(tensor)),
         _ => (name.into(), None),
@@ -183,6 +210,21 @@ mod tests {
         assert_eq!(bytes(1), bytes(1));
         assert_ne!(bytes(1), bytes(2));
         assert_eq!(bytes(1).len(), 5 * 7 * 4);
-        assert!(Tensor::random(usize::MAX, 7, 0).is_err() && Tensor::random(0, 7, 0).is_err());
+        assert!(Tensor::random(usize::MAX, 7, 0).is_err());
+        assert!(Tensor::random(0, 7, 0).unwrap().bytes().is_empty());
+    }
+
+    #[test]
+    fn as_many_tokens_as_are_advised_fit() {
+        // a workspace a hundred times larger than x
+        let workspace = |tokens: usize| tokens.checked_mul(400 * 8);
+        let check = |tokens| Tensor::random(tokens, 8, 0).unwrap().check_memory(3, workspace);
+        check(0).unwrap();
+        let error = check(1 << 50).unwrap_err();
+        let help = crate::output::help(&error).unwrap();
+        let most: usize = help.split(' ').find_map(|word| word.parse().ok()).unwrap();
+        assert!(most > 0, "{help}");
+        check(most).unwrap();
+        assert!(check(most + most / 4).is_err());
     }
 }

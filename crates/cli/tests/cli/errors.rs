@@ -115,8 +115,7 @@ fn inputs_that_do_not_fit() {
 
 #[test]
 fn token_counts_that_do_not_fit() {
-    fmoe(["run", "--tokens", "0"]).errs(["--tokens 0"]);
-    fmoe(["run", "--tokens", "99999999999"]).errs(["--tokens 99999999999", "at most"]);
+    fmoe(["run", "--tokens", "99999999999"]).errs(["--tokens 99999999999", "at most", "workspace"]);
     fmoe(["run", "--tokens", "18446744073709551615"]).errs(["--tokens"]);
     fmoe(["run", "--tokens", "-1"]).fails(2);
 }
@@ -126,9 +125,58 @@ fn outputs_that_cannot_be_written() {
     let model = Model::new().write();
     let run = |file: &str| fmoe(["run", model.name(), "--tokens", "2", "--output", file]);
     run(model.name()).errs(["is a directory"]);
+    let socket = model.file("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    run(&socket).errs(["is no regular file"]);
     run(&model.file("nowhere/out.safetensors")).errs(["nowhere"]);
     run("/dev/null/out.safetensors").errs(["/dev/null"]);
     run("/proc/out.safetensors").errs(["/proc/out.safetensors"]);
+}
+
+#[test]
+fn outputs_over_what_is_read() {
+    let model = Model::new().write();
+    let x = input(&model, "x.safetensors", "f32", &[2, 16]);
+    let y = input(&model, "y.safetensors", "f32", &[2, 16]);
+    let weights = model.file("model.safetensors");
+    let link = model.file("link.safetensors");
+    std::os::unix::fs::symlink(&weights, &link).unwrap();
+    let before = fs::read(&weights).unwrap();
+    for (output, what) in [
+        (&x, "the file of --input"),
+        (&y, "the file of --expect"),
+        (&weights, "a file of the checkpoint"),
+        (&link, "a file of the checkpoint"),
+        (&model.file("config.json"), "a file of the checkpoint"),
+        (&model.file("./x.safetensors"), "the file of --input"),
+    ] {
+        let run = fmoe(["run", model.name(), "--input", &format!("{x}:x"), "--expect", &y]);
+        run.args(["--output", output]).errs([what, "another name"]);
+    }
+    assert_eq!(fs::read(&weights).unwrap(), before);
+}
+
+#[test]
+fn numbers_that_make_no_sense() {
+    for tolerance in ["nan", "inf", "-1", "x"] {
+        fmoe(["run", "--tolerance", tolerance]).fails(2);
+    }
+    fmoe(["run", "--tolerance", "0.1", "--tokens", "3"]).fails(2);
+    let ran = fmoe(["run", &golden(""), "--tolerance", "0.1"]).fails(2);
+    assert!(ran.stderr.contains("--tolerance needs --expect"), "{ran}");
+    for threads in ["0", "1025", "99999999999999999999"] {
+        fmoe(["bench", "--threads", threads]).fails(2);
+    }
+}
+
+#[test]
+fn errors_without_a_remedy_promise_none() {
+    let command = format!("'{PROGRAM}' devices > /dev/full");
+    let ran = Command::new("sh").args(["-c", &command]).output().unwrap();
+    let stderr = String::from_utf8_lossy(&ran.stderr);
+    assert_eq!(ran.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("No space left") && stderr.contains("help: make room"), "{stderr}");
+    fmoe(["run"]).env("TMPDIR", "/nonexistent").errs(["/nonexistent", "TMPDIR"]);
 }
 
 #[test]
@@ -171,7 +219,6 @@ fn benches_that_are_none() {
     let shape =
         |h: &str, e: &str, k: &str| fmoe(["bench", "--hidden", h, "--intermediate", "8", "--experts", e, "--top-k", k]);
     shape("16", "4", "2").args(["--tokens", "1,0"]).errs(["--tokens 0"]);
-    shape("16", "4", "2").args(["--threads", "0"]).errs(["--threads 0"]);
     shape("16", "4", "2").args(["--tokens", "99999999999999"]).errs(["--tokens 99999999999999", "at most"]);
     shape("16", "4", "5").errs(["K = 5", "E = 4"]);
     shape("0", "4", "2").errs(["layer:", "0"]);
