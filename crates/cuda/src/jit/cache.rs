@@ -57,7 +57,7 @@ impl Cache {
     /// Keeps the log of a failed compilation, in the folder of temporary files if need be, and says where.
     pub(crate) fn keep_log(&self, key: Key, text: &str) -> Option<PathBuf> {
         let folders = self.folder.iter().cloned().chain([std::env::temp_dir()]);
-        let name = format!("fused-moe-{}-{}.log", key.name(), std::process::id());
+        let name = format!("fused-moe-{}.log", key.name());
         folders.map(|folder| folder.join(&name)).find(|path| write_log(path, text).is_ok())
     }
 
