@@ -22,7 +22,7 @@ pub(crate) fn two_devices_at_the_same_time() -> Result<()> {
         for _ in 0..50 {
             assert!(direct(cuda, &layer, &stream, &x) == first, "{}", cuda.context().ordinal());
         }
-        let report = run(cuda, &Options { filter: Some("layer/".into()), ..Options::default() }, &mut |_| {})?;
+        let report = run(cuda, &Options { filter: Some("combine".into()), ..Options::default() }, &mut |_| {})?;
         assert!(!report.results.is_empty() && report.passed(), "{report}");
         Ok(first)
     };
