@@ -221,7 +221,7 @@ fn count(text: &str) -> Result<usize, std::num::ParseIntError> {
 /// Where to run.
 #[derive(Debug, Args)]
 pub(crate) struct On {
-    /// Where to run: see `fmoe devices` [default: the best there is]
+    /// Where to run: a name of `fmoe devices`, as cpu, cuda or cuda:1 [default: auto, the best there is]
     #[arg(long, value_name = "B")]
     pub(crate) backend: Option<String>,
 }

@@ -7,6 +7,7 @@ use cudarc::driver::sys::CUevent_flags;
 ///
 /// Errors: `Driver`, `DeviceLost`.
 pub fn time_replays(stream: &CudaStream, graph: &Graph, repeats: usize) -> Result<Vec<f64>> {
+    let _current = stream.device().bind("timing")?;
     let failed = |e| driver_error("timing", e);
     let event = || stream.driver().context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed);
     let (begin, end) = (event()?, event()?);

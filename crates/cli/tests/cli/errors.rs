@@ -185,8 +185,10 @@ fn a_disk_that_is_full_leaves_nothing() {
     let out = model.file("out.safetensors");
     fs::write(&out, "what was there").unwrap();
     // 64 kB at most in a file; SIGXFSZ is ignored, so that writing fails as it does on a full disk
-    let command =
-        format!("trap '' XFSZ; ulimit -f 64; exec '{PROGRAM}' run '{}' --tokens 4000 --output '{out}'", model.name());
+    let command = format!(
+        "trap '' XFSZ; ulimit -f 64; exec '{PROGRAM}' run '{}' --backend cpu --tokens 4000 --output '{out}'",
+        model.name()
+    );
     let ran = Command::new("sh").args(["-c", &command]).output().unwrap();
     let stderr = String::from_utf8_lossy(&ran.stderr);
     assert_eq!(ran.status.code(), Some(1), "{stderr}");
