@@ -50,8 +50,9 @@ pub(crate) trait Meter {
     /// The rate of arithmetic for calls of this size, where it is measured apart: in operations a second.
     fn rate(&self, stream: &StreamOf<Self>, config: &LayerConfig, tokens: usize, dtype: DType) -> Result<Option<f64>>;
 
-    /// Times calls: `call` enqueues the one of a number, of batch `number % batches` where number is below that. Also
-    /// says which calls' outputs are there in the end. An error where a call raises a status.
+    /// Times calls: `call` enqueues the one of a number, from which its layer and its batch follow; the first `batches`
+    /// are of different batches. Also says which calls' outputs are there in the end. An error where a call raises a
+    /// status.
     fn time(&self, stream: &StreamOf<Self>, batches: usize, call: Calls<'_, Self>, tick: &dyn Fn()) -> Result<Times>;
 
     /// The clock, in words.
