@@ -257,6 +257,21 @@ pub(crate) fn copy_in(device: &Device, data: &[u8], address: u64) -> Result<()> 
     device.synchronize("upload")
 }
 
+/// Fills `bytes` bytes at `address` with `data`, over and over. The caller owns the range.
+pub(crate) fn repeat(device: &Device, data: &[u8], address: u64, bytes: usize) -> Result<()> {
+    let _current = device.bind("upload")?;
+    let mut done = data.len().min(bytes);
+    copy_in(device, &data[..done], address)?;
+    while done > 0 && done < bytes {
+        let more = done.min(bytes - done);
+        // SAFETY: both ranges lie within the caller's, one after the other.
+        unsafe { result::memcpy_dtod_sync(address + done as u64, address, more) }
+            .map_err(|e| driver_error("copy", e))?;
+        done += more;
+    }
+    device.synchronize("copy")
+}
+
 /// Copies from the device, after the work of `stream`, and waits. The caller has checked the extents.
 pub(crate) fn copy_out(
     device: &Device,

@@ -227,4 +227,13 @@ fn benches_that_are_none() {
     shape("16", "5000", "2").errs(["layer:", "5000"]);
     shape("18446744073709551615", "4", "2").errs(["memory"]);
     fmoe(["bench", "--hidden", "16"]).fails(2);
+    fmoe(["bench", "--from", "y"]).fails(2);
+}
+
+#[test]
+fn no_device_to_measure() {
+    // hides devices where there are any
+    let bench = |arguments: &str| fmoe(format!("bench {arguments}").split(' ')).env("CUDA_VISIBLE_DEVICES", "");
+    bench("--backend cuda").errs(["cuda:", "fmoe devices"]);
+    bench("--backend cuda --threads 4").errs(["--threads 4", "the CPU backend's", "leave --threads out"]);
 }
