@@ -161,7 +161,7 @@ impl Backend for Cuda {
     }
 
     fn stream(&self) -> Result<CudaStream> {
-        CudaStream::new(&self.device)
+        CudaStream::new(self)
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {
