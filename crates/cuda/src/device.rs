@@ -70,11 +70,14 @@ pub(crate) fn find_driver() -> Result<()> {
 }
 
 /// The CUDA version of the driver; it may be asked for before anything else.
+///
+/// Errors: `DriverTooOld`, `Driver`.
 fn driver_version() -> Result<u32> {
     let mut version = 0;
     // SAFETY: writes one integer.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| driver_error("driver version", e))?;
-    Ok(version.unsigned_abs())
+    let found = version.unsigned_abs();
+    if found < OLDEST_DRIVER { Err(Error::DriverTooOld { found, needed: OLDEST_DRIVER }) } else { Ok(found) }
 }
 
 /// How many devices there are.
@@ -82,10 +85,7 @@ fn driver_version() -> Result<u32> {
 /// Errors: `NoDriver`, `DriverTooOld`, `Driver`.
 pub fn device_count() -> Result<usize> {
     find_driver()?;
-    let found = driver_version()?;
-    if found < OLDEST_DRIVER {
-        return Err(Error::DriverTooOld { found, needed: OLDEST_DRIVER });
-    }
+    driver_version()?;
     match CudaContext::device_count() {
         Ok(count) => Ok(count.unsigned_abs() as usize),
         Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(0),
@@ -401,7 +401,6 @@ pub(crate) fn driver_error(during: &'static str, error: DriverError) -> Error {
         | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
         | CUresult::CUDA_ERROR_ECC_UNCORRECTABLE
         | CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE
-        | CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE
         | CUresult::CUDA_ERROR_ASSERT
         | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED => Error::DeviceLost { during, reason },
         _ => Error::Driver { during, reason },

@@ -87,7 +87,7 @@ impl Cuda {
 
     /// A context of the host program's.
     ///
-    /// Errors: `Architecture`, `Driver`.
+    /// Errors: `DriverTooOld`, `Architecture`, `Driver`.
     pub fn from_context(context: Arc<CudaContext>) -> Result<Self> {
         Ok(Self::on(Device::of(context)?))
     }
