@@ -80,11 +80,6 @@ impl Memory {
         self.bytes
     }
 
-    /// Whether it is freed with this value.
-    pub fn is_owned(&self) -> bool {
-        !matches!(self.owner, Owner::Foreign)
-    }
-
     /// As storage of operands that are read.
     pub fn read(&self) -> Ref<'_> {
         Ref(Range { address: self.address, bytes: self.bytes, lives: PhantomData })
