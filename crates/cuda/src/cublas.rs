@@ -147,7 +147,7 @@ impl Cublas {
 
 impl Drop for Cublas {
     fn drop(&mut self) {
-        if self.cuda.device().bind("cuBLAS").is_ok() {
+        if let Ok(_current) = self.cuda.device().bind("cuBLAS") {
             // SAFETY: created by `bind`, destroyed nowhere else. A failure loses memory and nothing else.
             let _ = unsafe { (self.destroy)(self.handle) };
         }

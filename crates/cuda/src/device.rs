@@ -70,11 +70,14 @@ pub(crate) fn find_driver() -> Result<()> {
 }
 
 /// The CUDA version of the driver; it may be asked for before anything else.
+///
+/// Errors: `DriverTooOld`, `Driver`.
 fn driver_version() -> Result<u32> {
     let mut version = 0;
     // SAFETY: writes one integer.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| driver_error("driver version", e))?;
-    Ok(version.unsigned_abs())
+    let found = version.unsigned_abs();
+    if found < OLDEST_DRIVER { Err(Error::DriverTooOld { found, needed: OLDEST_DRIVER }) } else { Ok(found) }
 }
 
 /// How many devices there are.
@@ -82,10 +85,7 @@ fn driver_version() -> Result<u32> {
 /// Errors: `NoDriver`, `DriverTooOld`, `Driver`.
 pub fn device_count() -> Result<usize> {
     find_driver()?;
-    let found = driver_version()?;
-    if found < OLDEST_DRIVER {
-        return Err(Error::DriverTooOld { found, needed: OLDEST_DRIVER });
-    }
+    driver_version()?;
     match CudaContext::device_count() {
         Ok(count) => Ok(count.unsigned_abs() as usize),
         Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(0),
@@ -311,22 +311,48 @@ pub(crate) unsafe fn foreign_stream(device: &Device, stream: sys::CUstream) -> R
     Ok(unsafe { device.context.wrap_borrowed_stream(stream) })
 }
 
-/// Begins to record what is enqueued on `stream` instead of running it.
-pub(crate) fn begin_capture(stream: &DriverStream) -> Result<()> {
-    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-    // SAFETY: the stream lives.
-    unsafe { result::stream::begin_capture(stream.cu_stream(), mode) }.map_err(|e| driver_error("capture", e))
+/// A recording of what is enqueued on a stream instead of being run; ended at the latest when it is dropped.
+pub(crate) struct Capture<'a> {
+    stream: &'a DriverStream,
+    open: bool,
 }
 
-/// Ends the recording and makes it ready to run.
-pub(crate) fn end_capture(device: &Arc<Device>, stream: &DriverStream) -> Result<Executable> {
-    // SAFETY: the stream lives, and a capture of this thread's began on it.
-    let graph = unsafe { result::stream::end_capture(stream.cu_stream()) }.map_err(|e| driver_error("capture", e))?;
-    // SAFETY: the graph was made above; it is destroyed once.
-    let made = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags_enum(0)) };
-    // SAFETY: as above. A failure to destroy it loses memory and nothing else.
+impl<'a> Capture<'a> {
+    pub(crate) fn begin(stream: &'a DriverStream) -> Result<Self> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives.
+        unsafe { result::stream::begin_capture(stream.cu_stream(), mode) }.map_err(|e| driver_error("capture", e))?;
+        Ok(Self { stream, open: true })
+    }
+
+    /// Ends the recording and makes it ready to run.
+    pub(crate) fn end(mut self, device: &Arc<Device>) -> Result<Executable> {
+        let graph = self.stop().map_err(|e| driver_error("capture", e))?;
+        // SAFETY: the graph was made above.
+        let made = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags_enum(0)) };
+        destroy(graph);
+        Ok(Executable { graph: made.map_err(|e| driver_error("graph", e))?, device: Arc::clone(device) })
+    }
+
+    fn stop(&mut self) -> Result<sys::CUgraph, DriverError> {
+        self.open = false;
+        // SAFETY: the stream lives, and a capture of this thread's began on it.
+        unsafe { result::stream::end_capture(self.stream.cu_stream()) }
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        if self.open {
+            let _ = self.stop().map(destroy);
+        }
+    }
+}
+
+/// A graph that [`Capture::stop`] made, once.
+fn destroy(graph: sys::CUgraph) {
+    // SAFETY: the caller's promise. A failure to destroy it loses memory and nothing else.
     let _ = unsafe { result::graph::destroy(graph) };
-    Ok(Executable { graph: made.map_err(|e| driver_error("graph", e))?, device: Arc::clone(device) })
 }
 
 /// A graph that can be launched.
@@ -375,7 +401,6 @@ pub(crate) fn driver_error(during: &'static str, error: DriverError) -> Error {
         | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
         | CUresult::CUDA_ERROR_ECC_UNCORRECTABLE
         | CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE
-        | CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE
         | CUresult::CUDA_ERROR_ASSERT
         | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED => Error::DeviceLost { during, reason },
         _ => Error::Driver { during, reason },

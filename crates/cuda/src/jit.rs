@@ -59,8 +59,13 @@ impl Kernels {
             return Ok(function);
         }
         let code = self.compiler.code(kernel)?;
+        self.load(kernel, &code)
+    }
+
+    /// The kernel of this machine code. Under the lock.
+    fn load(&self, kernel: Kernel, code: &[u8]) -> Result<CUfunction> {
         let _current = self.device.bind("loading a kernel")?;
-        let loaded = match load(kernel, &code, &self.device) {
+        let loaded = match load(kernel, code, &self.device) {
             Ok(loaded) => loaded,
             // the driver does not take what the cache holds: whatever wrote it, make it anew
             Err(Error::Driver { .. }) => load(kernel, &self.compiler.compile(kernel)?, &self.device)?,
@@ -73,19 +78,12 @@ impl Kernels {
     /// Compiles and loads kernels that will be needed, several at a time.
     pub(crate) fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
         let missing: Vec<_> = kernels.iter().copied().filter(|&kernel| self.find(kernel).is_none()).collect();
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(missing.len());
-        let next = AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|| {
-                    while let Some(&kernel) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        // kept in the cache; what fails here fails again below, where it is reported
-                        let _ = self.compiler.code(kernel);
-                    }
-                });
-            }
-        });
-        missing.into_iter().try_for_each(|kernel| self.function(kernel).map(|_| ()))
+        let codes = self.compiler.codes(&missing)?;
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        missing.into_iter().zip(codes).try_for_each(|(kernel, code)| match self.find(kernel) {
+            Some(_) => Ok(()),
+            None => self.load(kernel, &code).map(drop),
+        })
     }
 
     fn find(&self, kernel: Kernel) -> Option<CUfunction> {
@@ -185,6 +183,33 @@ impl Compiler {
         }
     }
 
+    /// Machine code of each of them, by several threads, up to the first that fails.
+    fn codes(&self, kernels: &[Kernel]) -> Result<Vec<Vec<u8>>> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(kernels.len());
+        let codes: Vec<_> = kernels.iter().map(|_| OnceLock::new()).collect();
+        let next = AtomicUsize::new(0);
+        let work = || {
+            while let Some((&kernel, place)) = kernels.iter().zip(&codes).nth(next.fetch_add(1, Ordering::Relaxed)) {
+                let code = self.code(kernel);
+                if code.is_err() {
+                    next.store(kernels.len(), Ordering::Relaxed);
+                }
+                let _ = place.set(code);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(work);
+            }
+            work();
+        });
+        codes
+            .into_iter()
+            .zip(kernels)
+            .map(|(code, &kernel)| code.into_inner().unwrap_or_else(|| self.code(kernel)))
+            .collect()
+    }
+
     /// Machine code, compiled here and now, and kept.
     pub(crate) fn compile(&self, kernel: Kernel) -> Result<Vec<u8>> {
         let nvrtc = self.nvrtc()?;
@@ -214,18 +239,8 @@ impl Compiler {
 ///
 /// Returns how many there are. Errors: `NoCompiler`, `Compile`.
 pub fn compile_all(architecture: &str) -> Result<usize> {
-    let compiler = Compiler::new(architecture.to_string());
-    compiler.nvrtc()?;
     let kernels = Kernel::all();
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        let share = |thread| kernels.iter().skip(thread).step_by(threads).try_for_each(|&k| compiler.code(k).map(drop));
-        let workers: Vec<_> = (0..threads).map(|thread| scope.spawn(move || share(thread))).collect();
-        workers.into_iter().try_for_each(|worker| match worker.join() {
-            Ok(compiled) => compiled,
-            Err(panic) => std::panic::resume_unwind(panic),
-        })
-    })?;
+    Compiler::new(architecture.to_string()).codes(&kernels)?;
     Ok(kernels.len())
 }
 

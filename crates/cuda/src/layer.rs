@@ -26,8 +26,8 @@ const INVARIANT_TOKENS: usize = 32;
 /// A layer prepared for this backend: its weights, copied once in the format that they came in.
 ///
 /// With 2-byte weights and x in the same format, what lies between gate_up and down is kept in that format; otherwise in
-/// f32. What a call with x in the weights' format needs is compiled when a workspace is made, so that such calls can be
-/// captured at once; run others once before.
+/// f32. What a call with x in the weights' format, logits in f32 and rows at multiples of 16 bytes needs is compiled when a
+/// workspace is made, so that such calls can be captured at once; run others once before.
 #[derive(Debug)]
 pub struct CudaLayer {
     pub(crate) cuda: Cuda,
@@ -151,6 +151,7 @@ impl Layer<Cuda> for CudaLayer {
 
     fn run(&self, stream: &CudaStream, call: Forward<'_, Cuda>, workspace: &mut Workspace) -> Result<()> {
         let _current = self.cuda.device().bind("forward")?;
+        workspace.check(self.cuda.device(), "forward")?;
         self.run_on(&self.cuda, stream, call, workspace)
     }
 }

@@ -87,7 +87,7 @@ impl Cuda {
 
     /// A context of the host program's.
     ///
-    /// Errors: `Architecture`, `Driver`.
+    /// Errors: `DriverTooOld`, `Architecture`, `Driver`.
     pub fn from_context(context: Arc<CudaContext>) -> Result<Self> {
         Ok(Self::on(Device::of(context)?))
     }
@@ -161,7 +161,7 @@ impl Backend for Cuda {
     }
 
     fn stream(&self) -> Result<CudaStream> {
-        CudaStream::new(&self.device)
+        CudaStream::new(self)
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {

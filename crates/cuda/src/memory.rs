@@ -1,7 +1,7 @@
 use crate::device::{self, Allocation, Device};
 use crate::error::{Error, Result};
 use crate::stream::CudaStream;
-use cudarc::driver::{CudaSlice, DevicePtr};
+use cudarc::driver::{CudaContext, CudaSlice, DevicePtr};
 use fused_moe_core::Storage;
 use std::any::Any;
 use std::marker::PhantomData;
@@ -18,8 +18,27 @@ pub struct Memory {
 #[derive(Debug)]
 enum Owner {
     Allocation(Allocation),
-    Slice { _slice: Box<dyn Any + Send + Sync> },
+    Slice(Slice),
     Foreign,
+}
+
+/// A cudarc slice, which is freed in the order of the stream that it was made on, not of those that it was used on.
+#[derive(Debug)]
+struct Slice {
+    slice: Box<dyn Any + Send + Sync>,
+    context: Arc<CudaContext>,
+    device: Arc<Device>,
+}
+
+impl Drop for Slice {
+    fn drop(&mut self) {
+        // a failure means that the context is gone, and what used the slice with it
+        let _ = self.device.synchronize("free");
+        if let Ok(_current) = self.device.bind("free") {
+            // what cudarc does to free a slice changes the current context
+            self.slice = Box::new(());
+        }
+    }
 }
 
 impl Memory {
@@ -42,11 +61,13 @@ impl Memory {
         Self { address, bytes, owner: Owner::Foreign }
     }
 
-    /// A cudarc slice, to be used on `stream`, which waits for what was written to it before.
+    /// A cudarc slice, to be used on `stream`, which waits for what was written to it before; not while `stream` is
+    /// captured. When the value is dropped, the device is waited for.
     pub fn from_slice<T: Send + Sync + 'static>(slice: CudaSlice<T>, stream: &CudaStream) -> Self {
         let bytes = slice.num_bytes();
         let address = slice.device_ptr(stream.driver()).0;
-        Self { address, bytes, owner: Owner::Slice { _slice: Box::new(slice) } }
+        let (context, device) = (Arc::clone(slice.context()), Arc::clone(stream.device()));
+        Self { address, bytes, owner: Owner::Slice(Slice { slice: Box::new(slice), context, device }) }
     }
 
     /// Its device address.
@@ -57,11 +78,6 @@ impl Memory {
     /// Its size in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
-    }
-
-    /// Whether it is freed with this value.
-    pub fn is_owned(&self) -> bool {
-        !matches!(self.owner, Owner::Foreign)
     }
 
     /// As storage of operands that are read.
@@ -78,7 +94,8 @@ impl Memory {
     pub(crate) fn check(&self, device: &Device, during: &'static str, operand: &'static str) -> Result<()> {
         match &self.owner {
             Owner::Allocation(allocation) => device.check(&allocation.device.context, during, operand),
-            Owner::Slice { .. } | Owner::Foreign => Ok(()),
+            Owner::Slice(slice) => device.check(&slice.context, during, operand),
+            Owner::Foreign => Ok(()),
         }
     }
 
@@ -128,8 +145,8 @@ impl<'a> Ref<'a> {
         Self(Range { address, bytes, lives: PhantomData })
     }
 
-    /// A cudarc slice, to be read on `stream`, which waits for what was written to it before. Later writes to it must be
-    /// enqueued on the same stream, or wait for it.
+    /// A cudarc slice, to be read on `stream`, which waits for what was written to it before; not while `stream` is
+    /// captured. Later writes to it, and its end, must be enqueued on the same stream, or wait for it.
     pub fn from_slice<T>(slice: &'a CudaSlice<T>, stream: &CudaStream) -> Self {
         let address = slice.device_ptr(stream.driver()).0;
         Self(Range { address, bytes: slice.num_bytes(), lives: PhantomData })
@@ -157,8 +174,8 @@ impl<'a> Mut<'a> {
         Self(Range { address, bytes, lives: PhantomData })
     }
 
-    /// A cudarc slice, to be written on `stream`, which waits for what was done with it before. Later uses of it must be
-    /// enqueued on the same stream, or wait for it.
+    /// A cudarc slice, to be written on `stream`, which waits for what was done with it before; not while `stream` is
+    /// captured. Later uses of it, and its end, must be enqueued on the same stream, or wait for it.
     pub fn from_slice<T>(slice: &'a mut CudaSlice<T>, stream: &CudaStream) -> Self {
         use cudarc::driver::DevicePtrMut;
         let bytes = slice.num_bytes();

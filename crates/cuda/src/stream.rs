@@ -1,5 +1,5 @@
 use crate::Cuda;
-use crate::device::{self, Allocation, Device, Executable};
+use crate::device::{self, Allocation, Capture, Device, Executable};
 use crate::error::{Error, Result};
 use cudarc::driver::CudaStream as DriverStream;
 use cudarc::driver::sys::CUstream;
@@ -8,21 +8,22 @@ use std::sync::Arc;
 
 /// A stream of the device, its own or the host program's, and a status word in device memory.
 ///
-/// Graphs that were captured on it hold the word's address: it must outlive them.
+/// Graphs that were captured on it go on raising the bits of its word, wherever they are replayed.
 #[derive(Debug)]
 pub struct CudaStream {
     stream: Arc<DriverStream>,
-    device: Arc<Device>,
-    status: Allocation,
+    status: Arc<Allocation>,
+    // last: freeing the word waits for the device, and what runs there are the backend's kernels
+    cuda: Cuda,
 }
 
 impl CudaStream {
-    pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
-        Self::of(device, device.new_stream("stream")?)
+    pub(crate) fn new(cuda: &Cuda) -> Result<Self> {
+        Self::of(cuda, cuda.device().new_stream("stream")?)
     }
 
-    fn of(device: &Arc<Device>, stream: Arc<DriverStream>) -> Result<Self> {
-        Ok(Self { stream, device: Arc::clone(device), status: device.allocate(4)? })
+    fn of(cuda: &Cuda, stream: Arc<DriverStream>) -> Result<Self> {
+        Ok(Self { stream, status: Arc::new(cuda.device().allocate(4)?), cuda: cuda.clone() })
     }
 
     /// A stream of cudarc's, of the same context.
@@ -30,7 +31,7 @@ impl CudaStream {
     /// Errors: `OtherContext`, `OutOfMemory` for the status word.
     pub fn from_cudarc(cuda: &Cuda, stream: Arc<DriverStream>) -> Result<Self> {
         cuda.device().check(stream.context(), "stream", "stream")?;
-        Self::of(cuda.device(), stream)
+        Self::of(cuda, stream)
     }
 
     /// A stream that the host program owns.
@@ -42,7 +43,7 @@ impl CudaStream {
     pub unsafe fn from_raw(cuda: &Cuda, stream: CUstream) -> Result<Self> {
         // SAFETY: passed on to the caller.
         let stream = unsafe { device::foreign_stream(cuda.device(), stream) }?;
-        Self::of(cuda.device(), stream)
+        Self::of(cuda, stream)
     }
 
     /// cudarc's handle.
@@ -54,11 +55,11 @@ impl CudaStream {
     ///
     /// Errors: `DeviceLost` or `Driver` when some of it failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.device.wait(&self.stream, "synchronisation")
+        self.device().wait(&self.stream, "synchronisation")
     }
 
     pub(crate) fn device(&self) -> &Arc<Device> {
-        &self.device
+        self.cuda.device()
     }
 
     pub(crate) fn status_address(&self) -> u64 {
@@ -68,9 +69,9 @@ impl CudaStream {
 
 impl Drop for CudaStream {
     fn drop(&mut self) {
-        if let Ok(_current) = self.device.bind("stream") {
+        if let Ok(_current) = self.cuda.device().bind("stream") {
             // what cudarc does to drop a stream changes the current context
-            self.stream = self.device.context.default_stream();
+            self.stream = self.cuda.context().default_stream();
         }
     }
 }
@@ -80,10 +81,10 @@ impl Stream for CudaStream {
 
     fn status(&self) -> Result<Status> {
         let mut word = [0; 4];
-        device::copy_out(&self.device, &self.stream, self.status.address, &mut word, "status")?;
+        device::copy_out(self.device(), &self.stream, self.status.address, &mut word, "status")?;
         let status = Status::from_bits(u32::from_le_bytes(word));
         if !status.is_ok() {
-            device::clear(&self.device, &self.stream, self.status.address)?;
+            device::clear(self.device(), &self.stream, self.status.address)?;
         }
         Ok(status)
     }
@@ -91,10 +92,13 @@ impl Stream for CudaStream {
 
 /// Operations recorded once and run any number of times, with whatever their operands then hold.
 ///
-/// The operands' memory and the stream that it was captured on must outlive it.
+/// The operands' memory must outlive it, a layer's weights and its workspace included. The kernels and the status word of
+/// the stream that it was captured on it keeps itself.
 #[derive(Debug)]
 pub struct Graph {
     graph: Executable,
+    _status: Arc<Allocation>,
+    _cuda: Cuda,
 }
 
 impl Graph {
@@ -103,12 +107,11 @@ impl Graph {
     ///
     /// Errors: `enqueue`'s, and `Driver` when something in it cannot be captured.
     pub fn capture(stream: &CudaStream, enqueue: impl FnOnce() -> Result<()>) -> Result<Self> {
-        let _current = stream.device.bind("capture")?;
-        device::begin_capture(&stream.stream)?;
-        let enqueued = enqueue();
-        let graph = device::end_capture(&stream.device, &stream.stream);
-        enqueued?;
-        Ok(Self { graph: graph? })
+        let _current = stream.device().bind("capture")?;
+        let capture = Capture::begin(&stream.stream)?;
+        enqueue()?;
+        let graph = capture.end(stream.device())?;
+        Ok(Self { graph, _status: Arc::clone(&stream.status), _cuda: stream.cuda.clone() })
     }
 
     /// Enqueues the recorded work.

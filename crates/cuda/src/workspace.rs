@@ -1,3 +1,4 @@
+use crate::device::Device;
 use crate::error::Result;
 use crate::memory::{Memory, Mut, Ref};
 use fused_moe_core::problem::LayerProblem;
@@ -79,6 +80,11 @@ impl Workspace {
         let mut workspace = Self { memory };
         workspace.carve("workspace", layer, max_tokens)?;
         Ok(workspace)
+    }
+
+    /// Errors: `OtherContext` when it was made for another device.
+    pub(crate) fn check(&self, device: &Device, during: &'static str) -> Result<()> {
+        self.memory.check(device, during, "workspace")
     }
 
     /// How much `tokens` tokens need.

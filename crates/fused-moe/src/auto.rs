@@ -83,7 +83,8 @@ pub enum DeviceError {
 struct Candidate {
     name: &'static str,
     preference: u32,
-    open: fn() -> Result<Device, DeviceError>,
+    /// The device of a number.
+    open: fn(usize) -> Result<Device, DeviceError>,
     /// How many devices it has, where it can be said.
     count: fn() -> usize,
 }
@@ -94,12 +95,22 @@ const CANDIDATES: &[Candidate] = &[
     Candidate {
         name: "cuda",
         preference: 2,
-        open: || Device::cuda(0),
+        open: Device::cuda,
         count: || fused_moe_cuda::device_count().unwrap_or(0),
     },
     #[cfg(feature = "cpu")]
-    Candidate { name: "cpu", preference: 1, open: Device::cpu, count: || 1 },
+    Candidate { name: "cpu", preference: 1, open: |_| Device::cpu(), count: || 1 },
 ];
+
+impl Candidate {
+    /// The names of its devices on a command line, by number; of one that is not there, where there is none.
+    fn names(&self) -> Vec<String> {
+        match (self.count)() {
+            0 | 1 => vec![self.name.into()],
+            count => (0..count).map(|ordinal| format!("{}:{ordinal}", self.name)).collect(),
+        }
+    }
+}
 
 impl Device {
     /// The processor, with a thread for each of its cores.
@@ -135,12 +146,15 @@ impl Device {
     pub fn best_and_why() -> Result<(Self, Option<String>), DeviceError> {
         let mut reasons = Vec::new();
         for candidate in CANDIDATES {
-            match (candidate.open)() {
-                Ok(device) => {
-                    let why = || format!("{}, since {}", candidate.name, reasons.join("; "));
-                    return Ok((device, (!reasons.is_empty()).then(why)));
+            for (ordinal, name) in candidate.names().into_iter().enumerate() {
+                match (candidate.open)(ordinal).map_err(|error| error.to_string()) {
+                    Ok(device) => {
+                        let why = || format!("{name}, since {}", reasons.join("; "));
+                        return Ok((device, (!reasons.is_empty()).then(why)));
+                    }
+                    Err(reason) if reasons.contains(&reason) => {}
+                    Err(reason) => reasons.push(reason),
                 }
-                Err(error) => reasons.push(error.to_string()),
             }
         }
         Err(DeviceError::None { reasons })
@@ -158,7 +172,7 @@ impl Device {
             return Self::cuda(ordinal);
         }
         match CANDIDATES.iter().find(|candidate| candidate.name == name) {
-            Some(candidate) => (candidate.open)(),
+            Some(candidate) => (candidate.open)(0),
             None => Err(DeviceError::Unknown { name: name.into(), known: names() }),
         }
     }
@@ -174,11 +188,10 @@ impl Device {
                 preference: candidate.preference,
             }
         };
-        let infos = |candidate: &'static Candidate| match (candidate.count)() {
-            0 | 1 => vec![info(candidate, candidate.name.into())],
-            count => (0..count).map(|ordinal| info(candidate, format!("{}:{ordinal}", candidate.name))).collect(),
-        };
-        CANDIDATES.iter().flat_map(infos).collect()
+        CANDIDATES
+            .iter()
+            .flat_map(|candidate| candidate.names().into_iter().map(|name| info(candidate, name)))
+            .collect()
     }
 
     /// Runs code that is written over [`Backend`] on this device.

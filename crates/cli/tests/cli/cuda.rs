@@ -84,7 +84,14 @@ fn a_driver_that_does_not_start() {
 
 #[test]
 fn an_architecture_too_old() {
-    unusable(with(&[("FAKE_CAPABILITY", "7")]), &["Fake 0", "compute capability 7.0", "at least 8.0"]);
+    unusable(with(&[("FAKE_OLD", "1")]), &["Fake 0", "compute capability 7.0", "at least 8.0"]);
+    let call = with(&[("FAKE_OLD", "1"), ("FAKE_COUNT", "2")]);
+    let ran = call(&["devices"]).succeeds();
+    assert!(ran.stdout.contains("chosen: cuda:1, since cuda: device: Fake 0 has compute capability 7.0"), "{ran}");
+    let ran = call(&["run"]).fails(1);
+    assert!(ran.choice.starts_with("on cuda:1, since cuda: device: Fake 0"), "{ran}");
+    assert!(ran.stderr.starts_with("error: allocation: "), "{ran}");
+    call(&["run", "--backend", "cuda"]).errs(["error: cuda: device: Fake 0"]);
 }
 
 #[test]

@@ -27,9 +27,8 @@ int cuMemAlloc_v2(void **address, size_t bytes) { return (void)address, (void)by
 int cuMemGetInfo_v2(size_t *unused, size_t *total) { return *unused = 12345, *total = 1 << 30, 0; }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    (void)device;
-    // compute capability, major and minor
-    *value = attribute == 75 ? number("FAKE_CAPABILITY", 9) : attribute == 76 ? 0 : 1 << 16;
+    // compute capability, major and minor; the first devices are too old
+    *value = attribute == 75 ? (device < number("FAKE_OLD", 0) ? 7 : 9) : attribute == 76 ? 0 : 1 << 16;
     return 0;
 }
 

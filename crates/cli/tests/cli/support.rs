@@ -76,7 +76,9 @@ impl Call {
 /// The line about the choice of a device, where there is one, and the rest of standard error.
 fn split(stderr: String) -> (String, String) {
     match stderr.split_once('\n') {
-        Some((choice, rest)) if choice.starts_with("on cpu, since ") => (choice.into(), rest.into()),
+        Some((choice, rest)) if choice.starts_with("on ") && choice.contains(", since ") => {
+            (choice.into(), rest.into())
+        }
         _ => (String::new(), stderr),
     }
 }

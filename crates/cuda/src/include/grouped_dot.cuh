@@ -27,7 +27,7 @@ __device__ __forceinline__ DotRows rows_of_block(const GroupedParams& p, u32 row
         if (e >= p.experts) return {0, 0, 0};
     }
     const RowRange range = rows_of(p, e);
-    if (row < range.begin || (row - range.begin) % ROWS != 0) return {0, 0, 0};
+    if (row < range.begin || row >= range.end || (row - range.begin) % ROWS != 0) return {0, 0, 0};
     return {e, row, range.end - row < ROWS ? range.end - row : ROWS};
 }
 

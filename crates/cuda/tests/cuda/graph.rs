@@ -1,9 +1,10 @@
 //! Operations captured into a graph replay with whatever their operands then hold; foreign streams and memory work.
 
 use fused_moe_core::config::{Normalize, RoutingRule, WeightRule};
-use fused_moe_core::operation::{Choice, Combine, Gate, GateRoute, Permute, Route, SlotRows};
+use fused_moe_core::operation::{Accumulate, Choice, Combine, Factor, Gate, GateRoute, Permute, Route, SlotRows, Zero};
 use fused_moe_core::{Backend, DType, Status, Stream, View};
 use fused_moe_cuda::{Cuda, CudaStream, Error, Graph, Memory, Result};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 /// Numbers in -1 .. 1 that differ with the seed.
@@ -174,6 +175,44 @@ pub(crate) fn a_graph_replays_with_new_inputs() -> Result<()> {
     Ok(())
 }
 
+pub(crate) fn a_graph_keeps_its_kernels_and_its_status_word() -> Result<()> {
+    let cuda = Cuda::new(0)?;
+    let mut memory = cuda.allocate(64)?;
+    let graph = {
+        // a backend with kernels of its own, and a stream of it
+        let other = Cuda::new(0)?;
+        let stream = other.stream()?;
+        let mut zero = || other.zero(&stream, Zero { out: View::new(memory.write(), DType::F32, 0, [1, 16])? });
+        zero()?;
+        stream.synchronize()?;
+        Graph::capture(&stream, zero)?
+    };
+    let stream = cuda.stream()?;
+    cuda.upload(&[1; 64], &mut memory)?;
+    graph.replay(&stream)?;
+    let mut bytes = [1; 64];
+    cuda.download(&stream, &memory, &mut bytes)?;
+    assert_eq!(bytes, [0; 64]);
+    Ok(())
+}
+
+pub(crate) fn a_capture_that_fails_is_ended() -> Result<()> {
+    let cuda = Cuda::new(0)?;
+    let stream = cuda.stream()?;
+    let mut memory = cuda.allocate(64)?;
+    let refused = Graph::capture(&stream, || Err(Error::Copy { bytes: 1, available: 0 }));
+    assert!(matches!(refused, Err(Error::Copy { .. })), "{refused:?}");
+    let panicked =
+        catch_unwind(AssertUnwindSafe(|| Graph::capture(&stream, || std::panic::resume_unwind(Box::new(())))));
+    assert!(panicked.is_err());
+    // the stream runs what it is given, and can be captured again
+    let mut zero = || cuda.zero(&stream, Zero { out: View::new(memory.write(), DType::F32, 0, [1, 16])? });
+    zero()?;
+    stream.synchronize()?;
+    Graph::capture(&stream, zero)?.replay(&stream)?;
+    stream.synchronize()
+}
+
 pub(crate) fn streams_and_memory_of_the_host_program() -> Result<()> {
     let cuda = Cuda::new(0)?;
     let theirs = cuda.context().new_stream().unwrap();
@@ -183,11 +222,21 @@ pub(crate) fn streams_and_memory_of_the_host_program() -> Result<()> {
     let view = |storage| View::new(storage, DType::F32, 0, [4, 64]);
     let out_view = View::new(fused_moe_cuda::Mut::from_slice(&mut out, &stream), DType::F32, 0, [4, 64])?;
     let y = view(fused_moe_cuda::Ref::from_slice(&x, &stream))?;
-    let weight = fused_moe_core::operation::Factor::Value(2.0);
-    cuda.accumulate(&stream, fused_moe_core::operation::Accumulate { acc: out_view, weight, y })?;
+    cuda.accumulate(&stream, Accumulate { acc: out_view, weight: Factor::Value(2.0), y })?;
     stream.synchronize()?;
     let expected: Vec<f32> = numbers(4 * 64, 5).iter().map(|x| 2.0 * x).collect();
     assert_eq!(theirs.clone_dtoh(&out).unwrap(), expected);
+
+    // the memory is another stream's, and is freed when it has been used
+    let mut memory =
+        Memory::from_slice(cuda.context().new_stream().unwrap().alloc_zeros::<f32>(4 * 64).unwrap(), &stream);
+    let acc = View::new(memory.write(), DType::F32, 0, [4, 64])?;
+    let y = view(fused_moe_cuda::Ref::from_slice(&x, &stream))?;
+    cuda.accumulate(&stream, Accumulate { acc, weight: Factor::Value(2.0), y })?;
+    let mut found = vec![0f32; 4 * 64];
+    cuda.download(&stream, &memory, bytemuck::cast_slice_mut(&mut found))?;
+    assert_eq!(found, expected);
+    drop(memory);
 
     // SAFETY: the context's own default stream, and memory that outlives its use.
     let (stream, memory) = unsafe {

@@ -21,6 +21,8 @@ const DEVICE: &[Test] = &[
     ("the_reference_agrees", conformance::the_reference_agrees),
     ("a_graph_replays_with_new_inputs", graph::a_graph_replays_with_new_inputs),
     ("streams_and_memory_of_the_host_program", graph::streams_and_memory_of_the_host_program),
+    ("a_graph_keeps_its_kernels_and_its_status_word", graph::a_graph_keeps_its_kernels_and_its_status_word),
+    ("a_capture_that_fails_is_ended", graph::a_capture_that_fails_is_ended),
     ("many_slots", graph::many_slots),
     ("many_tokens_with_norm", graph::many_tokens_with_norm),
     ("timing", graph::timing),

@@ -65,6 +65,10 @@ pub(crate) fn operands_of_another_device() -> Result<()> {
     let graph = Graph::capture(&stream, || zero(&one, &stream, &mut own))?;
     refused(graph.replay(&foreign_stream));
     refused(layer.workspace_in(foreign, 4).map(drop));
+    let mut elsewhere = prepare(&other, Numerics::Fast)?.workspace(4)?;
+    let (x, mut y) = (one.allocate(4 * H)?, one.allocate(4 * H)?);
+    let (x, y) = (View::new(x.read(), DType::BF16, 0, [1, H])?, View::new(y.write(), DType::BF16, 0, [1, H])?);
+    refused(layer.forward(&stream, x, y, &mut elsewhere));
     // neither device is the worse for it
     let x = numbers(3 * H, 5);
     let theirs = prepare(&other, Numerics::Fast)?;
