@@ -1,4 +1,4 @@
-//! What a checkpoint holds, from its headers alone.
+//! What a checkpoint holds, from its headers.
 
 use super::describe::{activation, sentence};
 use super::layer::CheckpointLayer;

@@ -29,7 +29,8 @@ use model_config::ModelConfig;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// A model on disk, memory-mapped: nothing of a tensor is read before a layer is prepared.
+/// A model on disk, memory-mapped: no weight is read before a layer is prepared, but for routers that lie the other way
+/// and tables of experts by token id, which [`layer`](Self::layer) copies.
 ///
 /// ```
 /// use fused_moe::checkpoint::Checkpoint;
@@ -144,7 +145,7 @@ impl Checkpoint {
         layer::load(self, index, config)
     }
 
-    /// What the checkpoint holds, without reading a tensor.
+    /// What the checkpoint holds, from headers and what [`layer`](Self::layer) reads.
     pub fn inspect(&self) -> Summary {
         inspect::summary(self)
     }

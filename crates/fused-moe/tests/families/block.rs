@@ -172,7 +172,12 @@ impl Row {
         Block {
             router: random.numbers(experts * hidden, 1.0),
             router_bias: random.numbers(if self.router_bias.is_some() { experts } else { 0 }, 0.5),
-            correction: random.numbers(if self.correction.is_some() { experts } else { 0 }, 1.5),
+            // mostly below the scores, so that what masked groups count as shows
+            correction: random
+                .numbers(if self.correction.is_some() { experts } else { 0 }, 1.5)
+                .iter()
+                .map(|x| f64::from((x - 1.0) as f32))
+                .collect(),
             experts: (0..experts).map(|_| Expert::random(&mut random, [hidden, inner], routed_gated, biased)).collect(),
             shared: self.shared.map(|names| Expert::random(&mut random, [hidden, shared], gated(&names), false)),
             shared_gate: random.numbers(if self.shared_gate.is_some() { hidden } else { 0 }, 1.0),

@@ -47,6 +47,22 @@ fn an_inner_config_without_a_type() {
     assert_eq!(Checkpoint::open(model.path()).unwrap().layer(1).unwrap().config.experts, 8);
 }
 
+/// What is no description of a language model is passed over.
+#[test]
+fn an_inner_config_that_is_none() {
+    for inner in [json!(null), json!([1]), json!(3), json!("text"), json!({}), json!({ "model_type": null })] {
+        let mut config = rows_of("kolibri1")[0].config.clone();
+        for key in ["text_config", "thinker_config", "language_config"] {
+            config[key] = inner.clone();
+        }
+        let model = Model::new(&config, &Row::file_of(&[&rows_of("kolibri1")[0]]));
+        assert!(Checkpoint::open(model.path()).unwrap().layer(1).is_ok(), "{inner}");
+    }
+    let config = json!({ "model_type": "mixtral", "text_config": { "model_type": 3 } });
+    let error = Checkpoint::open(Model::new(&config, &file(&tensors())).path()).unwrap_err();
+    assert!(error.to_string().ends_with("field model_type expected a text, got 3"), "{error}");
+}
+
 #[test]
 fn no_experts_no_layers() {
     let mut config = rows_of("granitemoehybrid")[0].config.clone();

@@ -149,7 +149,7 @@ pub(crate) fn rows() -> Vec<Row> {
     for (kinds, layers) in [
         (json!({}), Lies::Each(["", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight"])),
         (
-            json!({ "layers_block_type": null, "hybrid_override_pattern": "ME*" }),
+            json!({ "layers_block_type": null, "hybrid_override_pattern": "ME*", "mlp_hidden_act": null }),
             Lies::Each(["", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight"]),
         ),
     ] {
