@@ -124,7 +124,7 @@ pub enum Error {
         nearest: Vec<&'static str>,
     },
     /// A model whose layers have something that no layer can have yet.
-    #[error("{}: layers of {model_type} have {lacks}; which cannot run yet", config.display())]
+    #[error("{}: layers of {model_type} have {lacks}, which cannot run yet", config.display())]
     Unsupported {
         /// The config.json.
         config: PathBuf,

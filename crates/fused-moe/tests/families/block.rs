@@ -7,7 +7,7 @@ use fused_moe::DType;
 use fused_moe::checkpoint::Checkpoint;
 use serde_json::{Value, json};
 
-/// Names of gate, up and down; a gate without a name is not there.
+/// Names of gate, up and down; a gate without a name is not there, and an up without one lies below the gate.
 pub(crate) type Three = [&'static str; 3];
 
 /// How the routed experts lie.
@@ -16,6 +16,8 @@ pub(crate) enum Lies {
     Each(Three),
     /// `[E, 2I, H]` and `[E, H, I]`, gate rows first.
     Fused([&'static str; 2]),
+    /// `[E, I, H]` and `[E, H, I]`, without gate.
+    UpOnly([&'static str; 2]),
     /// `[E, H, 2I]` and `[E, I, H]`, gate columns first, with biases.
     Turned([&'static str; 2], [&'static str; 2]),
 }
@@ -167,6 +169,7 @@ impl Row {
         let (routed_gated, biased) = match &self.experts {
             Lies::Each(names) => (gated(names), false),
             Lies::Fused(_) => (true, false),
+            Lies::UpOnly(_) => (false, false),
             Lies::Turned(..) => (true, true),
         };
         Block {
@@ -187,7 +190,10 @@ impl Row {
     /// As the family has it on disk.
     fn stored(&self, block: &Block) -> Vec<Stored> {
         let [hidden, inner, experts, _, shared] = self.sizes;
-        let name = |name: &str| format!("{}.{name}", self.block);
+        let name = |name: &str| match name.strip_prefix("../") {
+            Some(name) => format!("{}.{name}", self.block.rsplit_once('.').unwrap().0),
+            None => format!("{}.{name}", self.block),
+        };
         let router = match self.router_turned {
             false => (name(self.router), vec![experts, hidden], block.router.clone()),
             true => (name(self.router), vec![hidden, experts], turned(&block.router, hidden)),
@@ -201,13 +207,11 @@ impl Row {
             all.push((bias.to_owned(), shape, numbers));
         }
         let mut each = |[gate, up, down]: Three, e: usize, expert: &Expert, inner: usize| {
-            for (of, numbers, shape) in [
-                (gate, &expert.gate, [inner, hidden]),
-                (up, &expert.up, [inner, hidden]),
-                (down, &expert.down, [hidden, inner]),
-            ] {
+            let joint = if up.is_empty() { [&expert.gate[..], &expert.up].concat() } else { expert.gate.clone() };
+            for (of, numbers, cols) in [(gate, &joint, hidden), (up, &expert.up, hidden), (down, &expert.down, inner)] {
                 if !of.is_empty() {
-                    all.push((name(&of.replace("{e}", &e.to_string())), shape.to_vec(), numbers.clone()));
+                    let shape = vec![numbers.len() / cols, cols];
+                    all.push((name(&of.replace("{e}", &e.to_string())), shape, numbers.clone()));
                 }
             }
         };
@@ -222,6 +226,10 @@ impl Row {
             Lies::Fused([gate_up, down]) => {
                 let rows = stack(&|e| [e.gate.clone(), e.up.clone()].concat());
                 all.push((name(gate_up), vec![experts, 2 * inner, hidden], rows));
+                all.push((name(down), vec![experts, hidden, inner], stack(&|e| e.down.clone())));
+            }
+            Lies::UpOnly([up, down]) => {
+                all.push((name(up), vec![experts, inner, hidden], stack(&|e| e.up.clone())));
                 all.push((name(down), vec![experts, hidden, inner], stack(&|e| e.down.clone())));
             }
             Lies::Turned([gate_up, down], [gate_up_bias, down_bias]) => {

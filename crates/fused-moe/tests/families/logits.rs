@@ -16,15 +16,25 @@ pub(crate) fn rows() -> Vec<Row> {
         fields: FIELDS,
         ..row(family, with(granite.clone(), more))
     };
-    let hybrid = Row {
+    let hybrid = |width| Row {
         router: "router.layer.weight",
         experts: Lies::Fused(["input_linear.weight", "output_linear.weight"]),
-        ..granite_row("granitemoehybrid", json!({ "shared_intermediate_size": 0 }))
+        ..granite_row("granitemoehybrid", json!({ "shared_intermediate_size": width }))
     };
     let cohere = json!({ "num_experts": 8, "intermediate_size": 6, "num_shared_experts": 2,
                          "expert_selection_fn": "sigmoid", "shared_expert_combination_strategy": "sum",
                          "mlp_layer_types": ["dense", "sparse"] });
-    let mut all = vec![granite_row("granitemoe_swa", json!({})), hybrid];
+    let shared = |row: Row| Row {
+        shared: Some(["../shared_mlp.input_linear.weight", "", "../shared_mlp.output_linear.weight"]),
+        fields: [FIELDS[0], FIELDS[1], FIELDS[2], "", "/shared_intermediate_size"],
+        ..row
+    };
+    let mut all = vec![
+        granite_row("granitemoe_swa", json!({})),
+        shared(granite_row("granitemoe_swa", json!({ "shared_intermediate_size": 10 }))),
+        hybrid(0),
+        shared(hybrid(10)),
+    ];
     for norm in [true, false] {
         all.push(Row {
             moe: &[1],

@@ -150,7 +150,7 @@ pub(crate) fn rows() -> Vec<Row> {
         (json!({}), Lies::Each(["", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight"])),
         (
             json!({ "layers_block_type": null, "hybrid_override_pattern": "ME*", "mlp_hidden_act": null }),
-            Lies::Each(["", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight"]),
+            Lies::UpOnly(["experts.up_proj", "experts.down_proj"]),
         ),
     ] {
         all.push(Row {
