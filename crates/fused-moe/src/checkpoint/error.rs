@@ -332,6 +332,13 @@ pub enum TensorProblem {
         /// The shape that it has.
         actual: Vec<usize>,
     },
+    /// It is there, and config.json says that there is none.
+    Unexpected {
+        /// Its name.
+        name: String,
+        /// The names of the field that would ask for it.
+        fields: Vec<&'static str>,
+    },
     /// It has a format that layers are not made of.
     Format {
         /// Its name.
@@ -374,6 +381,9 @@ impl fmt::Display for TensorProblem {
             Self::Missing { names, expected } => write!(f, "{} {expected} is missing", names.join(" or ")),
             Self::Shape { name, expected, actual } => write!(f, "{name} expected {expected}, got {actual:?}"),
             Self::Mixed { name, format, expected } => write!(f, "{name} is {format}, expected {expected}"),
+            Self::Unexpected { name, fields } => {
+                write!(f, "{name} is there, and {} of config.json is absent or 0", fields.join(" or "))
+            }
             Self::Entry { name, row, actual, experts } => {
                 write!(
                     f,

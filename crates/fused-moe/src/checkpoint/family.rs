@@ -211,7 +211,7 @@ pub(super) enum Act {
         named: Field,
         default: Function,
     },
-    /// A limit that is not above 0 is gated SiLU.
+    /// A limit that is null or not above 0 is gated SiLU.
     ClampedSilu {
         limit: Number,
     },

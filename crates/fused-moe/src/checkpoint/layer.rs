@@ -181,6 +181,10 @@ impl<'a, 'n> Tensors<'a, 'n> {
         let matrices = self.matrices(family.matrices, [experts, config.intermediate, hidden], Formats::TwoSides)?;
         let shared = match (&family.shared, &config.shared) {
             (Some(described), Some(shared)) => self.shared(described, shared, hidden)?,
+            (Some(described), None) => {
+                self.no_shared(described);
+                None
+            }
             _ => None,
         };
         let (Some(router), Some(matrices)) = (router, matrices) else { return Ok(None) };
@@ -232,6 +236,19 @@ impl<'a, 'n> Tensors<'a, 'n> {
         let found = self.matrices(described.matrices, [1, config.intermediate, hidden], Formats::One)?;
         let matrices = found.as_ref().and_then(|one| one.iter().next()).copied();
         Ok(matrices.map(|matrices| SharedWeights { matrices, gate }))
+    }
+
+    /// A shared expert that config.json has no width for would be left out of every sum.
+    fn no_shared(&mut self, described: &Shared) {
+        let down = |layout: &Layout| match *layout {
+            Layout::Apart { down, .. } | Layout::Plain { down, .. } => down,
+            Layout::Joint { down, .. } | Layout::Stacks { down, .. } => down,
+        };
+        let mut names = described.matrices.iter().map(|layout| full(self.block, down(layout)));
+        if let Some(name) = names.find(|name| self.files.tensor(name).is_some()) {
+            let fields = described.times.unwrap_or(described.width).to_vec();
+            self.problems.push(TensorProblem::Unexpected { name, fields });
+        }
     }
 
     /// The first layout whose tensors are all there with the right shapes; if there is none, the problems of the

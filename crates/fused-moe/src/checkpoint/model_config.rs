@@ -106,7 +106,7 @@ impl ModelConfig {
     }
 
     /// The value of a field for a layer, null included, and the name it was found under.
-    pub(super) fn lookup(&self, field: &[&str], layer: usize) -> Option<(String, &Value)> {
+    fn lookup(&self, field: &[&str], layer: usize) -> Option<(String, &Value)> {
         field.iter().find_map(|&name| match self.value(name)? {
             Value::Array(list) => list.get(layer).map(|value| (format!("{name}[{layer}]"), value)),
             value => Some((name.to_owned(), value)),
@@ -116,6 +116,11 @@ impl ModelConfig {
     /// As `lookup`; null is absent.
     fn find(&self, field: Field, layer: usize) -> Option<(String, &Value)> {
         field.iter().find_map(|&name| self.lookup(&[name], layer).filter(|(_, value)| !value.is_null()))
+    }
+
+    /// Whether a field is there and null.
+    pub(super) fn is_null(&self, field: Field, layer: usize) -> bool {
+        matches!(self.lookup(field, layer), Some((_, Value::Null)))
     }
 
     /// Whether a field is there, for the first layer if it is a list.

@@ -136,13 +136,12 @@ pub(super) const QWEN_SPARSE: &[Sparse] =
 
 pub(super) const MLP_LAYER_TYPES: Sparse = Sparse::Kind { field: &["mlp_layer_types"], moe: &["sparse", "moe"] };
 
-const FIRST_DENSE_FIELD: Field = &["first_k_dense_replace", "num_dense_layers"];
+pub(super) const FIRST_K_DENSE: Sparse = Sparse::From { first: &["first_k_dense_replace", "num_dense_layers"] };
 
-pub(super) const FIRST_DENSE: &[Sparse] = &[MLP_LAYER_TYPES, Sparse::From { first: FIRST_DENSE_FIELD }, Sparse::Every];
+pub(super) const FIRST_DENSE: &[Sparse] = &[MLP_LAYER_TYPES, FIRST_K_DENSE, Sparse::Every];
 
 /// The same, but the first layer alone where config.json does not say.
-pub(super) const ONE_DENSE: &[Sparse] =
-    &[MLP_LAYER_TYPES, Sparse::From { first: FIRST_DENSE_FIELD }, Sparse::Behind(1)];
+pub(super) const ONE_DENSE: &[Sparse] = &[MLP_LAYER_TYPES, FIRST_K_DENSE, Sparse::Behind(1)];
 
 pub(super) const HIDDEN_ACT: Act = Act::Gated { named: &["hidden_act", "hidden_activation", "activation_function"] };
 

@@ -1,7 +1,7 @@
 //! A family and a config.json to the description of a layer.
 
 use super::error::{Error, Result};
-use super::family::{Act, Family, Field, GroupFields, Norm, Routing, Select, Shared, Sparse};
+use super::family::{Act, Family, Field, GroupFields, Norm, Number, Routing, Select, Shared, Sparse};
 use super::model_config::ModelConfig;
 use fused_moe_core::config::{
     Activation, Function, GateConfig, Groups, LayerConfig, Normalize, RoutingRule, Selection, SharedConfig, WeightRule,
@@ -154,10 +154,8 @@ fn routing(config: &ModelConfig, routing: &Routing, layer: usize) -> Result<Rout
         Norm::Sum { when, eps } if config.flag(when, layer)? => Normalize::Sum { eps },
         Norm::Sum { .. } => Normalize::None,
         Norm::AtLeast(min) => Normalize::SumAtLeast { min: config.number(min, layer)? },
-        Norm::Lp { p, default } => match config.lookup(p, layer) {
-            Some((_, Value::Null)) => Normalize::None,
-            _ => Normalize::Lp { p: config.optional_number(p, layer)?.unwrap_or(default) },
-        },
+        Norm::Lp { p, .. } if config.is_null(p, layer) => Normalize::None,
+        Norm::Lp { p, default } => Normalize::Lp { p: config.optional_number(p, layer)?.unwrap_or(default) },
     };
     let scale = config.number(routing.scale, layer)?;
     let weights = WeightRule { value: routing.value, normalize, scale, ..WeightRule::default() };
@@ -176,6 +174,9 @@ fn activation(config: &ModelConfig, act: Act, layer: usize) -> Result<Activation
     Ok(match act {
         Act::Gated { named } => Activation::Gated(function(config, named, Function::Silu, layer)?),
         Act::Plain { named, default } => Activation::Plain(function(config, named, default, layer)?),
+        Act::ClampedSilu { limit: Number::Field { field, .. } } if config.is_null(field, layer) => {
+            Activation::default()
+        }
         Act::ClampedSilu { limit } => match config.number(limit, layer)? {
             limit if limit <= 0.0 => Activation::default(),
             limit => Activation::ClampedSilu { limit },

@@ -73,6 +73,23 @@ fn no_experts_no_layers() {
     assert!(matches!(checkpoint.layer(0), Err(Error::DenseLayer { .. })));
 }
 
+/// A shared expert that nothing asks for is not left out in silence.
+#[test]
+fn a_shared_expert_that_config_does_not_have() {
+    for row in rows_of("deepseek_v32").iter().chain(&rows_of("granitemoehybrid")[1..]) {
+        for value in [json!(null), json!(0)] {
+            let mut config = row.config.clone();
+            let field = row.fields[4].trim_start_matches('/');
+            config[field] = value.clone();
+            let model = Model::new(&config, &Row::file_of(&[row]));
+            let error = Checkpoint::open(model.path()).unwrap().layer(1).unwrap_err().to_string();
+            let absent = field == "shared_intermediate_size" && value.is_null();
+            let words = if absent { "field shared_intermediate_size is missing" } else { " is absent or 0" };
+            assert!(error.contains(words) && error.contains(field), "{error}");
+        }
+    }
+}
+
 #[test]
 fn a_required_flag() {
     let row = &rows_of("flint")[0];

@@ -100,6 +100,24 @@ pub(crate) fn rows() -> Vec<Row> {
         shared_activation: clamped_at_half,
         ..configured(deepseek("glm5_next"), json!({ "swiglu_limit": 0.5 }))
     };
+    all.push(Row {
+        moe: &[3, 4],
+        block: "model.layers.4.mlp",
+        correction: Some(("model.layers.4.mlp.gate.e_score_correction_bias", 1)),
+        ..configured(
+            deepseek("glm5_next"),
+            json!({ "swiglu_limit": null, "num_hidden_layers": 5, "first_k_dense_replace": null }),
+        )
+    });
+    all.push(Row {
+        sizes: [12, 6, 8, 3, 10],
+        route: |l, bias| ds3_groups(l, bias, [3, 4, 2], f64::NEG_INFINITY, 1.0),
+        ..configured(
+            deepseek("dots3_note"),
+            json!({ "moe_shared_expert_intermediate_size": 5, "routed_scaling_factor": null,
+                    "first_k_dense_replace": null }),
+        )
+    });
     let fields = inside([FIELDS[0], FIELDS[1], "", "", FIELDS[4]]);
     all.push(Row { config: nested("glm5_next_text", "glm5_next", &glm5), fields, ..glm5 });
     all.push(Row {
@@ -196,6 +214,7 @@ pub(crate) fn rows() -> Vec<Row> {
         correction: Some(("model.layers.1.moe.router.expert_bias", 1)),
         route: |l, bias| normalized(kolibri(l, bias), 0.0),
         fields: [own_fields[0], own_fields[1], "/num_local_experts", "", own_fields[4]],
+        shared: Some(SHARED_EXPERTS),
         ..shared("kolibri1", json!({ "num_experts": null, "num_local_experts": 8, "norm_topk_prob": true }))
     });
     for norm in [true, false] {

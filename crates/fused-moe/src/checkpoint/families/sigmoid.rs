@@ -50,6 +50,8 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "glm5_next",
         model_types: &["glm5_next"],
+        sparse: &[MLP_LAYER_TYPES, FIRST_K_DENSE, Sparse::Behind(3)],
+        routing: &[always(deepseek(factor(2.5)))],
         activation: CLAMPED_SILU,
         shared: Some(CLAMPED_SHARED_EXPERTS),
         ..DEEPSEEK
@@ -64,7 +66,12 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "dots3_note",
         model_types: &["dots3_note"],
         beside: Some("the experts of the vision encoder, which are not read"),
-        shared: Some(Shared { width: &["shared_experts_intermediate_size"], ..SHARED_EXPERTS }),
+        sparse: ONE_DENSE,
+        routing: &[always(deepseek(factor(1.0)))],
+        shared: Some(Shared {
+            width: &["moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"],
+            ..SHARED_EXPERTS
+        }),
         ..DEEPSEEK
     },
     Family {
@@ -98,9 +105,10 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "axk2",
         model_types: &["axk2"],
+        sparse: ONE_DENSE,
         routing: &[always(Routing {
             select: grouped(Flag::Always, GroupScore::SumOfBestTwo, Masked::Zero),
-            ..deepseek(SCALING_FACTOR)
+            ..deepseek(factor(2.5))
         })],
         ..DEEPSEEK
     },

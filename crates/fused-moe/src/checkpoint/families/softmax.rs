@@ -102,7 +102,7 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family { name: "deepseek_v2", model_types: &["deepseek_v2"], ..DEEPSEEK_V2 },
     Family { name: "deepseek_ocr2", model_types: &["deepseek_ocr2"], ..DEEPSEEK_V2 },
-    Family { name: "unlimited_ocr", model_types: &["unlimited_ocr"], ..DEEPSEEK_V2 },
+    Family { name: "unlimited_ocr", model_types: &["unlimited_ocr"], sparse: ONE_DENSE, ..DEEPSEEK_V2 },
     Family {
         name: "mistral4",
         model_types: &["mistral4"],
