@@ -21,6 +21,8 @@ pub struct Call<'a> {
     pub experts: &'a [u32],
     /// `[T, K]`.
     pub weights: &'a [f32],
+    /// `[T, E]`, where the routes were made of them and not of the router's.
+    pub logits: Option<HostView<'a>>,
     /// `[T, H]`, without residual.
     pub y: HostView<'a>,
 }
@@ -68,16 +70,19 @@ pub fn check(config: &LayerConfig, weights: &LayerWeights<'_>, call: &Call<'_>, 
     verdict
 }
 
-/// Compares the routes of `tokens` with what the router makes of x, in f64; experts that are nearly tied may change
-/// places. Routes by token id are taken as they are, and so are those of a layer without a router.
+/// Compares the routes of `tokens` with what the rule makes of the call's logits, or of the router's product with x in
+/// f64; experts that are nearly tied may change places. Routes by token id are taken as they are, and so are those of a
+/// layer with neither logits nor a router.
 ///
-/// Costs `E H` products a token. The layer is one that a backend has prepared; a token that does not exist is a failure.
+/// Costs `E H` products a token without logits. The layer is one that a backend has prepared; a token that does not exist is a failure.
 pub fn check_routes(config: &LayerConfig, weights: &LayerWeights<'_>, call: &Call<'_>, tokens: &[usize]) -> Comparison {
     let LayerConfig { hidden, experts, top_k, .. } = *config;
-    let Some(router) = weights.router.filter(|_| config.routing.selection != Selection::Table) else {
+    if config.routing.selection == Selection::Table || (weights.router.is_none() && call.logits.is_none()) {
         return Comparison::default();
-    };
-    let router: Vec<f64> = (0..router.rows()).flat_map(|e| row(&router, e).unwrap_or_default()).collect();
+    }
+    let router = weights.router.filter(|_| call.logits.is_none());
+    let router: Option<Vec<f64>> =
+        router.map(|router| (0..router.rows()).flat_map(|e| row(&router, e).unwrap_or_default()).collect());
     let vector = |view: &Option<HostView<'_>>| view.as_ref().and_then(|view| row(view, 0));
     let (bias, norm_weight) = (vector(&weights.router_bias), vector(&weights.router_norm));
     let (correction_bias, expert_scale) = (vector(&weights.correction_bias), vector(&weights.expert_scale));
@@ -87,11 +92,20 @@ pub fn check_routes(config: &LayerConfig, weights: &LayerWeights<'_>, call: &Cal
         let (Some(x), Some((ids, factors))) = (row(&call.x, token), call.slots(config, token)) else {
             return past_the_end(token);
         };
-        let (x, router, bias, norm_weight) = (&x[..], &router[..], bias.as_deref(), norm_weight.as_deref());
-        let gate = Gate { x, router, bias, norm_weight, config: gate_config, tokens: 1, hidden, experts };
-        let (gated, errors) = gated(&gate);
+        let (logits, errors) = match (&router, &call.logits) {
+            (Some(router), _) => {
+                let (x, bias, norm_weight) = (&x[..], bias.as_deref(), norm_weight.as_deref());
+                let gate = Gate { x, router, bias, norm_weight, config: gate_config, tokens: 1, hidden, experts };
+                let (gated, errors) = gated(&gate);
+                (gated.logits, errors)
+            }
+            (None, logits) => match logits.as_ref().and_then(|logits| row(logits, token)) {
+                Some(logits) => (logits, vec![0.0; experts]),
+                None => return past_the_end(token),
+            },
+        };
         let choice = Choice::new(rule);
-        let (sizes, logits) = ([1, experts, top_k], [&gated.logits[..], &errors[..]]);
+        let (sizes, logits) = ([1, experts, top_k], [&logits[..], &errors[..]]);
         let mut prepared = Prepared::default();
         for (name, values) in [("correction_bias", &correction_bias), ("expert_scale", &expert_scale)] {
             let tensor = values.as_ref().map(|v| Tensor::floats(DType::F32, [experts], v.iter().copied()));
@@ -237,7 +251,7 @@ mod tests {
         let check = |y: &[f64], tokens: &[usize]| {
             let y = Tensor::floats(DType::F32, [5, 24], y.to_vec());
             let (x, y) = (x.view().unwrap(), y.view().unwrap());
-            let call = Call { x, experts: routes.as_ids(), weights: &factors, y };
+            let call = Call { x, experts: routes.as_ids(), weights: &factors, logits: None, y };
             super::check(&config, &weights, &call, tokens)
         };
         assert_eq!(check(&y, &[0, 4]).failure, None);
@@ -285,13 +299,20 @@ mod tests {
             },
         );
         let factors: Vec<f32> = routes.weights.iter().map(|&w| w as f32).collect();
-        let check = |experts: &[u32], factors: &[f32], token| {
+        let given: Vec<f32> = logits.logits.iter().map(|&logit| logit as f32).collect();
+        let given = HostView::of(&given, [5, 6]).unwrap();
+        let check_from = |logits, experts: &[u32], factors: &[f32], token| {
             let x = x.view().unwrap();
-            check_routes(&config, &weights, &Call { x, experts, weights: factors, y: x }, &[token]).failure
+            check_routes(&config, &weights, &Call { x, experts, weights: factors, logits, y: x }, &[token]).failure
         };
+        let check = |experts: &[u32], factors: &[f32], token| check_from(None, experts, factors, token);
         for token in 0..5 {
             assert_eq!(check(&routes.experts, &factors, token), None);
+            assert_eq!(check_from(Some(given), &routes.experts, &factors, token), None);
         }
+        let others = HostView::of(&[-9f32, -9.0, 0.3, 0.4, 5.0, 6.0], [1, 6]).unwrap();
+        assert!(check_from(Some(others), &[0, 1], &factors, 0).unwrap().starts_with("experts of token 0 [0]"));
+        assert!(check_from(Some(others), &routes.experts, &factors, 1).is_some());
         let mut other = routes.experts.clone();
         other.swap(4, 5);
         assert!(check(&other, &factors, 2).unwrap().starts_with("experts of token 2 [0]"));

@@ -5,7 +5,8 @@ use fused_moe_core::config::{
     Activation, Function, LayerConfig, Normalize, RoutingRule, Score, SelectBy, Selection, WeightRule, WeightValue,
 };
 
-/// A layer of a published model: sizes, routing and activation, without shared expert, biases and groups.
+/// A layer of a published model: sizes, routing and activation, without shared expert, biases and groups. A number at the
+/// end of the name (`deepseek-v3-64`) is how many of the model's experts it has.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NamedShape {
     /// As on a command line.
@@ -39,11 +40,12 @@ const fn rule(score: Score, value: WeightValue, normalize: Normalize) -> Routing
 }
 
 /// All of them.
-pub const SHAPES: [NamedShape; 6] = [
+pub const SHAPES: [NamedShape; 7] = [
     shape("qwen3-30b-a3b", [2048, 768, 128, 8], SOFTMAX_SUM, SILU),
     shape("mixtral-8x7b", [4096, 14336, 8, 2], SOFTMAX_SUM, SILU),
     shape("gemma4-26b-a4b", [2816, 704, 128, 8], SOFTMAX_SUM, GELU),
     shape("deepseek-v3", [7168, 2048, 256, 8], SIGMOID_SUM, SILU),
+    shape("deepseek-v3-64", [7168, 2048, 64, 8], SIGMOID_SUM, SILU),
     shape("gpt-oss-20b", [2880, 2880, 32, 4], SOFTMAX_OF_CHOSEN, CLAMPED),
     shape("olmoe", [2048, 1024, 64, 8], SOFTMAX, SILU),
 ];
@@ -98,6 +100,19 @@ impl Cost {
         }
     }
 
+    /// The same where the caller brings the logits, f32 `[T, E]`: they are read, the router is not.
+    pub fn from_logits(self, config: &LayerConfig, tokens: usize, weights: DType) -> Self {
+        if tokens == 0 {
+            return self;
+        }
+        let (tokens, experts) = (tokens as u64, config.experts as u64);
+        let router = experts * config.hidden as u64;
+        Self {
+            bytes: (self.bytes + 4 * tokens * experts).saturating_sub(router * weights.size() as u64),
+            flops: self.flops.saturating_sub(2 * tokens * router),
+        }
+    }
+
     /// The shortest time that it can take, in seconds: the larger of what memory and what arithmetic need.
     ///
     /// - `bandwidth`: bytes per second; `rate`: operations per second, both as measured on the device
@@ -139,6 +154,9 @@ mod tests {
         let expert = 3 * 2048 * 768;
         assert_eq!(cost.bytes, (8 * expert + 128 * 2048) * 2 + 2 * 2048 * 2);
         assert_eq!(cost.flops, 2 * (8 * expert + 128 * 2048));
+        let given = cost.from_logits(&config, 1, DType::BF16);
+        assert_eq!((given.bytes, given.flops), (8 * expert * 2 + 4 * 128 + 2 * 2048 * 2, 2 * 8 * expert));
+        assert_eq!(Cost::default().from_logits(&config, 0, DType::BF16), Cost::default());
         assert_eq!(cost.floor(cost.bytes as f64, 1e30), 1.0);
         assert_eq!(cost.floor(1e30, cost.flops as f64), 1.0);
         assert_eq!(Cost::of(&config, 0, &[0; 128], [DType::BF16; 2]), Cost::default());

@@ -25,8 +25,8 @@ pub struct TileSchedule {
     pub permute: Permute,
     /// Rows a tile.
     pub tile_rows: usize,
-    /// Room for more tiles than can be.
-    pub room: usize,
+    /// Room for so many tiles more than there can be; none: for half of those that there are.
+    pub room: Option<usize>,
 }
 
 impl Permute {
@@ -80,9 +80,11 @@ impl Check for TileSchedule {
         let mut prepared = Prepared::default();
         let count = permutation.offsets.len();
         prepared.input("offsets", Tensor::ids([count], permutation.offsets));
-        let flat = tiles.iter().flat_map(|tile| [tile.expert, tile.first_row, tile.rows]).collect();
-        prepared.output(Output::ids("tiles", [most + self.room, 3], flat).only(tiles.len()));
-        prepared.output(Output::ids("count", [1], vec![tiles.len() as u32]));
+        let room = self.room.map_or(tiles.len() / 2, |room| most + room);
+        let written = tiles.len().min(room);
+        let flat = tiles.iter().take(room).flat_map(|tile| [tile.expert, tile.first_row, tile.rows]).collect();
+        prepared.output(Output::ids("tiles", [room, 3], flat).only(written));
+        prepared.output(Output::ids("count", [1], vec![written as u32]));
         prepared
     }
 
@@ -140,8 +142,9 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
     for permute in permutations {
         push(Stage::Permute, permute.name(), Operation::Permute(permute.clone()));
         if matches!(permute.spread, Spread::Even | Spread::Skewed | Spread::One(_) | Spread::Nowhere) {
-            for (tile_rows, room) in [(1, 0), (16, 0), (64, 3), (1000, 1)] {
-                let name = format!("tiles of {tile_rows} {}", permute.name());
+            for (tile_rows, room) in [(1, Some(0)), (16, Some(0)), (64, Some(3)), (1000, Some(1)), (4, None)] {
+                let short = if room.is_none() { " in half the room" } else { "" };
+                let name = format!("tiles of {tile_rows}{short} {}", permute.name());
                 let schedule = TileSchedule { permute: permute.clone(), tile_rows, room };
                 push(Stage::TileSchedule, name, Operation::TileSchedule(schedule));
             }

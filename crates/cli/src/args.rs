@@ -136,12 +136,14 @@ Examples:
   fmoe bench --shape olmoe --tokens 1,8,64 --dtype f32 --threads 1
   fmoe bench --hidden 2048 --intermediate 768 --experts 128 --top-k 8 --routing zipf
   fmoe bench --shape qwen3-30b-a3b --record
+  fmoe bench --backend cuda --shape mixtral-8x7b --tokens 1,64,4096 --from x
 
-The result is checked against the f64 reference before a time is printed. Each run reads another layer's weights.
-The floor is the larger of the bytes that a run must read over the read bandwidth, and its floating-point operations
-over the arithmetic rate, both measured on this machine in the same run.")]
+The result is checked against the f64 reference before a time is printed. Each call reads another layer's weights.
+The floor is the larger of the bytes that a call must read over the read bandwidth, and its floating-point operations
+over the arithmetic rate, both measured on this machine in the same run; on a GPU, the arithmetic rate is that of two
+dense products with as many operations, by cuBLAS where it is found.")]
 pub(crate) struct Bench {
-    /// A named shape: qwen3-30b-a3b, mixtral-8x7b, gemma4-26b-a4b, deepseek-v3, gpt-oss-20b or olmoe
+    /// A named shape: qwen3-30b-a3b, mixtral-8x7b, gemma4-26b-a4b, deepseek-v3, deepseek-v3-64, gpt-oss-20b or olmoe
     /// [default: qwen3-30b-a3b]
     #[arg(long, value_name = "NAME", conflicts_with_all = ["hidden", "intermediate", "experts", "top_k"])]
     pub(crate) shape: Option<String>,
@@ -157,8 +159,8 @@ pub(crate) struct Bench {
     /// K, experts per token
     #[arg(long, value_name = "K", requires = "hidden")]
     pub(crate) top_k: Option<usize>,
-    /// Batch sizes
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = count, default_value = "1,4,16,64,256")]
+    /// Batch sizes [default: 1,4,16,64,256; on a GPU 1,8,32,128,512,2048,8192]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = count)]
     pub(crate) tokens: Vec<usize>,
     /// Format of the weights
     #[arg(long, value_name = "D", default_value = "bf16", ignore_case = true)]
@@ -166,7 +168,10 @@ pub(crate) struct Bench {
     /// How tokens spread over the experts
     #[arg(long, value_name = "R", default_value = "uniform", ignore_case = true)]
     pub(crate) routing: Spread,
-    /// Threads of the CPU backend [default: one for each processor]
+    /// Where a call begins [default: x; on a GPU logits]
+    #[arg(long, value_name = "F", ignore_case = true)]
+    pub(crate) from: Option<Origin>,
+    /// Threads of the CPU backend, which is then the default [default: one for each processor]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     pub(crate) threads: Option<usize>,
     /// Seed of weights and tokens
@@ -227,7 +232,7 @@ fn count(text: &str) -> Result<usize, std::num::ParseIntError> {
 /// Where to run.
 #[derive(Debug, Args)]
 pub(crate) struct On {
-    /// Where to run: see `fmoe devices` [default: the best there is]
+    /// Where to run: a name of `fmoe devices`, as cpu, cuda or cuda:1 [default: auto, the best there is]
     #[arg(long, value_name = "B")]
     pub(crate) backend: Option<String>,
 }
@@ -238,6 +243,15 @@ pub(crate) enum Format {
     F32,
     F16,
     Bf16,
+}
+
+/// Where a call begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Origin {
+    /// The tokens: the router is part of the call
+    X,
+    /// Router logits, given beside the tokens
+    Logits,
 }
 
 /// How tokens spread over the experts.

@@ -1,31 +1,32 @@
 //! `fmoe bench`: how long a layer takes, and how long it would have to.
 
+mod batch;
+mod cuda;
+mod host;
 pub(crate) mod machine;
 mod measure;
+mod meter;
 mod record;
+mod report;
 pub(crate) mod weights;
 
-use crate::args::{self, Format};
+use crate::args::{self, Format, Origin};
 use crate::devices;
-use crate::output::{self, BOLD, DIM, GOOD, Table, WARN, bytes, duration, plain, progress, remedied, rounded};
+use crate::output::{self, bytes, progress, remedied};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use cuda::Gpu;
 use fused_moe::config::LayerConfig;
-use fused_moe::{Backend, DType, Device, Options, Visitor};
+use fused_moe::{Backend, DType, Device, Options};
 use fused_moe_conformance::shapes::{self, SHAPES};
+use host::Host;
 use machine::Ceilings;
 use measure::{Bench, Timing};
+use meter::{LayerSizes, Meter};
 use record::Setting;
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use weights::Source;
-
-/// Bytes that the layers should have together, in largest caches: so many, that little of what a run reads is left from
-/// an earlier run.
-const CACHES: u64 = 8;
-/// The most layers that take turns.
-const LAYERS: usize = 64;
 
 pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
     let (name, config) = shape(arguments)?;
@@ -35,12 +36,29 @@ pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
             "give batch sizes of 1 or more, as in 1,16,256",
         ));
     }
-    let device = device(arguments)?;
-    let threads = threads(&device);
-    let cache = machine::last_level_cache();
-    let available = machine::available_memory().unwrap_or(u64::MAX);
-    let run = Run { arguments, name: &name, config: &config, cache: cache.unwrap_or(32 << 20), available, threads };
-    device.visit(run)
+    config.check().map_err(|error| remedied(error.to_string(), "give sizes that make a layer"))?;
+    let run = Run { arguments, name: &name, config: &config };
+    match (device(arguments)?, arguments.threads) {
+        (Device::Cpu(_), Some(threads)) => run.on(&Host::new(fused_moe::cpu::Cpu::with_threads(threads)?)),
+        (Device::Cpu(cpu), None) => run.on(&Host::new(cpu)),
+        (Device::Cuda(_), Some(threads)) => Err(no_threads(threads, "cuda")),
+        (Device::Cuda(cuda), None) => run.on(&Gpu::new(cuda)),
+        _ => Err(remedied("bench: this backend cannot be measured", "give --backend cpu or --backend cuda")),
+    }
+}
+
+/// The device that the command line asks for; a number of threads asks for the processor.
+fn device(arguments: &args::Bench) -> Result<Device> {
+    match (arguments.threads, arguments.on.backend.as_deref()) {
+        (Some(_), None) => Ok(Device::cpu()?),
+        (Some(threads), Some(name)) if name.starts_with("cuda") => Err(no_threads(threads, name)),
+        _ => devices::chosen(&arguments.on),
+    }
+}
+
+fn no_threads(threads: usize, backend: &str) -> anyhow::Error {
+    let message = format!("--threads {threads}: {backend} has no threads to choose, they are the CPU backend's");
+    remedied(message, "leave --threads out, or give --backend cpu")
 }
 
 /// The shape that the command line asks for.
@@ -64,37 +82,10 @@ fn shape(arguments: &args::Bench) -> Result<(String, LayerConfig)> {
     }
 }
 
-/// The device, with as many threads as the command line asks for.
-fn device(arguments: &args::Bench) -> Result<Device> {
-    let device = devices::chosen(&arguments.on)?;
-    match (device, arguments.threads) {
-        (Device::Cuda(_), _) => Err(remedied(
-            "bench: calls on a CUDA device are not timed here yet",
-            "`cargo run --release -p fused-moe-cuda --example layer_speed` times them by graph replay; \
-             --backend cpu times the processor",
-        )),
-        (_, Some(0)) => Err(remedied("--threads 0: there is nobody to work", "give 1 or more, or leave it out")),
-        (Device::Cpu(_), Some(threads)) => Ok(Device::Cpu(fused_moe::cpu::Cpu::with_threads(threads)?)),
-        (device, _) => Ok(device),
-    }
-}
-
-fn threads(device: &Device) -> usize {
-    match device {
-        Device::Cpu(cpu) => cpu.threads(),
-        _ => std::thread::available_parallelism().map_or(1, usize::from),
-    }
-}
-
 struct Run<'a> {
     arguments: &'a args::Bench,
     name: &'a str,
     config: &'a LayerConfig,
-    /// Bytes of the largest cache.
-    cache: u64,
-    /// Bytes of memory that can be had.
-    available: u64,
-    threads: usize,
 }
 
 /// What may be taken of the memory that can be had.
@@ -111,33 +102,46 @@ impl Run<'_> {
         }
     }
 
-    fn setting(&self, backend: &'static str, layers: usize, ceilings: Ceilings) -> Setting<'_> {
+    fn origin<M: Meter>(&self) -> Origin {
+        self.arguments.from.unwrap_or(M::ORIGIN)
+    }
+
+    fn tokens<M: Meter>(&self) -> &[usize] {
+        if self.arguments.tokens.is_empty() { M::TOKENS } else { &self.arguments.tokens }
+    }
+
+    fn setting<M: Meter>(&self, meter: &M, layers: usize, ceilings: Ceilings) -> Setting<'_> {
         Setting {
             version: env!("CARGO_PKG_VERSION"),
-            backend,
-            device: machine::processor(),
-            threads: self.threads,
+            backend: meter.backend().name(),
+            device: meter.device(),
+            threads: meter.threads(),
             shape: self.name,
             config: self.config,
             dtype: self.dtype().to_string(),
             routing: value_name(self.arguments.routing),
+            from: value_name(self.origin::<M>()),
             layers,
             ceilings,
+            arithmetic: meter.arithmetic(),
         }
     }
 
-    fn layer_bytes(&self) -> Result<u64> {
-        let LayerConfig { hidden, intermediate, experts, .. } = *self.config;
+    fn sizes(&self) -> Result<LayerSizes> {
+        let LayerConfig { hidden, intermediate, experts, top_k, .. } = *self.config;
         let rows = self.config.gate_up_rows() as u128 + intermediate as u128;
-        let elements = experts as u128 * hidden as u128 * (rows + 1);
-        u64::try_from(elements * self.dtype().size() as u128)
-            .map_err(|_| remedied("a layer of this shape is larger than any memory", "give smaller sizes"))
+        let bytes_of = |rows: u128| {
+            u64::try_from(rows * hidden as u128 * self.dtype().size() as u128)
+                .map_err(|_| remedied("a layer of this shape is larger than any memory", "give smaller sizes"))
+        };
+        let (experts, top_k) = (experts as u128, top_k as u128);
+        Ok(LayerSizes { layer: bytes_of(experts * (rows + 1))?, chosen: bytes_of(top_k.min(experts) * rows)? })
     }
 
     /// How many layers take turns.
-    fn layers(&self, source: u64) -> Result<usize> {
-        let layer = self.layer_bytes()?.max(1);
-        let room = budget(self.available).saturating_sub(source);
+    fn layers<M: Meter>(&self, meter: &M, source: u64) -> Result<usize> {
+        let (sizes, room) = (self.sizes()?, meter.room(source)?);
+        let layer = sizes.layer.max(1);
         let fit = room / layer;
         if fit == 0 {
             return Err(remedied(
@@ -151,16 +155,17 @@ impl Run<'_> {
                 "take a smaller shape or a narrower --dtype, or give --hidden, --intermediate, --experts and --top-k",
             ));
         }
-        let wanted = self.cache.saturating_mul(CACHES).div_ceil(self.hot(layer)).max(2);
-        Ok(wanted.min(fit).min(LAYERS as u64) as usize)
+        Ok(meter.turns(sizes, self.arguments.routing).min(fit).min(meter.most_layers() as u64) as usize)
     }
 
     /// Errors where the tokens do not fit beside the layers.
-    fn check_tokens(&self, taken: u64) -> Result<()> {
-        let LayerConfig { hidden, intermediate, top_k, .. } = *self.config;
-        let room = budget(self.available).saturating_sub(taken);
-        for &tokens in &self.arguments.tokens {
-            let token = (measure::BATCHES + 4) * hidden * self.dtype().size() + top_k * (hidden + intermediate) * 8;
+    fn check_tokens<M: Meter>(&self, meter: &M, source: u64, layers: u64) -> Result<()> {
+        let LayerConfig { hidden, intermediate, experts, top_k, .. } = *self.config;
+        let room = meter.room(source)?.saturating_sub(layers);
+        for &tokens in self.tokens::<M>() {
+            let io = 2 * (meter.batches(tokens) + 1) * hidden * self.dtype().size();
+            let logits = 4 * experts * (meter.batches(tokens) + 1);
+            let token = io + logits + top_k * (hidden + intermediate) * 8;
             let needed = tokens as u128 * token as u128;
             if needed > u128::from(room) {
                 let needed = bytes(needed.try_into().unwrap_or(u64::MAX));
@@ -173,84 +178,55 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Bytes of a layer that runs come back to.
-    fn hot(&self, layer: u64) -> u64 {
-        let (experts, top_k) = (self.config.experts as u64, self.config.top_k as u64);
-        match self.arguments.routing {
-            args::Spread::One => (layer / experts.max(1) * top_k).max(1),
-            _ => layer,
-        }
-    }
-}
-
-impl Visitor for Run<'_> {
-    type Output = Result<ExitCode>;
-
-    fn visit<B: Backend>(self, backend: &B) -> Result<ExitCode> {
+    fn on<M: Meter>(&self, meter: &M) -> Result<ExitCode> {
         let arguments = self.arguments;
-        let seed = arguments.seed;
-        let layer_bytes = self.layer_bytes()?;
+        let sizes = self.sizes()?;
         let source_bytes = Source::size(self.config, self.dtype()) as u64;
-        let count = self.layers(source_bytes)?;
-        self.check_tokens(source_bytes + count as u64 * layer_bytes)?;
+        let count = self.layers(meter, source_bytes)?;
+        self.check_tokens(meter, source_bytes, count as u64 * sizes.layer)?;
 
         let bar = progress(count as u64, "random weights");
-        let source = Source::new(self.config, self.dtype(), arguments.routing, seed);
+        let source = Source::new(self.config, self.dtype(), arguments.routing, arguments.seed);
         let mut layers = Vec::with_capacity(count);
         for index in 0..count {
-            let layer = backend.prepare(self.config, &source.layer(index)?, &Options::default());
-            layers.push(layer.map_err(|error| remedied(error.to_string(), "give sizes that make a layer"))?);
+            let layer = meter.backend().prepare(self.config, &source.layer(index)?, &Options::default());
+            layers.push(
+                layer.map_err(|error| remedied(error.to_string(), "take a smaller shape or a narrower --dtype"))?,
+            );
             bar.inc(1);
         }
         bar.set_message("this machine's own rates");
-        let ceilings = || machine::measure(self.threads, self.cache, machine::available_memory().unwrap_or(1 << 30));
-        let before = ceilings()?;
+        let before = meter.ceilings()?;
         bar.finish_and_clear();
 
-        let device = format!("{}: {}", backend.name(), backend.describe());
         let quiet = arguments.json.as_deref() == Some(Path::new("-"));
         if !quiet {
-            self.print_setting(&device, count, layer_bytes)?;
+            let enough = meter.turns(sizes, arguments.routing) <= 2 * count as u64;
+            report::setting(meter, &self.setting(meter, count, before), sizes.layer, enough)?;
         }
-        let bench = Bench { backend, config: self.config, dtype: self.dtype(), layers: &layers, source: &source, seed };
+        let bench = Bench {
+            meter,
+            config: self.config,
+            dtype: self.dtype(),
+            layers: &layers,
+            source: &source,
+            origin: self.origin::<M>(),
+            routing: arguments.routing,
+            seed: arguments.seed,
+        };
         let mut timings = Vec::new();
-        for &tokens in &arguments.tokens {
+        for &tokens in self.tokens::<M>() {
             let bar = progress(measure::STEPS, &format!("{tokens} tokens"));
-            let timing = bench.measure(tokens, || bar.inc(1));
+            let timing = bench.measure(tokens, &|| bar.inc(1));
             bar.finish_and_clear();
             timings.push(timing.with_context(|| format!("{}, {tokens} tokens: no time is given", self.name))?);
         }
-        let setting = self.setting(backend.name(), count, before.or_higher(ceilings()?));
+        let setting = self.setting(meter, count, before.or_higher(meter.ceilings()?));
         if !quiet {
-            print_timings(&timings, &setting.ceilings)?;
+            report::timings(meter, &timings, &setting.ceilings)?;
         }
         self.keep(&setting, &timings)?;
         Ok(ExitCode::SUCCESS)
-    }
-}
-
-impl Run<'_> {
-    fn print_setting(&self, device: &str, layers: usize, layer: u64) -> Result<()> {
-        let mut out = output::stdout();
-        let LayerConfig { hidden, intermediate, experts, top_k, .. } = *self.config;
-        let (dtype, routing) = (self.dtype(), value_name(self.arguments.routing));
-        writeln!(
-            out,
-            "{BOLD}{}{BOLD:#}: H {hidden}, I {intermediate}, E {experts}, K {top_k}; {dtype}; routing {routing}",
-            self.name
-        )?;
-        writeln!(out, "device   {device}")?;
-        writeln!(
-            out,
-            "weights  {layers} layers of {} take turns; the largest cache has {}",
-            bytes(layer),
-            bytes(self.cache)
-        )?;
-        if self.hot(layer) * (layers as u64) < self.cache * CACHES / 2 {
-            writeln!(out, "         {WARN}so few that runs find some of them in the cache{WARN:#}")?;
-        }
-        out.flush()?;
-        Ok(())
     }
 
     /// Writes what is to be kept.
@@ -269,62 +245,6 @@ impl Run<'_> {
         }
         Ok(())
     }
-}
-
-fn print_timings(timings: &[Timing], ceilings: &Ceilings) -> Result<()> {
-    let mut out = output::stdout();
-    let header = [
-        "tokens",
-        "median",
-        "10 to 90 %",
-        "runs",
-        "experts",
-        "GB/s",
-        "of read",
-        "GFLOP/s",
-        "of dot",
-        "floor",
-        "x floor",
-    ];
-    let mut table = Table::new(header).text(&[2]);
-    for timing in timings {
-        let [low, high] = timing.spread;
-        let floor = timing.floor(ceilings);
-        let ratio = timing.median.as_secs_f64() / floor.as_secs_f64();
-        let style = if ratio < 1.5 { GOOD } else { WARN };
-        let percent = |part: f64| plain(format_args!("{:.0} %", 100.0 * part));
-        table.row([
-            plain(timing.tokens),
-            plain(duration(timing.median)),
-            plain(format_args!("{} to {}", duration(low), duration(high))),
-            plain(timing.runs),
-            plain(rounded(timing.touched)),
-            plain(rounded(timing.bandwidth() / 1e9)),
-            percent(timing.bandwidth() / ceilings.bandwidth),
-            plain(rounded(timing.arithmetic() / 1e9)),
-            percent(timing.arithmetic() / ceilings.arithmetic),
-            plain(duration(floor)),
-            (rounded(ratio), style),
-        ]);
-    }
-    table.print(&mut out)?;
-    writeln!(
-        out,
-        "machine  {} GB/s read ({} of f32); {} GFLOP/s (f32 dot kernel, operands in cache); best of {} passes before and as many after",
-        rounded(ceilings.bandwidth / 1e9),
-        bytes(ceilings.buffer as u64),
-        rounded(ceilings.arithmetic / 1e9),
-        machine::PASSES
-    )?;
-    let rows: usize = timings.iter().map(|timing| timing.verified.rows).sum();
-    let error = timings.iter().map(|timing| timing.verified.error).fold(0.0, f64::max);
-    let allowed = timings.iter().map(|timing| timing.verified.tolerance).fold(0.0, f64::max);
-    writeln!(
-        out,
-        "{DIM}checked before timing: {rows} rows against f64, largest error {error:.1e} of the largest value, {allowed:.1e} allowed{DIM:#}"
-    )?;
-    out.flush()?;
-    Ok(())
 }
 
 fn value_name(value: impl ValueEnum) -> String {

@@ -41,9 +41,17 @@ pub(crate) fn check(arguments: &args::Check) -> Result<ExitCode> {
 
 /// Every kernel of every plan, as NVRTC makes them.
 fn compile(architectures: &[String]) -> Result<ExitCode> {
-    let help =
-        "NVRTC comes with the CUDA toolkit and with the Python package nvidia-cuda-nvrtc; FMOE_NVRTC may name it";
-    let failed = |error: cuda::Error| remedied(error.to_string(), help);
+    let failed = |error: cuda::Error| {
+        let help = match error {
+            cuda::Error::Compile { .. } => {
+                "the log says what NVRTC does not take; a newer one may know the architecture"
+            }
+            _ => {
+                "NVRTC comes with the CUDA toolkit and with the Python package nvidia-cuda-nvrtc; FMOE_NVRTC may name it"
+            }
+        };
+        remedied(error.to_string(), help)
+    };
     let (name, (major, minor)) = cuda::compiler().map_err(failed)?;
     let mut out = output::stdout();
     writeln!(out, "compiler {name}, NVRTC {major}.{minor}")?;

@@ -1,7 +1,7 @@
 //! `fmoe devices`, and the choice of one.
 
 use crate::args::On;
-use crate::output::{self, BAD, DIM, GOOD, Table, plain, remedied};
+use crate::output::{self, BAD, DIM, GOOD, Table, note, plain, remedied};
 use anyhow::Result;
 use fused_moe::{Device, DeviceError};
 use serde_json::json;
@@ -9,12 +9,21 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// The device that the command line asks for.
+/// The device that the command line asks for; where it leaves the choice, a word about what could not be chosen.
 pub(crate) fn chosen(on: &On) -> Result<Device> {
-    let device = Device::by_name(on.backend.as_deref().unwrap_or("auto"));
+    let device = match on.backend.as_deref() {
+        None | Some("auto") => Device::best_and_why().map(|(device, why)| {
+            if let Some(why) = why {
+                note(format_args!("on {why}"));
+            }
+            device
+        }),
+        Some(name) => Device::by_name(name),
+    };
     device.map_err(|error| match &error {
         DeviceError::Unknown { name, known } => {
-            remedied(format!("--backend {name}: no such backend"), format!("this fmoe has auto, {}", known.join(", ")))
+            let help = format!("this fmoe has auto, {}; one of several GPUs is cuda:0, cuda:1, ...", known.join(", "));
+            remedied(format!("--backend {name}: no such backend"), help)
         }
         _ => remedied(error.to_string(), "`fmoe devices` says what can be used here"),
     })
@@ -37,6 +46,8 @@ fn first_calls(backend: &str) -> Result<[Duration; 2]> {
 pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
     let devices = Device::list();
     let best = Device::best_and_why();
+    let first = || devices.iter().find(|device| device.available.is_ok()).map(|device| device.name.clone());
+    let chosen = best.as_ref().ok().and_then(|(_, why)| why.clone().or_else(first));
     if arguments.json {
         let list: Vec<_> = devices
             .iter()
@@ -49,23 +60,23 @@ pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
                 })
             })
             .collect();
-        output::print_json(&json!({ "devices": list, "chosen": best.as_ref().ok().map(|(_, why)| why) }))?;
+        output::print_json(&json!({ "devices": list, "chosen": chosen }))?;
     } else {
         let mut out = output::stdout();
         let mut table = Table::new(["backend", "usable", "device"]).text(&[1, 2]);
         for device in &devices {
             match &device.available {
-                Ok(()) => table.row([plain(device.name), ("yes".into(), GOOD), plain(&device.description)]),
-                Err(reason) => table.row([plain(device.name), ("no".into(), BAD), (reason.clone(), DIM)]),
+                Ok(()) => table.row([plain(&device.name), ("yes".into(), GOOD), plain(&device.description)]),
+                Err(reason) => table.row([plain(&device.name), ("no".into(), BAD), (reason.clone(), DIM)]),
             }
         }
         table.print(&mut out)?;
-        if let Ok((_, why)) = &best {
-            writeln!(out, "chosen: {why}")?;
+        if let Some(chosen) = chosen {
+            writeln!(out, "chosen: {chosen}")?;
         }
         if arguments.timing {
             for device in devices.iter().filter(|device| device.available.is_ok()) {
-                let [cold, warm] = first_calls(device.name)?.map(output::duration);
+                let [cold, warm] = first_calls(&device.name)?.map(output::duration);
                 writeln!(
                     out,
                     "{}: first call after {cold} with an empty kernel cache, after {warm} with a warm one",

@@ -106,6 +106,12 @@ pub(crate) fn help(error: &anyhow::Error) -> Option<&str> {
     if let Some(remedied) = error.chain().find_map(|cause| cause.downcast_ref::<Remedied>()) {
         return Some(&remedied.help);
     }
+    let of_device = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(fused_moe::cuda::Error::OutOfMemory { .. }))
+    };
+    if error.chain().any(of_device) {
+        return Some("free memory of the device, or ask for less: fewer tokens, smaller layers");
+    }
     match error.chain().find_map(|cause| cause.downcast_ref::<io::Error>())?.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some("make room, or write the output elsewhere"),
         io::ErrorKind::OutOfMemory => Some("close what else needs memory, or ask for less"),

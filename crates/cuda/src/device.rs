@@ -1,9 +1,11 @@
 //! The device: its numbers, its context, its memory, and the driver calls of streams and graphs.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, loader_says};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream as DriverStream};
+use std::mem::ManuallyDrop;
+use std::ptr;
 use std::sync::Arc;
 
 /// The oldest driver that will do, 1000 * major + 10 * minor.
@@ -39,7 +41,7 @@ impl DeviceNumbers {
     }
 }
 
-/// Looks for the driver's library without loading it through cudarc, which panics where there is none.
+/// Looks for the driver's library as cudarc does, which panics where there is none or it is none of a driver's.
 pub(crate) fn find_driver() -> Result<()> {
     let mut names: Vec<String> = Vec::new();
     for name in ["cuda", "nvcuda"].iter().flat_map(|name| cudarc::get_lib_name_candidates(name)) {
@@ -51,8 +53,16 @@ pub(crate) fn find_driver() -> Result<()> {
     for name in &names {
         // SAFETY: the driver's initialisers are made to run in any process.
         match unsafe { libloading::Library::new(name) } {
-            Ok(_) => return Ok(()),
-            Err(error) if reason.is_empty() => reason = error.to_string(),
+            Ok(library) => {
+                // SAFETY: looked up and not called.
+                let found = unsafe { library.get::<unsafe extern "C" fn()>(b"cuDriverGetVersion\0") };
+                match found {
+                    Ok(_) => return Ok(()),
+                    Err(error) => reason = loader_says(&error),
+                }
+                break;
+            }
+            Err(error) if reason.is_empty() => reason = loader_says(&error),
             Err(_) => {}
         }
     }
@@ -83,11 +93,45 @@ pub fn device_count() -> Result<usize> {
     }
 }
 
+/// Makes the context current again that was so on this thread when this was made: the host program's stays as it was.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Restore {
+    before: sys::CUcontext,
+}
+
+impl Restore {
+    fn new() -> Self {
+        Self { before: current() }
+    }
+}
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        if current() != self.before {
+            // SAFETY: it was current before, or there was none. A failure means that it is gone.
+            let _ = unsafe { result::ctx::set_current(self.before) };
+        }
+    }
+}
+
+fn current() -> sys::CUcontext {
+    result::ctx::get_current().ok().flatten().unwrap_or(ptr::null_mut())
+}
+
 /// A context on a device, and its numbers.
 #[derive(Debug)]
 pub(crate) struct Device {
-    pub(crate) context: Arc<CudaContext>,
+    pub(crate) context: ManuallyDrop<Arc<CudaContext>>,
     pub(crate) numbers: DeviceNumbers,
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _restore = Restore::new();
+        // SAFETY: dropped nowhere else. cudarc makes the context current to release it.
+        unsafe { ManuallyDrop::drop(&mut self.context) };
+    }
 }
 
 impl Device {
@@ -96,6 +140,7 @@ impl Device {
         if ordinal >= count {
             return Err(Error::NoDevice { ordinal, count });
         }
+        let _restore = Restore::new();
         Self::of(CudaContext::new(ordinal).map_err(|e| driver_error("context", e))?)
     }
 
@@ -123,21 +168,39 @@ impl Device {
         if major < 8 {
             return Err(Error::Architecture { device: numbers.name, major, minor });
         }
-        Ok(Self { context, numbers })
+        Ok(Self { context: ManuallyDrop::new(context), numbers })
     }
 
-    /// Makes the context current on this thread.
-    pub(crate) fn bind(&self, during: &'static str) -> Result<()> {
-        self.context.bind_to_thread().map_err(|e| driver_error(during, e))
+    /// Makes the context current on this thread as long as the value lives.
+    pub(crate) fn bind(&self, during: &'static str) -> Result<Restore> {
+        let restore = Restore::new();
+        let context = self.context.cu_ctx();
+        if restore.before != context {
+            // SAFETY: the context lives as long as its Arc.
+            unsafe { result::ctx::set_current(context) }.map_err(|e| driver_error(during, e))?;
+        }
+        Ok(restore)
+    }
+
+    /// Errors: `OtherContext` when `operand` is not of this device's context.
+    pub(crate) fn check(&self, other: &CudaContext, during: &'static str, operand: &'static str) -> Result<()> {
+        if *other == **self.context { Ok(()) } else { Err(Error::OtherContext { during, operand }) }
     }
 
     pub(crate) fn free_bytes(&self) -> Result<usize> {
-        Ok(self.context.mem_get_info().map_err(|e| driver_error("free memory", e))?.0)
+        let _current = self.bind("free memory")?;
+        Ok(result::mem_get_info().map_err(|e| driver_error("free memory", e))?.0)
+    }
+
+    /// A stream of its own.
+    pub(crate) fn new_stream(&self, during: &'static str) -> Result<Arc<DriverStream>> {
+        let _current = self.bind(during)?;
+        self.context.new_stream().map_err(|e| driver_error(during, e))
     }
 
     /// Zeroed memory.
     pub(crate) fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Allocation> {
-        self.bind("allocation")?;
+        let _current = self.bind("allocation")?;
         let length = bytes.max(256);
         // SAFETY: the context is current; the address is freed once, by the Allocation.
         let address = match unsafe { result::malloc_sync(length) } {
@@ -156,20 +219,28 @@ impl Device {
 
     /// Waits for everything on the device.
     pub(crate) fn synchronize(&self, during: &'static str) -> Result<()> {
-        self.context.synchronize().map_err(|e| driver_error(during, e))
+        let _current = self.bind(during)?;
+        result::ctx::synchronize().map_err(|e| driver_error(during, e))
+    }
+
+    /// Waits for everything on a stream of this context.
+    pub(crate) fn wait(&self, stream: &DriverStream, during: &'static str) -> Result<()> {
+        let _current = self.bind(during)?;
+        // SAFETY: the stream lives.
+        unsafe { result::stream::synchronize(stream.cu_stream()) }.map_err(|e| driver_error(during, e))
     }
 }
 
 /// Device memory of its own.
 #[derive(Debug)]
 pub(crate) struct Allocation {
-    device: Arc<Device>,
+    pub(crate) device: Arc<Device>,
     pub(crate) address: u64,
 }
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        if self.device.context.bind_to_thread().is_ok() {
+        if let Ok(_current) = self.device.bind("free") {
             // SAFETY: allocated by `Device::allocate`, freed nowhere else. Freeing waits for the device. A failure means
             // that the context is gone, and the memory with it.
             let _ = unsafe { result::free_sync(self.address) };
@@ -179,34 +250,65 @@ impl Drop for Allocation {
 
 /// Copies to the device and waits. The caller has checked the extents.
 pub(crate) fn copy_in(device: &Device, data: &[u8], address: u64) -> Result<()> {
+    let _current = device.bind("upload")?;
     device.synchronize("upload")?;
     // SAFETY: the caller's `&mut Memory` covers the range, and nothing on the device uses it after the wait.
     unsafe { result::memcpy_htod_sync(address, data) }.map_err(|e| driver_error("upload", e))?;
     device.synchronize("upload")
 }
 
-/// Copies from the device, after the work of `stream`, and waits. The caller has checked the extents.
-pub(crate) fn copy_out(stream: &DriverStream, address: u64, data: &mut [u8], during: &'static str) -> Result<()> {
-    stream.context().bind_to_thread().map_err(|e| driver_error(during, e))?;
-    // SAFETY: the caller's `&Memory` covers the range; the wait below comes before `data` is given back.
-    unsafe { result::memcpy_dtoh_async(data, address, stream.cu_stream()) }.map_err(|e| driver_error(during, e))?;
-    stream.synchronize().map_err(|e| driver_error(during, e))
+/// Fills `bytes` bytes at `address` with `data`, over and over. The caller owns the range.
+pub(crate) fn repeat(device: &Device, data: &[u8], address: u64, bytes: usize) -> Result<()> {
+    let _current = device.bind("upload")?;
+    let mut done = data.len().min(bytes);
+    copy_in(device, &data[..done], address)?;
+    while done > 0 && done < bytes {
+        let more = done.min(bytes - done);
+        // SAFETY: both ranges lie within the caller's, one after the other.
+        unsafe { result::memcpy_dtod_sync(address + done as u64, address, more) }
+            .map_err(|e| driver_error("copy", e))?;
+        done += more;
+    }
+    device.synchronize("copy")
 }
 
-/// Clears memory in the order of `stream`. The caller has checked the extent.
-pub(crate) fn clear(stream: &DriverStream, address: u64, bytes: usize, during: &'static str) -> Result<()> {
-    stream.context().bind_to_thread().map_err(|e| driver_error(during, e))?;
-    // SAFETY: the caller owns the range.
-    unsafe { result::memset_d8_async(address, 0, bytes, stream.cu_stream()) }.map_err(|e| driver_error(during, e))
+/// Copies from the device, after the work of `stream`, and waits. The caller has checked the extents.
+pub(crate) fn copy_out(
+    device: &Device,
+    stream: &DriverStream,
+    address: u64,
+    data: &mut [u8],
+    during: &'static str,
+) -> Result<()> {
+    let _current = device.bind(during)?;
+    // SAFETY: the caller's `&Memory` covers the range; the wait below comes before `data` is given back.
+    unsafe { result::memcpy_dtoh_async(data, address, stream.cu_stream()) }.map_err(|e| driver_error(during, e))?;
+    device.wait(stream, during)
+}
+
+/// Clears a word in the order of `stream`.
+pub(crate) fn clear(device: &Device, stream: &DriverStream, address: u64) -> Result<()> {
+    let _current = device.bind("status")?;
+    // SAFETY: the caller owns the word.
+    unsafe { result::memset_d8_async(address, 0, 4, stream.cu_stream()) }.map_err(|e| driver_error("status", e))
 }
 
 /// A stream that another library owns.
 ///
+/// Errors: `OtherContext`.
+///
 /// # Safety
 /// As [`CudaStream::from_raw`](crate::CudaStream::from_raw).
-pub(crate) unsafe fn foreign_stream(device: &Device, stream: sys::CUstream) -> Arc<DriverStream> {
+pub(crate) unsafe fn foreign_stream(device: &Device, stream: sys::CUstream) -> Result<Arc<DriverStream>> {
+    let _current = device.bind("stream")?;
+    let mut context = ptr::null_mut();
+    // SAFETY: the caller's stream lives; writes one pointer. The default streams are those of the current context.
+    unsafe { sys::cuStreamGetCtx(stream, &mut context) }.result().map_err(|e| driver_error("stream", e))?;
+    if context != device.context.cu_ctx() {
+        return Err(Error::OtherContext { during: "stream", operand: "stream" });
+    }
     // SAFETY: passed on to the caller.
-    unsafe { device.context.wrap_borrowed_stream(stream) }
+    Ok(unsafe { device.context.wrap_borrowed_stream(stream) })
 }
 
 /// Begins to record what is enqueued on `stream` instead of running it.
@@ -217,35 +319,42 @@ pub(crate) fn begin_capture(stream: &DriverStream) -> Result<()> {
 }
 
 /// Ends the recording and makes it ready to run.
-pub(crate) fn end_capture(stream: &DriverStream) -> Result<Executable> {
+pub(crate) fn end_capture(device: &Arc<Device>, stream: &DriverStream) -> Result<Executable> {
     // SAFETY: the stream lives, and a capture of this thread's began on it.
     let graph = unsafe { result::stream::end_capture(stream.cu_stream()) }.map_err(|e| driver_error("capture", e))?;
     // SAFETY: the graph was made above; it is destroyed once.
     let made = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags_enum(0)) };
     // SAFETY: as above. A failure to destroy it loses memory and nothing else.
     let _ = unsafe { result::graph::destroy(graph) };
-    Ok(Executable(made.map_err(|e| driver_error("graph", e))?))
+    Ok(Executable { graph: made.map_err(|e| driver_error("graph", e))?, device: Arc::clone(device) })
 }
 
 /// A graph that can be launched.
 #[derive(Debug)]
-pub(crate) struct Executable(sys::CUgraphExec);
+pub(crate) struct Executable {
+    graph: sys::CUgraphExec,
+    device: Arc<Device>,
+}
 
 // SAFETY: the driver's handles may be used from any thread, one at a time.
 unsafe impl Send for Executable {}
 
 impl Executable {
     pub(crate) fn launch(&self, stream: &DriverStream) -> Result<()> {
-        stream.context().bind_to_thread().map_err(|e| driver_error("graph launch", e))?;
+        let during = "graph launch";
+        self.device.check(stream.context(), during, "stream")?;
+        let _current = self.device.bind(during)?;
         // SAFETY: both handles live.
-        unsafe { result::graph::launch(self.0, stream.cu_stream()) }.map_err(|e| driver_error("graph launch", e))
+        unsafe { result::graph::launch(self.graph, stream.cu_stream()) }.map_err(|e| driver_error(during, e))
     }
 }
 
 impl Drop for Executable {
     fn drop(&mut self) {
-        // SAFETY: destroyed nowhere else. A failure loses memory and nothing else.
-        let _ = unsafe { result::graph::exec_destroy(self.0) };
+        if let Ok(_current) = self.device.bind("graph") {
+            // SAFETY: destroyed nowhere else. A failure loses memory and nothing else.
+            let _ = unsafe { result::graph::exec_destroy(self.graph) };
+        }
     }
 }
 
@@ -265,6 +374,8 @@ pub(crate) fn driver_error(during: &'static str, error: DriverError) -> Error {
         | CUresult::CUDA_ERROR_INVALID_PC
         | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
         | CUresult::CUDA_ERROR_ECC_UNCORRECTABLE
+        | CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE
+        | CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE
         | CUresult::CUDA_ERROR_ASSERT
         | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED => Error::DeviceLost { during, reason },
         _ => Error::Driver { during, reason },

@@ -23,7 +23,7 @@ pub(crate) fn down_of(
     let table = match operands.matrices {
         Matrices::Stack(view) => Table::stack(&view, operands.bias.as_ref(), problem.experts, problem.hidden)?,
         Matrices::Packed(experts) => {
-            experts.check("down", Shape::from([problem.experts, problem.intermediate, problem.hidden]))?;
+            experts.check(cuda, "down", Shape::from([problem.experts, problem.intermediate, problem.hidden]))?;
             experts.down()
         }
     };

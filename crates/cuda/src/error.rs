@@ -12,18 +12,21 @@ pub enum Error {
     Contract(#[from] fused_moe_core::Error),
     /// The driver's library was not found.
     #[error(
-        "no NVIDIA driver: {} and {} other names of its library were tried ({reason})",
+        "device: no NVIDIA driver: {} and {} other names of its library were tried ({reason}); install the driver",
         tried.first().map_or("", String::as_str),
         tried.len().saturating_sub(1)
     )]
     NoDriver {
         /// Names that were tried.
         tried: Vec<String>,
-        /// What the loader said last.
+        /// What the loader said first.
         reason: String,
     },
     /// The driver is older than this crate needs.
-    #[error("the NVIDIA driver speaks CUDA {}.{}, at least {}.{} is needed: update the driver", found / 1000, found % 1000 / 10, needed / 1000, needed % 1000 / 10)]
+    #[error(
+        "device: the NVIDIA driver speaks CUDA {}.{}, at least {}.{} is needed; update the driver",
+        found / 1000, found % 1000 / 10, needed / 1000, needed % 1000 / 10
+    )]
     DriverTooOld {
         /// Its CUDA version, 1000 * major + 10 * minor.
         found: u32,
@@ -31,7 +34,9 @@ pub enum Error {
         needed: u32,
     },
     /// There is no device of this number.
-    #[error("no CUDA device {ordinal}: there are {count}")]
+    #[error(
+        "device {ordinal}: the driver shows {count} CUDA devices, numbered from 0; CUDA_VISIBLE_DEVICES may hide some"
+    )]
     NoDevice {
         /// What was asked for.
         ordinal: usize,
@@ -39,7 +44,7 @@ pub enum Error {
         count: usize,
     },
     /// The device's architecture is too old.
-    #[error("{device} has compute capability {major}.{minor}, at least 8.0 is needed")]
+    #[error("device: {device} has compute capability {major}.{minor}, at least 8.0 is needed; take another device")]
     Architecture {
         /// Its name.
         device: String,
@@ -50,29 +55,33 @@ pub enum Error {
     },
     /// The run-time compiler was not found.
     #[error(
-        "NVRTC, CUDA's run-time compiler, was not found: none of {tried} could be loaded ({reason}); install the CUDA \
-         toolkit or the Python package nvidia-cuda-nvrtc, and put its folder on LD_LIBRARY_PATH or its path in FMOE_NVRTC"
+        "compile: NVRTC, CUDA's run-time compiler, was not found: none of {tried} could be loaded ({reason}); install \
+         the CUDA toolkit or the Python package nvidia-cuda-nvrtc, and put its folder on LD_LIBRARY_PATH or its path in \
+         FMOE_NVRTC"
     )]
     NoCompiler {
         /// Names that were tried.
         tried: String,
-        /// What the loader said last.
+        /// What the loader said first.
         reason: String,
     },
     /// A kernel did not compile.
-    #[error("kernel {kernel} did not compile for {architecture} ({code}): log in {}", log.display())]
+    #[error("compile: {kernel} for {architecture}: {reason}; {}", kept(log.as_deref()))]
     Compile {
         /// Which kernel.
         kernel: String,
         /// The architecture that was asked for.
         architecture: String,
-        /// NVRTC's error.
-        code: String,
-        /// Source, options and the compiler's messages.
-        log: PathBuf,
+        /// NVRTC's error, and the first one of its log.
+        reason: String,
+        /// Source, options and the compiler's messages, where there was a place for them.
+        log: Option<PathBuf>,
     },
     /// The device has too little memory.
-    #[error("out of device memory: {needed} bytes are needed, {free} are free")]
+    #[error(
+        "allocation: {needed} bytes of device memory are needed, {free} are free; free some, take fewer tokens or a \
+         larger device"
+    )]
     OutOfMemory {
         /// How much was asked for.
         needed: usize,
@@ -80,15 +89,23 @@ pub enum Error {
         free: usize,
     },
     /// A copy does not fit the memory it goes to or comes from.
-    #[error("copy of {bytes} bytes: the memory has {available}")]
+    #[error("copy: {bytes} bytes do not fit the memory's {available}")]
     Copy {
         /// How much was to be copied.
         bytes: usize,
         /// How much there is.
         available: usize,
     },
-    /// The device's context is broken: nothing runs in this process any more until it is made anew.
-    #[error("device lost during {during}: {reason}")]
+    /// An operand is of another device, or of another context on this one.
+    #[error("{during}: the {operand} is of another context than the backend; take one that was made for it")]
+    OtherContext {
+        /// What was asked for.
+        during: &'static str,
+        /// A stream or memory.
+        operand: &'static str,
+    },
+    /// The device's context is broken: nothing runs on it any more in this process.
+    #[error("{during}: the device is lost: {reason}; start the program anew")]
     DeviceLost {
         /// What was asked for.
         during: &'static str,
@@ -103,4 +120,13 @@ pub enum Error {
         /// The driver's word for it.
         reason: String,
     },
+}
+
+/// What the loader says of a library.
+pub(crate) fn loader_says(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+fn kept(log: Option<&std::path::Path>) -> String {
+    log.map_or("there was no place for its log".into(), |log| format!("the log is in {}", log.display()))
 }

@@ -28,7 +28,7 @@ pub(crate) fn gate_up_of(
     let problem = operands.problem()?;
     let table = match operands.matrices {
         Matrices::Stack(view) => Table::stack(&view, operands.bias.as_ref(), problem.experts, problem.intermediate)?,
-        Matrices::Packed(experts) => packed(&problem, experts)?,
+        Matrices::Packed(experts) => packed(cuda, &problem, experts)?,
     };
     let (gather, top_k) = match operands.rows {
         RowSource::Tokens { top_k } => (true, top_k),
@@ -60,8 +60,8 @@ pub(crate) fn gate_up_of(
     )
 }
 
-fn packed(problem: &GateUpProblem, experts: &Experts) -> Result<Table> {
-    experts.check("gate_up", Shape::from([problem.experts, problem.intermediate, problem.hidden]))?;
+fn packed(cuda: &Cuda, problem: &GateUpProblem, experts: &Experts) -> Result<Table> {
+    experts.check(cuda, "gate_up", Shape::from([problem.experts, problem.intermediate, problem.hidden]))?;
     if experts.is_gated() != problem.activation.is_gated() {
         return Err(Error::Value {
             operation: "gate_up",

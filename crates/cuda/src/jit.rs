@@ -59,11 +59,12 @@ impl Kernels {
             return Ok(function);
         }
         let code = self.compiler.code(kernel)?;
-        self.device.bind("loading a kernel")?;
+        let _current = self.device.bind("loading a kernel")?;
         let loaded = match load(kernel, &code, &self.device) {
             Ok(loaded) => loaded,
             // the driver does not take what the cache holds: whatever wrote it, make it anew
-            Err(_) => load(kernel, &self.compiler.compile(kernel)?, &self.device)?,
+            Err(Error::Driver { .. }) => load(kernel, &self.compiler.compile(kernel)?, &self.device)?,
+            Err(error) => return Err(error),
         };
         self.loaded.write().unwrap_or_else(PoisonError::into_inner).insert(kernel, loaded);
         Ok(loaded.function)
@@ -94,9 +95,7 @@ impl Kernels {
 
 impl Drop for Kernels {
     fn drop(&mut self) {
-        if self.device.context.bind_to_thread().is_err() {
-            return;
-        }
+        let Ok(_current) = self.device.bind("unloading kernels") else { return };
         let loaded = self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (_, loaded) in loaded.drain() {
             // SAFETY: unloaded nowhere else. A failure means that the context is gone, and the module with it.
@@ -198,14 +197,13 @@ impl Compiler {
                 Ok(code)
             }
             Err(failure) => {
-                let log = self.cache.log_path(key);
                 let text = format!("{}\n{}\n{}\n\n{source}", failure.code, options.join(" "), failure.log);
-                let _ = std::fs::write(&log, text);
+                let first = failure.log.lines().find(|line| line.contains("error")).unwrap_or("no error in its log");
                 Err(Error::Compile {
                     kernel: format!("{kernel:?}"),
                     architecture: self.architecture.clone(),
-                    code: failure.code,
-                    log,
+                    reason: format!("{}: {first}", failure.code),
+                    log: self.cache.keep_log(key, &text),
                 })
             }
         }

@@ -4,7 +4,7 @@ use crate::grouped::GroupedKernel;
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
-use crate::{accumulate, activation, combine, copy, gate, linear, permute, route};
+use crate::{accumulate, activation, combine, copy, gate, linear, measure, permute, route};
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 
@@ -29,6 +29,7 @@ pub(crate) enum Kernel {
     Accumulate,
     Copy,
     Counts,
+    ReadAll,
     Grouped(GroupedKernel),
 }
 
@@ -97,6 +98,7 @@ impl Kernel {
             Self::Accumulate => "accumulate",
             Self::Copy => "copy",
             Self::Counts => "counts",
+            Self::ReadAll => "read_all",
             Self::Grouped(kernel) => kernel.entry(),
         }
     }
@@ -119,6 +121,7 @@ impl Kernel {
             Self::Accumulate => accumulate::AccumulateParams::DEFINITION,
             Self::Copy => copy::CopyParams::DEFINITION,
             Self::Counts => copy::CountsParams::DEFINITION,
+            Self::ReadAll => measure::ReadAllParams::DEFINITION,
             Self::Grouped(_) => crate::grouped::GroupedParams::DEFINITION,
         }
     }
@@ -149,6 +152,7 @@ impl Kernel {
             Self::Accumulate => vec![own, include_str!("accumulate.cu")],
             Self::Copy => vec![own, include_str!("copy.cu")],
             Self::Counts => vec![own, include_str!("counts.cu")],
+            Self::ReadAll => vec![own, include_str!("read_all.cu")],
             Self::Grouped(kernel) => [vec![REDUCE, ACTIVATION, own], kernel.parts()].concat(),
         }
     }
@@ -209,7 +213,8 @@ impl Kernel {
             | Self::Zero
             | Self::Accumulate
             | Self::Copy
-            | Self::Counts => vec![],
+            | Self::Counts
+            | Self::ReadAll => vec![],
             Self::Grouped(kernel) => kernel.defines(),
         }
     }
@@ -226,6 +231,7 @@ impl Kernel {
             Self::Accumulate,
             Self::Copy,
             Self::Counts,
+            Self::ReadAll,
         ];
         all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
         for x in FLOATS {

@@ -151,7 +151,8 @@ pub(crate) fn launch<P: Params>(
         return Ok(());
     }
     let function = cuda.kernels().function(kernel)?;
-    cuda.device().bind(during)?;
+    cuda.device().check(stream.driver().context(), during, "stream")?;
+    let _current = cuda.device().bind(during)?;
     let mut copy = *params;
     let mut pointers = [(&raw mut copy).cast::<c_void>()];
     let [x, y, z] = grid.blocks;

@@ -135,6 +135,7 @@ impl Layer<Cuda> for CudaLayer {
     }
 
     fn workspace_in(&self, memory: Memory, max_tokens: usize) -> Result<Workspace> {
+        memory.check(self.cuda.device(), "workspace", "memory")?;
         let workspace = Workspace::new(memory, &self.problem, max_tokens)?;
         self.compile(max_tokens)?;
         Ok(workspace)
@@ -149,6 +150,7 @@ impl Layer<Cuda> for CudaLayer {
     }
 
     fn run(&self, stream: &CudaStream, call: Forward<'_, Cuda>, workspace: &mut Workspace) -> Result<()> {
+        let _current = self.cuda.device().bind("forward")?;
         self.run_on(&self.cuda, stream, call, workspace)
     }
 }

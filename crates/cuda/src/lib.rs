@@ -9,6 +9,9 @@ mod activation;
 mod combine;
 mod copy;
 #[allow(unsafe_code)]
+mod cublas;
+mod dense;
+#[allow(unsafe_code)]
 mod device;
 mod down;
 mod error;
@@ -37,11 +40,12 @@ mod stream;
 mod upload;
 mod workspace;
 
+pub use dense::{Dense, DenseSizes};
 pub use device::{DeviceNumbers, device_count};
 pub use error::{Error, Result};
 pub use jit::{compile_all, compiler};
 pub use layer::CudaLayer;
-pub use measure::time_replays;
+pub use measure::{ReadRate, read_bandwidth, time_replays};
 pub use memory::{Memory, Mut, Ref};
 pub use pack::Experts;
 pub use stream::{CudaStream, Graph};

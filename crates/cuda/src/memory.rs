@@ -17,7 +17,7 @@ pub struct Memory {
 
 #[derive(Debug)]
 enum Owner {
-    Allocation { _memory: Allocation },
+    Allocation(Allocation),
     Slice { _slice: Box<dyn Any + Send + Sync> },
     Foreign,
 }
@@ -25,7 +25,7 @@ enum Owner {
 impl Memory {
     pub(crate) fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
         let allocation = device.allocate(bytes)?;
-        Ok(Self { address: allocation.address, bytes, owner: Owner::Allocation { _memory: allocation } })
+        Ok(Self { address: allocation.address, bytes, owner: Owner::Allocation(allocation) })
     }
 
     /// Addresses that stand for memory while kernels are found and not launched.
@@ -74,10 +74,19 @@ impl Memory {
         Mut(Range { address: self.address, bytes: self.bytes, lives: PhantomData })
     }
 
+    /// Errors: `OtherContext` when it was allocated for another device.
+    pub(crate) fn check(&self, device: &Device, during: &'static str, operand: &'static str) -> Result<()> {
+        match &self.owner {
+            Owner::Allocation(allocation) => device.check(&allocation.device.context, during, operand),
+            Owner::Slice { .. } | Owner::Foreign => Ok(()),
+        }
+    }
+
     pub(crate) fn copy_in(&mut self, device: &Device, data: &[u8]) -> Result<()> {
         if data.len() > self.bytes {
             return Err(Error::Copy { bytes: data.len(), available: self.bytes });
         }
+        self.check(device, "upload", "memory")?;
         if data.is_empty() { Ok(()) } else { device::copy_in(device, data, self.address) }
     }
 
@@ -85,10 +94,11 @@ impl Memory {
         if data.len() > self.bytes {
             return Err(Error::Copy { bytes: data.len(), available: self.bytes });
         }
+        self.check(stream.device(), "download", "memory")?;
         if data.is_empty() {
             return stream.synchronize();
         }
-        device::copy_out(stream.driver(), self.address, data, "download")
+        device::copy_out(stream.device(), stream.driver(), self.address, data, "download")
     }
 }
 

@@ -165,8 +165,9 @@ impl Experts {
         Shape::from([self.experts, self.sizes.intermediate, self.sizes.hidden])
     }
 
-    /// Whether these are the experts that an operation expects.
-    pub(crate) fn check(&self, operation: &'static str, expected: Shape) -> Result<()> {
+    /// Whether these are the experts that an operation on this device expects.
+    pub(crate) fn check(&self, cuda: &Cuda, operation: &'static str, expected: Shape) -> Result<()> {
+        self.memory.check(cuda.device(), operation, "packed experts")?;
         if self.shape() == expected {
             return Ok(());
         }

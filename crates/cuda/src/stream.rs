@@ -18,8 +18,7 @@ pub struct CudaStream {
 
 impl CudaStream {
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
-        let stream = device.context.new_stream().map_err(|e| device::driver_error("stream", e))?;
-        Self::of(device, stream)
+        Self::of(device, device.new_stream("stream")?)
     }
 
     fn of(device: &Arc<Device>, stream: Arc<DriverStream>) -> Result<Self> {
@@ -28,24 +27,21 @@ impl CudaStream {
 
     /// A stream of cudarc's, of the same context.
     ///
-    /// Errors: `Driver` when it is of another context, `OutOfMemory` for the status word.
+    /// Errors: `OtherContext`, `OutOfMemory` for the status word.
     pub fn from_cudarc(cuda: &Cuda, stream: Arc<DriverStream>) -> Result<Self> {
-        if **stream.context() != *cuda.device().context {
-            let reason = "it belongs to another context than the backend".to_string();
-            return Err(Error::Driver { during: "stream", reason });
-        }
+        cuda.device().check(stream.context(), "stream", "stream")?;
         Self::of(cuda.device(), stream)
     }
 
     /// A stream that the host program owns.
     ///
-    /// Errors: `OutOfMemory` for the status word.
+    /// Errors: `OtherContext`, `OutOfMemory` for the status word.
     ///
     /// # Safety
-    /// `stream` must belong to the backend's context and outlive the value.
+    /// `stream` must be a stream and outlive the value.
     pub unsafe fn from_raw(cuda: &Cuda, stream: CUstream) -> Result<Self> {
         // SAFETY: passed on to the caller.
-        let stream = unsafe { device::foreign_stream(cuda.device(), stream) };
+        let stream = unsafe { device::foreign_stream(cuda.device(), stream) }?;
         Self::of(cuda.device(), stream)
     }
 
@@ -58,11 +54,24 @@ impl CudaStream {
     ///
     /// Errors: `DeviceLost` or `Driver` when some of it failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|e| device::driver_error("synchronisation", e))
+        self.device.wait(&self.stream, "synchronisation")
+    }
+
+    pub(crate) fn device(&self) -> &Arc<Device> {
+        &self.device
     }
 
     pub(crate) fn status_address(&self) -> u64 {
         self.status.address
+    }
+}
+
+impl Drop for CudaStream {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.device.bind("stream") {
+            // what cudarc does to drop a stream changes the current context
+            self.stream = self.device.context.default_stream();
+        }
     }
 }
 
@@ -71,10 +80,10 @@ impl Stream for CudaStream {
 
     fn status(&self) -> Result<Status> {
         let mut word = [0; 4];
-        device::copy_out(&self.stream, self.status.address, &mut word, "status")?;
+        device::copy_out(&self.device, &self.stream, self.status.address, &mut word, "status")?;
         let status = Status::from_bits(u32::from_le_bytes(word));
         if !status.is_ok() {
-            device::clear(&self.stream, self.status.address, 4, "status")?;
+            device::clear(&self.device, &self.stream, self.status.address)?;
         }
         Ok(status)
     }
@@ -94,17 +103,17 @@ impl Graph {
     ///
     /// Errors: `enqueue`'s, and `Driver` when something in it cannot be captured.
     pub fn capture(stream: &CudaStream, enqueue: impl FnOnce() -> Result<()>) -> Result<Self> {
-        stream.device.bind("capture")?;
+        let _current = stream.device.bind("capture")?;
         device::begin_capture(&stream.stream)?;
         let enqueued = enqueue();
-        let graph = device::end_capture(&stream.stream);
+        let graph = device::end_capture(&stream.device, &stream.stream);
         enqueued?;
         Ok(Self { graph: graph? })
     }
 
     /// Enqueues the recorded work.
     ///
-    /// Errors: `Driver`, `DeviceLost`.
+    /// Errors: `OtherContext`, `Driver`, `DeviceLost`.
     pub fn replay(&self, stream: &CudaStream) -> Result<()> {
         self.graph.launch(&stream.stream)
     }

@@ -10,9 +10,10 @@ extern "C" __global__ void __launch_bounds__(1024) tile_schedule(const __grid_co
     }
     __syncthreads();
     scan_block(first_tile, p.experts_total, parts);
-    const u32 count = first_tile[p.experts_total];
+    const u32 all = first_tile[p.experts_total];
+    const u32 count = all < p.capacity ? all : (u32)p.capacity;
     if (threadIdx.x == 0) *reinterpret_cast<u32*>(p.count.data) = count;
-    for (u64 i = threadIdx.x; i < count && i < p.capacity; i += 1024) {
+    for (u64 i = threadIdx.x; i < count; i += 1024) {
         u32 low = 0, high = p.experts_total;
         while (high - low > 1) {
             const u32 middle = (low + high) / 2;

@@ -25,17 +25,19 @@ struct Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.device.context.bind_to_thread().is_ok() {
-            let _ = self.stream.synchronize();
+        if let Ok(_current) = self.device.bind("upload") {
+            let _ = self.device.wait(&self.stream, "upload");
             // SAFETY: allocated by `Pinned::new`, freed nowhere else; no copy from it is on its way.
             let _ = unsafe { result::free_host(self.address.cast()) };
+            // what cudarc does to drop a stream changes the current context
+            self.stream = self.device.context.default_stream();
         }
     }
 }
 
 impl Pinned {
     fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
-        let stream = device.context.new_stream().map_err(|e| driver_error("upload", e))?;
+        let stream = device.new_stream("upload")?;
         // SAFETY: the context is current; the memory is freed once, on drop.
         let address =
             unsafe { result::malloc_host(bytes, 0) }.map_err(|e| driver_error("pinned memory", e))?.cast::<u8>();
@@ -46,7 +48,7 @@ impl Pinned {
 
     /// The buffer, once the copy from it has ended.
     fn wait(&mut self) -> Result<&mut [u8]> {
-        self.stream.synchronize().map_err(|e| driver_error("upload", e))?;
+        self.device.wait(&self.stream, "upload")?;
         // SAFETY: `bytes` bytes were allocated and cleared, the device reads them no more, and the borrow is exclusive.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes) })
     }
@@ -66,7 +68,7 @@ impl Upload {
     ///
     /// Errors: `Driver`.
     pub(crate) fn new(device: &Arc<Device>, row_bytes: usize) -> Result<Self> {
-        device.bind("upload")?;
+        let _current = device.bind("upload")?;
         let bytes = CHUNK.max(row_bytes);
         Ok(Self { buffers: [Pinned::new(device, bytes)?, Pinned::new(device, bytes)?], next: 0 })
     }
@@ -88,6 +90,7 @@ impl Upload {
         if bytes == 0 {
             return Ok(());
         }
+        let _current = self.buffers[0].device.bind("upload")?;
         let at_once = (self.buffers[0].bytes / row_bytes).max(1);
         for first in (0..rows).step_by(at_once) {
             let count = at_once.min(rows - first);

@@ -21,7 +21,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{}: {:?}", layer.name, layer.config);
 
     let (device, why) = Device::best_and_why()?;
-    println!("device {why}");
+    if let Some(why) = why {
+        eprintln!("on {why}");
+    }
     let y = device.visit(Forward { layer: &layer })?;
     for (token, row) in y.chunks(layer.config.hidden).enumerate() {
         let length = row.iter().map(|y| y * y).sum::<f32>().sqrt();

@@ -42,12 +42,12 @@ pub trait Visitor {
 #[non_exhaustive]
 pub struct DeviceInfo {
     /// Its name on a command line.
-    pub name: &'static str,
+    pub name: String,
     /// The device in words; empty where there is none.
     pub description: String,
     /// Whether it can be used, and if not, why.
     pub available: Result<(), String>,
-    /// [`Device::best`] takes the available device with the largest.
+    /// [`Device::best`] takes the first available device with the largest.
     pub preference: u32,
 }
 
@@ -84,14 +84,21 @@ struct Candidate {
     name: &'static str,
     preference: u32,
     open: fn() -> Result<Device, DeviceError>,
+    /// How many devices it has, where it can be said.
+    count: fn() -> usize,
 }
 
 /// All that are built in, best first.
 const CANDIDATES: &[Candidate] = &[
     #[cfg(feature = "cuda")]
-    Candidate { name: "cuda", preference: 2, open: || Device::cuda(0) },
+    Candidate {
+        name: "cuda",
+        preference: 2,
+        open: || Device::cuda(0),
+        count: || fused_moe_cuda::device_count().unwrap_or(0),
+    },
     #[cfg(feature = "cpu")]
-    Candidate { name: "cpu", preference: 1, open: Device::cpu },
+    Candidate { name: "cpu", preference: 1, open: Device::cpu, count: || 1 },
 ];
 
 impl Device {
@@ -105,13 +112,13 @@ impl Device {
             .map_err(|error| DeviceError::Unavailable { name: "cpu", reason: error.to_string() })
     }
 
-    /// The NVIDIA GPU of this number.
+    /// The NVIDIA GPU of this number, and that the compiler of its kernels is there.
     ///
     /// Errors: `Unavailable`, with the backend's reason.
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: usize) -> Result<Self, DeviceError> {
         fused_moe_cuda::Cuda::new(ordinal)
-            .map(Self::Cuda)
+            .and_then(|cuda| fused_moe_cuda::compiler().map(|_| Self::Cuda(cuda)))
             .map_err(|error| DeviceError::Unavailable { name: "cuda", reason: error.to_string() })
     }
 
@@ -122,18 +129,17 @@ impl Device {
         Ok(Self::best_and_why()?.0)
     }
 
-    /// The fastest device that can be used, and in a line why it is this one.
+    /// The fastest device that can be used, and where a faster one that is built in cannot be, a line that says why.
     ///
     /// Errors: `None`, with every backend's reason.
-    pub fn best_and_why() -> Result<(Self, String), DeviceError> {
+    pub fn best_and_why() -> Result<(Self, Option<String>), DeviceError> {
         let mut reasons = Vec::new();
         for candidate in CANDIDATES {
             match (candidate.open)() {
-                Ok(device) if reasons.is_empty() => {
-                    let why = format!("{}, first of those built in: {}", candidate.name, names().join(", "));
-                    return Ok((device, why));
+                Ok(device) => {
+                    let why = || format!("{}, since {}", candidate.name, reasons.join("; "));
+                    return Ok((device, (!reasons.is_empty()).then(why)));
                 }
-                Ok(device) => return Ok((device, format!("{}, since {}", candidate.name, reasons.join("; ")))),
                 Err(error) => reasons.push(error.to_string()),
             }
         }
@@ -157,18 +163,22 @@ impl Device {
         }
     }
 
-    /// Every backend that is built in, best first.
+    /// Every device of every backend that is built in, best first; a line that says why for a backend that has none.
     pub fn list() -> Vec<DeviceInfo> {
-        let info = |candidate: &Candidate| {
-            let opened = (candidate.open)();
+        let info = |candidate: &Candidate, name: String| {
+            let opened = Self::by_name(&name);
             DeviceInfo {
-                name: candidate.name,
+                name,
                 description: opened.as_ref().map(|device| device.visit(Describe)).unwrap_or_default(),
                 available: opened.map(|_| ()).map_err(|error| error.to_string()),
                 preference: candidate.preference,
             }
         };
-        CANDIDATES.iter().map(info).collect()
+        let infos = |candidate: &'static Candidate| match (candidate.count)() {
+            0 | 1 => vec![info(candidate, candidate.name.into())],
+            count => (0..count).map(|ordinal| info(candidate, format!("{}:{ordinal}", candidate.name))).collect(),
+        };
+        CANDIDATES.iter().flat_map(infos).collect()
     }
 
     /// Runs code that is written over [`Backend`] on this device.

@@ -229,9 +229,14 @@ fn devices() {
     assert_eq!(cpu.available, Ok(()));
     assert!(!cpu.description.is_empty());
     assert!(list.is_sorted_by_key(|device| std::cmp::Reverse(device.preference)));
-    let best = list.iter().find(|device| device.available.is_ok()).unwrap().name;
+    let best = list.iter().find(|device| device.available.is_ok()).unwrap().name.split(':').next().unwrap();
     assert_eq!(Device::by_name("cpu").unwrap().visit(Name), "cpu");
     assert_eq!(Device::by_name("auto").unwrap().visit(Name), best);
     assert!(matches!(Device::by_name("tpu"), Err(DeviceError::Unknown { known, .. }) if known.contains(&"cpu")));
-    assert!(Device::best_and_why().unwrap().1.starts_with(best));
+    // a word about the choice if and only if the first could not be had
+    let why = Device::best_and_why().unwrap().1;
+    assert_eq!(why.is_some(), list[0].available.is_err());
+    if let (Some(why), Err(reason)) = (why, &list[0].available) {
+        assert!(why.starts_with(best) && why.contains(reason), "{why}");
+    }
 }

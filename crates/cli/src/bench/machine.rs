@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 pub(crate) struct Ceilings {
     /// Bytes read from memory in a second.
     pub(crate) bandwidth: f64,
-    /// Floating-point operations in a second.
+    /// Floating-point operations in a second; 0 where they are measured for each batch size.
     pub(crate) arithmetic: f64,
     /// Size of the buffer that was read.
     pub(crate) buffer: usize,

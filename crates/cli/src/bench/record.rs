@@ -17,24 +17,29 @@ pub(crate) struct Setting<'a> {
     pub(crate) version: &'a str,
     pub(crate) backend: &'a str,
     pub(crate) device: String,
-    pub(crate) threads: usize,
+    pub(crate) threads: Option<usize>,
     pub(crate) shape: &'a str,
     pub(crate) config: &'a LayerConfig,
     pub(crate) dtype: String,
     pub(crate) routing: String,
+    pub(crate) from: String,
     pub(crate) layers: usize,
     pub(crate) ceilings: Ceilings,
+    /// Whose arithmetic the rate is.
+    pub(crate) arithmetic: String,
 }
 
-/// Times in microseconds, rates in 10^9 a second; bytes and flops are those a run needs at least.
+/// Times in microseconds, rates in 10^9 a second; bytes and flops are those a call needs at least; a run is timed as a
+/// whole and divided by its calls.
 const HEADER: &str = "date,version,backend,device,threads,shape,hidden,intermediate,experts,top_k,dtype,routing,tokens,\
 layers,runs,median_us,p10_us,p90_us,touched_experts,bytes,flops,gb_s,gflop_s,read_gb_s,arithmetic_gflop_s,floor_us,\
-max_error";
+max_error,from,calls,byte_floor_us,flop_floor_us,arithmetic_by";
 
 /// Name and value of every column of a row, in the order of the header.
 fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
     let config = setting.config;
     let micros = |time: std::time::Duration| json!((time.as_secs_f64() * 1e7).round() / 10.0);
+    let [read, arithmetic] = timing.floors(&setting.ceilings);
     let giga = |rate: f64| json!((rate / 1e7).round() / 100.0);
     vec![
         json!(today()),
@@ -61,9 +66,14 @@ fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
         giga(timing.bandwidth()),
         giga(timing.arithmetic()),
         giga(setting.ceilings.bandwidth),
-        giga(setting.ceilings.arithmetic),
+        giga(timing.rate(&setting.ceilings)),
         micros(timing.floor(&setting.ceilings)),
         json!(timing.verified.error),
+        json!(setting.from),
+        json!(timing.calls),
+        micros(read),
+        micros(arithmetic),
+        json!(setting.arithmetic),
     ]
 }
 
@@ -106,6 +116,7 @@ fn cell(value: &Value) -> String {
     match value {
         Value::String(text) if text.contains([',', '"', '\n']) => format!("\"{}\"", text.replace('"', "\"\"")),
         Value::String(text) => text.clone(),
+        Value::Null => String::new(),
         other => other.to_string(),
     }
 }
@@ -148,7 +159,9 @@ mod tests {
     #[test]
     fn names() {
         assert_eq!(slug("Intel(R) Xeon(R) Processor @ 2.3GHz"), "intel-r-xeon-r-processor-2-3ghz");
+        assert_eq!(slug("NVIDIA H200"), "nvidia-h200");
         assert_eq!(slug("//.."), "unknown");
+        assert_eq!(cell(&Value::Null), "");
         assert_eq!(cell(&json!("a,\"b\"")), "\"a,\"\"b\"\"\"");
     }
 }

@@ -83,6 +83,16 @@ pub(crate) struct Source {
     config: LayerConfig,
 }
 
+/// What is added to logits of variance 1 so that tokens spread as asked, `[E]`.
+pub(crate) fn bias(spread: Spread, config: &LayerConfig) -> Option<Vec<f32>> {
+    let experts = 0..config.experts;
+    match spread {
+        Spread::Uniform => None,
+        Spread::Zipf => Some(experts.map(|e| -((e + 1) as f32).ln()).collect()),
+        Spread::One => Some(experts.map(|e| if e < config.top_k { 1000.0 } else { 0.0 }).collect()),
+    }
+}
+
 /// How far the windows of two experts lie apart, in elements.
 const STEP: usize = 4099 * 16;
 const WINDOWS: usize = 61;
@@ -90,20 +100,25 @@ const WINDOWS: usize = 61;
 impl Source {
     /// Weights such that tokens of variance 1/3 keep about their size.
     pub(crate) fn new(config: &LayerConfig, dtype: DType, spread: Spread, seed: u64) -> Self {
-        let LayerConfig { hidden, intermediate, experts, top_k, .. } = *config;
+        let LayerConfig { hidden, intermediate, experts, .. } = *config;
         let matrix = hidden * intermediate;
         let scale = 3.0 / (hidden as f32).sqrt();
-        let bias = match spread {
-            Spread::Uniform => None,
-            Spread::Zipf => Some((0..experts).map(|e| -((e + 1) as f32).ln()).collect()),
-            Spread::One => Some((0..experts).map(|e| if e < top_k { 1000.0 } else { 0.0 }).collect()),
-        };
         Self {
             pool: Numbers::new(dtype, 3 * matrix + STEP * WINDOWS, scale, seed),
             router: Numbers::new(dtype, experts * hidden, scale, seed.wrapping_add(1)),
-            bias,
+            bias: bias(spread, config),
             config: config.clone(),
         }
+    }
+
+    /// `[E, H]`, the same for every layer.
+    pub(crate) fn router(&self) -> &[u8] {
+        self.router.bytes()
+    }
+
+    /// `[E]`, what the router adds to its logits.
+    pub(crate) fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
     }
 
     /// Bytes that it takes.

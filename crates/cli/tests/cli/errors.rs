@@ -185,8 +185,10 @@ fn a_disk_that_is_full_leaves_nothing() {
     let out = model.file("out.safetensors");
     fs::write(&out, "what was there").unwrap();
     // 64 kB at most in a file; SIGXFSZ is ignored, so that writing fails as it does on a full disk
-    let command =
-        format!("trap '' XFSZ; ulimit -f 64; exec '{PROGRAM}' run '{}' --tokens 4000 --output '{out}'", model.name());
+    let command = format!(
+        "trap '' XFSZ; ulimit -f 64; exec '{PROGRAM}' run '{}' --backend cpu --tokens 4000 --output '{out}'",
+        model.name()
+    );
     let ran = Command::new("sh").args(["-c", &command]).output().unwrap();
     let stderr = String::from_utf8_lossy(&ran.stderr);
     assert_eq!(ran.status.code(), Some(1), "{stderr}");
@@ -225,4 +227,13 @@ fn benches_that_are_none() {
     shape("16", "5000", "2").errs(["layer:", "5000"]);
     shape("18446744073709551615", "4", "2").errs(["memory"]);
     fmoe(["bench", "--hidden", "16"]).fails(2);
+    fmoe(["bench", "--from", "y"]).fails(2);
+}
+
+#[test]
+fn no_device_to_measure() {
+    // hides devices where there are any
+    let bench = |arguments: &str| fmoe(format!("bench {arguments}").split(' ')).env("CUDA_VISIBLE_DEVICES", "");
+    bench("--backend cuda").errs(["cuda:", "fmoe devices"]);
+    bench("--backend cuda --threads 4").errs(["--threads 4", "the CPU backend's", "leave --threads out"]);
 }

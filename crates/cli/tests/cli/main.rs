@@ -2,6 +2,7 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod cuda;
 mod errors;
 mod support;
 
@@ -200,10 +201,13 @@ fn bench_a_small_shape() {
             .args(["--routing", routing, "--dtype", "F32", "--tokens", "1, 5"])
             .args(["--json", json.to_str().unwrap(), "--record", records.to_str().unwrap()])
             .succeeds();
-        assert!(ran.stdout.contains("GB/s") && ran.stdout.contains("checked before timing"), "{ran}");
+        assert!(ran.stdout.contains("GB/s") && ran.stdout.contains("checked: "), "{ran}");
         let rows: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
         assert_eq!((&rows[0]["tokens"], &rows[1]["tokens"]), (&1.into(), &5.into()));
         assert!(rows[0]["median_us"].as_f64().unwrap() > 0.0);
+        assert_eq!((&rows[0]["from"], &rows[0]["calls"]), (&"x".into(), &1.into()));
+        let larger = |a: &str, b: &str| rows[1][a].as_f64().unwrap().max(rows[1][b].as_f64().unwrap());
+        assert_eq!(rows[1]["floor_us"], larger("byte_floor_us", "flop_floor_us"));
         if routing == "one" {
             assert_eq!(rows[1]["touched_experts"], 2.0);
         }
@@ -214,6 +218,24 @@ fn bench_a_small_shape() {
     assert_eq!(text.lines().count(), 1 + 3 * 2, "a header and a line a batch size:\n{text}");
     let columns = |line: &str| line.split(',').count();
     assert!(text.lines().all(|line| columns(line) >= columns(text.lines().next().unwrap())), "{text}");
+}
+
+#[test]
+fn bench_from_logits() {
+    let bench = |from: &str| {
+        let ran =
+            fmoe("bench --hidden 64 --intermediate 32 --experts 64 --top-k 2 --tokens 1,9 --backend cpu".split(' '))
+                .args(["--from", from, "--json", "-"])
+                .succeeds();
+        serde_json::from_str::<serde_json::Value>(&ran.stdout).unwrap()
+    };
+    let (x, logits) = (bench("x"), bench("logits"));
+    assert_eq!(logits[1]["from"], "logits");
+    // one token: its experts alone, and 4 bytes a logit in place of the router
+    let (bytes, flops) = (2 * 3 * 64 * 32 * 2 + 2 * 64 * 2, 2 * 2 * 3 * 64 * 32);
+    assert_eq!((&logits[0]["bytes"], &logits[0]["flops"]), (&(bytes + 4 * 64).into(), &flops.into()));
+    let router = 64 * 64;
+    assert_eq!((&x[0]["bytes"], &x[0]["flops"]), (&(bytes + 2 * router).into(), &(flops + 2 * router).into()));
 }
 
 #[test]

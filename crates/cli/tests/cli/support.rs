@@ -19,6 +19,8 @@ pub(crate) struct Call(Command);
 pub(crate) struct Ran {
     pub(crate) stdout: String,
     pub(crate) stderr: String,
+    /// What was said of the choice of a device, before all else.
+    pub(crate) choice: String,
     code: Option<i32>,
 }
 
@@ -42,7 +44,8 @@ impl Call {
     fn ran(mut self) -> Ran {
         let out = self.0.output().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
-        let ran = Ran { stdout: text(out.stdout), stderr: text(out.stderr), code: out.status.code() };
+        let (choice, stderr) = split(text(out.stderr));
+        let ran = Ran { stdout: text(out.stdout), stderr, choice, code: out.status.code() };
         assert!(!ran.stderr.contains("panicked"), "{ran}");
         ran
     }
@@ -70,9 +73,17 @@ impl Call {
     }
 }
 
+/// The line about the choice of a device, where there is one, and the rest of standard error.
+fn split(stderr: String) -> (String, String) {
+    match stderr.split_once('\n') {
+        Some((choice, rest)) if choice.starts_with("on cpu, since ") => (choice.into(), rest.into()),
+        _ => (String::new(), stderr),
+    }
+}
+
 impl fmt::Display for Ran {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "exit {:?}\n--- stdout\n{}--- stderr\n{}---", self.code, self.stdout, self.stderr)
+        write!(f, "exit {:?}\n--- stdout\n{}--- stderr\n{}\n{}---", self.code, self.stdout, self.choice, self.stderr)
     }
 }
 

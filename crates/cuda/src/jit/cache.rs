@@ -5,6 +5,7 @@
 
 use sha2::{Digest, Sha256};
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -53,10 +54,11 @@ impl Cache {
         Self { folder: Some(folder.to_path_buf()) }
     }
 
-    /// Where logs of failed compilations go.
-    pub(crate) fn log_path(&self, key: Key) -> PathBuf {
-        let folder = self.folder.clone().filter(|folder| fs::create_dir_all(folder).is_ok());
-        folder.unwrap_or_else(std::env::temp_dir).join(format!("fused-moe-{}.log", key.name()))
+    /// Keeps the log of a failed compilation, in the folder of temporary files if need be, and says where.
+    pub(crate) fn keep_log(&self, key: Key, text: &str) -> Option<PathBuf> {
+        let folders = self.folder.iter().cloned().chain([std::env::temp_dir()]);
+        let name = format!("fused-moe-{}.log", key.name());
+        folders.map(|folder| folder.join(&name)).find(|path| write_log(path, text).is_ok())
     }
 
     fn path(&self, key: Key) -> Option<PathBuf> {
@@ -85,6 +87,19 @@ impl Cache {
             let _ = write(&path, key, code);
         }
     }
+}
+
+/// Follows no link that somebody may have left where everybody writes.
+fn write_log(path: &Path, text: &str) -> std::io::Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    let _ = fs::remove_file(path);
+    let written = fs::File::create_new(path).and_then(|mut file| file.write_all(text.as_bytes()));
+    if written.is_err() {
+        let _ = fs::remove_file(path);
+    }
+    written
 }
 
 fn write(path: &Path, key: Key, code: &[u8]) -> std::io::Result<()> {
@@ -160,7 +175,10 @@ mod tests {
         for cache in [Cache { folder: None }, Cache::at(file.path())] {
             cache.put(Key::of(["kernel"]), b"code");
             assert_eq!(cache.get(Key::of(["kernel"])), None);
-            assert!(cache.log_path(Key::of(["kernel"])).starts_with(std::env::temp_dir()));
+            let log = cache.keep_log(Key::of(["kernel"]), "log").unwrap();
+            assert!(log.starts_with(std::env::temp_dir()));
+            assert_eq!(fs::read_to_string(&log).unwrap(), "log");
+            fs::remove_file(log).unwrap();
         }
     }
 

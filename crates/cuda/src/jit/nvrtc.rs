@@ -1,6 +1,6 @@
 //! NVRTC, loaded at run time.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, loader_says};
 use libloading::Library;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::ptr;
@@ -52,7 +52,7 @@ impl Nvrtc {
             let found = unsafe { Library::new(name) }.and_then(|library| Self::bind(library, name));
             match found {
                 Ok(nvrtc) => return Ok(nvrtc),
-                Err(error) if reason.is_empty() => reason = error.to_string(),
+                Err(error) if reason.is_empty() => reason = loader_says(&error),
                 Err(_) => {}
             }
         }

@@ -1,7 +1,5 @@
 //! A whole layer: captured, alone and in a batch, larger than 4 GiB, too large for the device.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
-
 use fused_moe_core::config::{GateNorm, LayerConfig, Normalize, RoutingRule, SharedConfig, WeightRule};
 use fused_moe_core::operation::Forward;
 use fused_moe_core::weights::{ExpertMatrices, ExpertWeights, LayerWeights, Matrix, SharedWeights, StackLayout};
@@ -9,25 +7,14 @@ use fused_moe_core::{Backend, DType, Layer, Numerics, Options, Stream, View};
 use fused_moe_cuda::{Cuda, CudaLayer, CudaStream, Error, Graph, Memory, Result};
 use half::bf16;
 
-const H: usize = 64;
+pub(crate) const H: usize = 64;
 const I: usize = 48;
 const E: usize = 12;
 const K: usize = 3;
 const S: usize = 40;
 
-fn device() -> Option<Cuda> {
-    match Cuda::new(0) {
-        Ok(cuda) => Some(cuda),
-        Err(error @ (Error::NoDriver { .. } | Error::NoDevice { .. })) => {
-            println!("{error}: not run");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
-
 /// Numbers in -1 .. 1 that differ with the seed.
-fn numbers(count: usize, seed: u32) -> Vec<bf16> {
+pub(crate) fn numbers(count: usize, seed: u32) -> Vec<bf16> {
     let mut state = seed.wrapping_mul(2654435761) | 1;
     (0..count)
         .map(|_| {
@@ -39,7 +26,7 @@ fn numbers(count: usize, seed: u32) -> Vec<bf16> {
         .collect()
 }
 
-fn prepare(cuda: &Cuda, numerics: Numerics) -> Result<CudaLayer> {
+pub(crate) fn prepare(cuda: &Cuda, numerics: Numerics) -> Result<CudaLayer> {
     let weights = WeightRule { normalize: Normalize::Sum { eps: 0.0 }, ..WeightRule::default() };
     let mut config = LayerConfig {
         routing: RoutingRule { weights, ..RoutingRule::default() },
@@ -77,7 +64,7 @@ fn download(cuda: &Cuda, stream: &CudaStream, memory: &Memory, count: usize) -> 
 }
 
 /// The bits of y for tokens `x`.
-fn direct(cuda: &Cuda, layer: &CudaLayer, stream: &CudaStream, x: &[bf16]) -> Vec<u16> {
+pub(crate) fn direct(cuda: &Cuda, layer: &CudaLayer, stream: &CudaStream, x: &[bf16]) -> Vec<u16> {
     let tokens = x.len() / H;
     let mut workspace = layer.workspace(tokens).unwrap();
     let (x, mut y) = (upload(cuda, x), upload(cuda, &vec![bf16::NAN; tokens * H]));
@@ -88,9 +75,8 @@ fn direct(cuda: &Cuda, layer: &CudaLayer, stream: &CudaStream, x: &[bf16]) -> Ve
     download(cuda, stream, &y, tokens * H)
 }
 
-#[test]
-fn a_captured_layer_replays_with_new_tokens_and_allocates_nothing() {
-    let Some(cuda) = device() else { return };
+pub(crate) fn a_captured_layer_replays_with_new_tokens_and_allocates_nothing() -> Result<()> {
+    let cuda = Cuda::new(0)?;
     let layer = prepare(&cuda, Numerics::Fast).unwrap();
     for tokens in [1, 2, 5, 40, 300, 3000] {
         let stream = cuda.stream().unwrap();
@@ -114,11 +100,11 @@ fn a_captured_layer_replays_with_new_tokens_and_allocates_nothing() {
             assert!(replayed == direct(&cuda, &layer, &stream, &fresh), "{tokens} tokens");
         }
     }
+    Ok(())
 }
 
-#[test]
-fn a_token_alone_has_the_bits_it_has_in_a_batch() {
-    let Some(cuda) = device() else { return };
+pub(crate) fn a_token_alone_has_the_bits_it_has_in_a_batch() -> Result<()> {
+    let cuda = Cuda::new(0)?;
     let layer = prepare(&cuda, Numerics::BatchInvariant).unwrap();
     let stream = cuda.stream().unwrap();
     let x = numbers(2000 * H, 9);
@@ -127,11 +113,11 @@ fn a_token_alone_has_the_bits_it_has_in_a_batch() {
         let some = direct(&cuda, &layer, &stream, &x[first * H..(first + count) * H]);
         assert!(some == all[first * H..(first + count) * H], "{count} tokens from {first}");
     }
+    Ok(())
 }
 
-#[test]
-fn too_much_says_how_much() {
-    let Some(cuda) = device() else { return };
+pub(crate) fn too_much_says_how_much() -> Result<()> {
+    let cuda = Cuda::new(0)?;
     let layer = prepare(&cuda, Numerics::Fast).unwrap();
     let tokens = 1 << 30;
     match layer.workspace(tokens) {
@@ -140,12 +126,12 @@ fn too_much_says_how_much() {
         }
         other => panic!("{other:?}"),
     }
+    Ok(())
 }
 
 /// The last experts of a stack over 4 GiB give what the same matrices give in a stack of their own.
-#[test]
-fn experts_beyond_4_gib() {
-    let Some(cuda) = device() else { return };
+pub(crate) fn experts_beyond_4_gib() -> Result<()> {
+    let cuda = Cuda::new(0)?;
     let (hidden, intermediate, experts) = (4096, 2048, 160);
     let config = LayerConfig::new(hidden, intermediate, experts, 1);
     let gate_up = numbers(2 * intermediate * hidden, 10);
@@ -190,4 +176,5 @@ fn experts_beyond_4_gib() {
         assert!(first.iter().all(|&y| bf16::from_bits(y).is_finite()));
         assert!(run(experts - 1) == first && run(experts / 2 + 7) == first, "{tokens} tokens");
     }
+    Ok(())
 }

@@ -1,0 +1,90 @@
+//! What of a measurement is a device's own: its clock, its memory, its ceilings.
+
+use super::machine::Ceilings;
+use crate::args::{Origin, Spread};
+use anyhow::Result;
+use fused_moe::config::LayerConfig;
+use fused_moe::{Backend, DType};
+use std::time::Duration;
+
+/// A stream of a meter's backend.
+pub(crate) type StreamOf<M> = <<M as Meter>::Backend as Backend>::Stream;
+/// An error of a meter's backend.
+pub(crate) type ErrorOf<M> = <<M as Meter>::Backend as Backend>::Error;
+
+/// How a backend's calls are timed, and what they are compared with.
+pub(crate) trait Meter {
+    /// The backend.
+    type Backend: Backend;
+    /// Where routes come from unless the command line says.
+    const ORIGIN: Origin;
+    /// Batch sizes unless the command line gives some.
+    const TOKENS: &'static [usize];
+
+    fn backend(&self) -> &Self::Backend;
+
+    /// The device's name, as in records.
+    fn device(&self) -> String;
+
+    /// Threads that work, where they are the processor's.
+    fn threads(&self) -> Option<usize>;
+
+    /// Bytes of the largest cache.
+    fn cache(&self) -> u64;
+
+    /// Bytes that layers and tokens may take, beside `source` bytes on the host.
+    fn room(&self, source: u64) -> Result<u64>;
+
+    /// How many layers must take turns for calls to find no weights in the cache; two at least.
+    fn turns(&self, sizes: LayerSizes, routing: Spread) -> u64;
+
+    /// The most layers that take turns.
+    fn most_layers(&self) -> usize;
+
+    /// Batches of so many tokens that calls go through in turn.
+    fn batches(&self, tokens: usize) -> usize;
+
+    /// The device's own rates, measured.
+    fn ceilings(&self) -> Result<Ceilings>;
+
+    /// The rate of arithmetic for calls of this size, where it is measured apart: in operations a second.
+    fn rate(&self, stream: &StreamOf<Self>, config: &LayerConfig, tokens: usize, dtype: DType) -> Result<Option<f64>>;
+
+    /// Times calls: `call` enqueues the one of a number, from which its layer and its batch follow; the first `batches`
+    /// are of different batches. Also says which calls' outputs are there in the end. An error where a call raises a
+    /// status.
+    fn time(&self, stream: &StreamOf<Self>, batches: usize, call: Calls<'_, Self>, tick: &dyn Fn()) -> Result<Times>;
+
+    /// The clock, in words.
+    fn clock(&self) -> &'static str;
+
+    /// What the read bandwidth is, in words.
+    fn describe(&self, ceilings: &Ceilings) -> String;
+
+    /// Whose arithmetic the rate is, in a few words.
+    fn arithmetic(&self) -> String;
+
+    /// What the rate of arithmetic is, in words.
+    fn describe_arithmetic(&self, ceilings: &Ceilings) -> String;
+}
+
+/// Enqueues the call of a number.
+pub(crate) type Calls<'a, M> = &'a mut dyn FnMut(usize) -> Result<(), ErrorOf<M>>;
+
+/// Bytes of a layer, and of the K experts of a token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LayerSizes {
+    pub(crate) layer: u64,
+    pub(crate) chosen: u64,
+}
+
+/// What a clock showed.
+#[derive(Clone, Debug)]
+pub(crate) struct Times {
+    /// Of a run, divided by its calls.
+    pub(crate) samples: Vec<Duration>,
+    /// Calls of a run.
+    pub(crate) calls: usize,
+    /// Numbers of calls that were the last to write their batch's output.
+    pub(crate) finished: Vec<usize>,
+}

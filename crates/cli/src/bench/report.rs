@@ -1,0 +1,90 @@
+//! What a person reads.
+
+use super::machine::Ceilings;
+use super::measure::Timing;
+use super::meter::Meter;
+use super::record::Setting;
+use crate::output::{self, BOLD, DIM, GOOD, Table, WARN, bytes, duration, plain, rounded};
+use anyhow::Result;
+use fused_moe::Backend;
+use fused_moe::config::LayerConfig;
+use std::io::Write;
+
+/// What is measured, before it is; `enough` says whether the layers are so many that calls find none in the cache.
+pub(crate) fn setting<M: Meter>(meter: &M, setting: &Setting<'_>, layer: u64, enough: bool) -> Result<()> {
+    let mut out = output::stdout();
+    let LayerConfig { hidden, intermediate, experts, top_k, .. } = *setting.config;
+    let Setting { shape, dtype, routing, from, layers, .. } = setting;
+    writeln!(
+        out,
+        "{BOLD}{shape}{BOLD:#}: H {hidden}, I {intermediate}, E {experts}, K {top_k}; {dtype}; routing {routing}; from {from}"
+    )?;
+    writeln!(out, "device   {}: {}", setting.backend, meter.backend().describe())?;
+    writeln!(out, "timed    {}", meter.clock())?;
+    writeln!(
+        out,
+        "weights  {layers} layers of {} take turns; the largest cache has {}",
+        bytes(layer),
+        bytes(meter.cache())
+    )?;
+    if !enough {
+        writeln!(out, "         {WARN}so few that runs find some of them in the cache{WARN:#}")?;
+    }
+    out.flush()?;
+    Ok(())
+}
+
+/// The times, beside what the machine allows.
+pub(crate) fn timings<M: Meter>(meter: &M, timings: &[Timing], ceilings: &Ceilings) -> Result<()> {
+    let mut out = output::stdout();
+    let by_size = timings.iter().any(|timing| timing.rate.is_some());
+    let (unit, operations) = if by_size { (1e12, "TFLOP/s") } else { (1e9, "GFLOP/s") };
+    let header = [
+        "tokens",
+        "median",
+        "10 to 90 %",
+        "runs",
+        "experts",
+        "GB/s",
+        "of read",
+        operations,
+        if by_size { "of dense" } else { "of dot" },
+        "byte floor",
+        "FLOP floor",
+        "x floor",
+    ];
+    let mut table = Table::new(header).text(&[2]);
+    for timing in timings {
+        let [low, high] = timing.spread;
+        let [read, arithmetic] = timing.floors(ceilings);
+        let ratio = timing.median.as_secs_f64() / read.max(arithmetic).as_secs_f64();
+        let style = if ratio < 1.5 { GOOD } else { WARN };
+        let percent = |part: f64| plain(format_args!("{:.0} %", 100.0 * part));
+        table.row([
+            plain(timing.tokens),
+            plain(duration(timing.median)),
+            plain(format_args!("{} to {}", duration(low), duration(high))),
+            plain(timing.runs),
+            plain(rounded(timing.touched)),
+            plain(rounded(timing.bandwidth() / 1e9)),
+            percent(timing.bandwidth() / ceilings.bandwidth),
+            plain(rounded(timing.arithmetic() / unit)),
+            percent(timing.arithmetic() / timing.rate(ceilings)),
+            plain(duration(read)),
+            plain(duration(arithmetic)),
+            (rounded(ratio), style),
+        ]);
+    }
+    table.print(&mut out)?;
+    writeln!(out, "machine  {}", meter.describe(ceilings))?;
+    writeln!(out, "         {}", meter.describe_arithmetic(ceilings))?;
+    let rows: usize = timings.iter().map(|timing| timing.verified.rows).sum();
+    let error = timings.iter().map(|timing| timing.verified.error).fold(0.0, f64::max);
+    let allowed = timings.iter().map(|timing| timing.verified.tolerance).fold(0.0, f64::max);
+    writeln!(
+        out,
+        "{DIM}checked: {rows} rows of what the timed calls left, against f64: largest error {error:.1e} of the largest value, {allowed:.1e} allowed{DIM:#}"
+    )?;
+    out.flush()?;
+    Ok(())
+}
