@@ -26,7 +26,7 @@ Exit code: 0 done; 1 an error, a failed check, a result outside its tolerance; 2
 pub(crate) enum Command {
     /// Run the MoE layers of a checkpoint on an input, and compare with an expected output
     Run(Run),
-    /// Say what a checkpoint is made of and which of its layers run; reads no tensor data
+    /// Say what a checkpoint is made of and which of its layers run; reads no weights
     Inspect(Inspect),
     /// Check every operation on this machine against the f64 reference
     Check(Check),
@@ -50,6 +50,9 @@ The input is [T, H] or [B, S, H], of f32, f16, bf16 or f64 (converted to f32); t
 pub(crate) struct Run {
     /// A model directory with config.json and safetensors
     pub(crate) checkpoint: Option<PathBuf>,
+    /// One of several language models in the directory, as `fmoe inspect` names them [default: the first stored]
+    #[arg(long, value_name = "NAME", requires = "checkpoint")]
+    pub(crate) part: Option<String>,
     /// The layer to run, by its number in the model [default: the first MoE layer]
     #[arg(long, value_name = "N", requires = "checkpoint")]
     pub(crate) layer: Option<usize>,
@@ -86,6 +89,9 @@ Examples:
 pub(crate) struct Inspect {
     /// A model directory with config.json and safetensors
     pub(crate) checkpoint: PathBuf,
+    /// One of several language models in the directory [default: the first stored]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) part: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

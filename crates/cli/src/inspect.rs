@@ -1,14 +1,14 @@
 //! `fmoe inspect`: what a checkpoint is made of.
 
 use crate::args;
-use crate::output::{self, BAD, BOLD, GOOD, Table, bytes, checkpoint_error, plain};
+use crate::output::{self, BAD, BOLD, GOOD, Table, bytes, plain};
 use anyhow::Result;
-use fused_moe::checkpoint::{Checkpoint, LayerSummary, Summary};
+use fused_moe::checkpoint::{LayerSummary, Summary};
 use std::io::Write;
 use std::process::ExitCode;
 
 pub(crate) fn inspect(arguments: &args::Inspect) -> Result<ExitCode> {
-    let checkpoint = Checkpoint::open(&arguments.checkpoint).map_err(checkpoint_error)?;
+    let checkpoint = output::open(&arguments.checkpoint, arguments.part.as_deref())?;
     let summary = checkpoint.inspect();
     if arguments.json {
         output::print_json(&serde_json::to_value(&summary)?)?;
@@ -23,6 +23,9 @@ fn print(summary: &Summary) -> Result<()> {
     let Summary { model_type, family, layer_count, layers, .. } = summary;
     writeln!(out, "{BOLD}{}{BOLD:#}", summary.path.display())?;
     writeln!(out, "model      {model_type}, family {family}")?;
+    if !summary.parts.is_empty() {
+        writeln!(out, "parts      {}; --part chooses", summary.parts.join(", "))?;
+    }
     writeln!(out, "files      {}, {} tensors", summary.files.len(), summary.tensors)?;
     writeln!(out, "layers     {layer_count}, of them {} with experts", layers.len())?;
     if let Some(sizes) = &summary.sizes {
@@ -38,6 +41,9 @@ fn print(summary: &Summary) -> Result<()> {
     }
     if let Some(activation) = &summary.activation {
         writeln!(out, "activation {activation}")?;
+    }
+    if let Some(beside) = summary.beside {
+        writeln!(out, "beside     {beside}")?;
     }
     let formats: Vec<String> = summary.formats.iter().map(|(format, n)| format!("{} of {format}", bytes(*n))).collect();
     let formats = if formats.is_empty() { "none".to_owned() } else { formats.join(", ") };

@@ -1,9 +1,11 @@
 //! What all commands print with: errors with a remedy, tables, numbers, progress.
 
 use anstyle::{AnsiColor, Style};
+use fused_moe::checkpoint::Checkpoint;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -26,6 +28,15 @@ pub(crate) fn remedied(message: impl Into<String>, help: impl Into<String>) -> a
     Remedied { message: message.into(), help: help.into() }.into()
 }
 
+/// A checkpoint, or the named one of the language models in it.
+pub(crate) fn open(path: &Path, part: Option<&str>) -> anyhow::Result<Checkpoint> {
+    match part {
+        Some(part) => Checkpoint::open_part(path, part),
+        None => Checkpoint::open(path),
+    }
+    .map_err(checkpoint_error)
+}
+
 /// A checkpoint's error: what follows the semicolon of its message is what to do.
 pub(crate) fn checkpoint_error(error: fused_moe::checkpoint::Error) -> anyhow::Error {
     use fused_moe::checkpoint::Error;
@@ -38,11 +49,13 @@ pub(crate) fn checkpoint_error(error: fused_moe::checkpoint::Error) -> anyhow::E
             io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => "check the path and its permissions",
             _ => "check that it is a regular file or a directory, on a file system that can map files into memory",
         },
+        Error::NoSuchPart { .. } => "name one of them with --part",
         Error::UnknownModel { .. } => "only these families can be read; check `model_type` in config.json",
         Error::ConfigMissing { .. } | Error::ConfigValue { .. } | Error::Config { .. } => {
             "config.json is not that of the model; download it again"
         }
         Error::NoSuchLayer { .. } | Error::DenseLayer { .. } => "`fmoe inspect` lists the layers",
+        Error::Unsupported { .. } => "`fmoe inspect` and README.md say what runs",
         Error::Tensors { .. } | Error::Layer { .. } => {
             "the files and config.json are not of one model; download both again"
         }

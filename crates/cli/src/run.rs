@@ -1,6 +1,7 @@
 //! `fmoe run`: layers of a checkpoint on an input.
 
 use crate::args;
+use crate::bench::weights::Numbers;
 use crate::devices;
 use crate::output::{
     self, BAD, BOLD, DIM, GOOD, bytes, checkpoint_error, duration, histogram, progress, remedied, rounded,
@@ -40,7 +41,7 @@ pub(crate) fn run(arguments: &args::Run) -> Result<ExitCode> {
     }
     match &arguments.checkpoint {
         Some(path) => {
-            let checkpoint = Checkpoint::open(path).map_err(checkpoint_error)?;
+            let checkpoint = output::open(path, arguments.part.as_deref())?;
             if let Some(output) = &arguments.output {
                 unlike_inputs(output, arguments, &checkpoint)?;
             }
@@ -157,7 +158,8 @@ impl Run<'_> {
         let bar = progress(self.layers.len() as u64, "layers");
         for layer in &self.layers {
             let outputs_kept = if self.arguments.output.is_some() { self.layers.len() } else { 1 };
-            let ran = self.device.visit(Once { layer, input: &self.input, outputs_kept })?;
+            let seed = self.arguments.seed;
+            let ran = self.device.visit(Once { layer, input: &self.input, seed, outputs_kept })?;
             bar.inc(1);
             passed &= bar.suspend(|| self.show(layer, &ran))?;
             if self.arguments.output.is_some() {
@@ -202,6 +204,10 @@ impl Run<'_> {
     /// The widths of the input and of what is expected.
     fn check(&self) -> Result<()> {
         for layer in &self.layers {
+            if layer.weights.table.is_some() && self.arguments.input.is_some() {
+                let message = format!("layer {}: chooses experts by token id, and --input has none", layer.index);
+                return Err(remedied(message, "leave --input out for random tokens, or choose another layer"));
+            }
             let hidden = layer.config.hidden;
             if self.input.shape.cols() != hidden {
                 return Err(remedied(
@@ -368,6 +374,8 @@ impl Ran {
 struct Once<'a> {
     layer: &'a CheckpointLayer<'a>,
     input: &'a Tensor,
+    /// Of the token ids, where experts are chosen by them.
+    seed: u64,
     /// How many outputs are on the host in the end.
     outputs_kept: usize,
 }
@@ -389,6 +397,18 @@ impl Visitor for Once<'_> {
         let mut x = backend.allocate(self.input.bytes().len())?;
         backend.upload(self.input.bytes(), &mut x)?;
         let mut y = backend.allocate(self.input.bytes().len())?;
+        let ids = match &self.layer.weights.table {
+            Some(table) => {
+                let mut ids = Numbers::new(DType::F32, shape.rows(), 1.0, self.seed).into_words();
+                // the numbers are f32, whose low bits are mostly 0
+                let mixed = |bits: u32| u64::from(bits).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+                ids.iter_mut().for_each(|id| *id = (mixed(*id) % table.vocabulary.max(1) as u64) as u32);
+                let mut memory = backend.allocate(ids.len() * size_of::<u32>())?;
+                backend.upload(bytemuck::cast_slice(&ids), &mut memory)?;
+                Some(memory)
+            }
+            None => None,
+        };
         let mut counts = backend.allocate(experts * size_of::<u32>())?;
         let mut status = Status::OK;
         let mut times = Vec::new();
@@ -401,6 +421,9 @@ impl Visitor for Once<'_> {
                 shorten::<B>(View::new(B::read(&x), dtype, 0, shape)?),
                 shorten_mut::<B>(View::new(B::write(&mut y), dtype, 0, shape)?),
             );
+            if let Some(ids) = &ids {
+                call.token_ids = Some(shorten::<B>(View::new(B::read(ids), DType::U32, 0, [shape.rows()])?));
+            }
             call.counts = Some(shorten_mut::<B>(View::new(B::write(&mut counts), DType::U32, 0, [experts])?));
             let start = Instant::now();
             layer.run(&stream, call, &mut workspace)?;

@@ -86,8 +86,8 @@ fn unaligned_tensors() {
             let checkpoint = Checkpoint::open(model.path()).unwrap();
             let (aligned, shifted) = (golden.checkpoint.layer(1).unwrap(), checkpoint.layer(1).unwrap());
             let x = &golden.cases[1].x;
-            assert_eq!(specified(&aligned, x).y, specified(&shifted, x).y);
-            assert_eq!(run(&aligned, x, DType::F32).y, run(&shifted, x, DType::F32).y);
+            assert_eq!(specified(&aligned, x, None).y, specified(&shifted, x, None).y);
+            assert_eq!(run(&aligned, x, None, DType::F32).y, run(&shifted, x, None, DType::F32).y);
         }
     }
 }

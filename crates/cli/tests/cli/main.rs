@@ -30,6 +30,23 @@ fn run_on_random_tokens() {
 }
 
 #[test]
+fn experts_by_token_id() {
+    let model = golden("../deepseek_v4_hash");
+    let ran = fmoe(["run", &model, "--tokens", "200"]).succeeds();
+    assert!(ran.stdout.contains("600 slots") && ran.stdout.contains("0 of 8 experts unused"), "{ran}");
+    let input = golden("../deepseek_v4_hash/golden.safetensors:input.0");
+    fmoe(["run", &model, "--input", &input]).errs(["layer 0: chooses experts by token id, and --input has none"]);
+}
+
+#[test]
+fn parts_are_named() {
+    let model = golden("");
+    let ran = fmoe(["inspect", &model, "--part", "qwen3_moe"]).succeeds();
+    assert!(ran.stdout.contains("family qwen3_moe") && !ran.stdout.contains("parts "), "{ran}");
+    fmoe(["run", &model, "--part", "talker"]).errs(["no part talker; it has qwen3_moe", "--part"]);
+}
+
+#[test]
 fn short_runs_draw_no_bar() {
     let Ok(out) = std::process::Command::new("script")
         .args(["-qec", &format!("'{}' run", support::PROGRAM), "/dev/null"])

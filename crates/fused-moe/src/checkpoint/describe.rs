@@ -23,7 +23,11 @@ pub(super) fn sentence(config: &LayerConfig) -> String {
         }
         Selection::Table => format!("the {chosen} that a table has for its token id"),
     };
-    let mut text = format!("Each token goes to {choice}, {}", weights(config));
+    let capped = match config.gate.softcap {
+        Some(cap) => format!(", logits capped at {cap} by tanh"),
+        None => String::new(),
+    };
+    let mut text = format!("Each token goes to {choice}{capped}, {}", weights(config));
     if let Some(shared) = &config.shared {
         let gate = if shared.gated { ", weighted by a sigmoid gate of its own" } else { "" };
         text += &format!(", and every token also to a shared expert of width {}{gate}", shared.intermediate);

@@ -123,6 +123,26 @@ pub enum Error {
         /// Known types that are spelled alike, if any are.
         nearest: Vec<&'static str>,
     },
+    /// A model whose layers have something that no layer can have yet.
+    #[error("{}: layers of {model_type} have {lacks}, which cannot run yet", config.display())]
+    Unsupported {
+        /// The config.json.
+        config: PathBuf,
+        /// The model type in it.
+        model_type: String,
+        /// What they have.
+        lacks: &'static str,
+    },
+    /// There is no such part.
+    #[error("{}: no part {part}; it has {}", path.display(), parts.join(", "))]
+    NoSuchPart {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What was asked for.
+        part: String,
+        /// The parts that there are.
+        parts: Vec<&'static str>,
+    },
     /// A field of config.json is absent.
     #[error("{}: field {} is missing", config.display(), fields.join(" or "))]
     ConfigMissing {
@@ -312,12 +332,37 @@ pub enum TensorProblem {
         /// The shape that it has.
         actual: Vec<usize>,
     },
+    /// It is there, and config.json says that there is none.
+    Unexpected {
+        /// Its name.
+        name: String,
+        /// The names of the field that would ask for it.
+        fields: Vec<&'static str>,
+    },
     /// It has a format that layers are not made of.
     Format {
         /// Its name.
         name: String,
         /// Its format in safetensors' spelling.
         format: String,
+    },
+    /// It is a table of experts and has a format that no table has.
+    TableFormat {
+        /// Its name.
+        name: String,
+        /// Its format in safetensors' spelling.
+        format: String,
+    },
+    /// It is a table of experts and has an entry that is none.
+    Entry {
+        /// Its name.
+        name: String,
+        /// Where.
+        row: usize,
+        /// The entry.
+        actual: i64,
+        /// E.
+        experts: usize,
     },
     /// It has another format than the matrices that it must agree with.
     Mixed {
@@ -336,6 +381,19 @@ impl fmt::Display for TensorProblem {
             Self::Missing { names, expected } => write!(f, "{} {expected} is missing", names.join(" or ")),
             Self::Shape { name, expected, actual } => write!(f, "{name} expected {expected}, got {actual:?}"),
             Self::Mixed { name, format, expected } => write!(f, "{name} is {format}, expected {expected}"),
+            Self::Unexpected { name, fields } => {
+                write!(f, "{name} is there, and {} of config.json is absent or 0", fields.join(" or "))
+            }
+            Self::Entry { name, row, actual, experts } => {
+                write!(
+                    f,
+                    "{name} names expert {actual} in row {row}, expected one of 0 to {}",
+                    experts.saturating_sub(1)
+                )
+            }
+            Self::TableFormat { name, format } => {
+                write!(f, "{name} is {format}; a table of experts is I64, I32 or U32, convert it to one of them")
+            }
             Self::Format { name, format } => {
                 write!(f, "{name} is {format}; only F32, F16 and BF16 can be read, convert it to one of them")
             }

@@ -2,12 +2,12 @@
 //!
 //! Nothing here names a model; the entries are in `families`.
 
-use fused_moe_core::config::{GroupScore, Masked, Score, SelectBy, WeightOn, WeightValue};
-use fused_moe_core::weights::StackLayout;
+use fused_moe_core::config::{Function, GroupScore, Masked, Score, SelectBy, WeightOn, WeightValue};
+use fused_moe_core::weights::{Orientation, StackLayout};
 use std::fmt;
 
-/// Names of one number in config.json, tried in order; dots lead into nested objects.
-/// A value that is a list has one entry a layer.
+/// Names of one number in config.json, tried in order; dots lead into nested objects, and `.0` to a list's first entry.
+/// A value that is a list has one entry a layer; one that is null is absent.
 pub(super) type Field = &'static [&'static str];
 
 /// Names of one tensor, tried in order, relative to the block (`../`: to the block's parent); `{e}` is the expert.
@@ -28,13 +28,19 @@ pub(super) struct Case<T> {
 #[derive(Clone, Copy)]
 pub(super) struct Family {
     pub(super) name: &'static str,
-    /// `model_type`s in config.json.
+    /// `model_type`s in config.json, each also with `_text` behind it.
     pub(super) model_types: &'static [&'static str],
+    /// Fields that must be absent, null, 0 or false, with what layers lack if they are not.
+    pub(super) lacks: &'static [(Field, &'static str)],
+    /// What of the block is no part of the layer, if it has more.
+    pub(super) beside: Option<&'static str>,
     /// What tensor names may begin with.
     pub(super) roots: Names,
     /// What follows: the MoE block, `{l}` being the layer.
     pub(super) blocks: Names,
     pub(super) layers: Field,
+    /// A list or a text with an entry or a letter a layer, which goes before `layers`.
+    pub(super) kinds: Field,
     pub(super) hidden: Field,
     pub(super) intermediate: Field,
     pub(super) experts: Field,
@@ -42,9 +48,16 @@ pub(super) struct Family {
     /// Which layers have experts: the first rule whose field is there decides.
     pub(super) sparse: &'static [Sparse],
     pub(super) router: Names,
+    /// `[E, H]` or `[H, E]`.
+    pub(super) router_lies: Orientation,
     /// Empty: none.
     pub(super) router_bias: Names,
+    /// `c` of `c * tanh(logit / c)`; absent or not above 0: none.
+    pub(super) softcap: Field,
     pub(super) correction_bias: Names,
+    /// `[n, E]`, of which the first row counts.
+    pub(super) correction_rows: usize,
+    pub(super) table: Option<ByTable>,
     pub(super) routing: Cases<Routing>,
     pub(super) activation: Act,
     pub(super) weight_on: WeightOn,
@@ -60,11 +73,26 @@ impl fmt::Debug for Family {
     }
 }
 
+/// Layers whose experts follow from the token id.
+#[derive(Clone, Copy)]
+pub(super) struct ByTable {
+    /// Which layers.
+    pub(super) layers: &'static [Sparse],
+    /// `[V, K]`, integers.
+    pub(super) names: Names,
+    pub(super) vocabulary: Field,
+}
+
 /// A number.
 #[derive(Clone, Copy)]
 pub(super) enum Number {
     Fixed(f32),
-    Field { field: Field, default: Option<f32> },
+    Field {
+        field: Field,
+        default: Option<f32>,
+    },
+    /// One divided by a field.
+    Inverse(Field),
 }
 
 /// A condition.
@@ -72,7 +100,11 @@ pub(super) enum Number {
 pub(super) enum Flag {
     Never,
     Always,
-    Field { field: Field, default: bool },
+    /// Without a default the field must be there.
+    Field {
+        field: Field,
+        default: Option<bool>,
+    },
 }
 
 /// Which layers have experts.
@@ -84,11 +116,28 @@ pub(super) enum Sparse {
         field: Field,
         moe: &'static [&'static str],
     },
+    /// The layer's letter in a text.
+    Letter {
+        field: Field,
+        moe: char,
+    },
     /// The layer's number is in a list.
     Listed(Field),
+    /// The layer's number is not in a list.
+    Unlisted {
+        field: Field,
+        default: &'static [u64],
+    },
     /// `l >= n`.
     From {
         first: Field,
+    },
+    /// `l >= n`.
+    Behind(usize),
+    /// `l < n`.
+    Before {
+        end: Field,
+        default: usize,
     },
     /// `(l + 1) % step == 0`, and not in the list of exceptions.
     Step {
@@ -111,7 +160,7 @@ pub(super) enum Sparse {
 /// How logits become routes.
 #[derive(Clone, Copy)]
 pub(super) struct Routing {
-    pub(super) score: Score,
+    pub(super) score: Cases<Score>,
     pub(super) select: Select,
     pub(super) value: WeightValue,
     pub(super) normalize: Norm,
@@ -157,6 +206,12 @@ pub(super) enum Act {
     Gated {
         named: Field,
     },
+    /// Without a gate.
+    Plain {
+        named: Field,
+        default: Function,
+    },
+    /// A limit that is null or not above 0 is gated SiLU.
     ClampedSilu {
         limit: Number,
     },
@@ -175,6 +230,8 @@ pub(super) enum Act {
 pub(super) enum Layout {
     /// A tensor each: `[I, H] [I, H] [H, I]`.
     Apart { gate: &'static str, up: &'static str, down: &'static str },
+    /// The same without a gate: `[I, H] [H, I]`.
+    Plain { up: &'static str, down: &'static str },
     /// Two stacks, and their biases.
     Joint { gate_up: &'static str, down: &'static str, layout: StackLayout, biases: Option<[&'static str; 2]> },
     /// Three stacks; `flat`: their first two dimensions are one.
@@ -187,6 +244,8 @@ pub(super) struct Shared {
     pub(super) matrices: &'static [Layout],
     /// Its width, 0 for none; times the second number if there is such a field, where absent and null are 0.
     pub(super) width: Field,
+    /// Whether it may be absent, which is 0.
+    pub(super) optional: bool,
     pub(super) times: Option<Field>,
     /// `[H]` or `[1, H]`; empty: not gated.
     pub(super) gate: Names,

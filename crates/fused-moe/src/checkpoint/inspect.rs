@@ -1,4 +1,4 @@
-//! What a checkpoint holds, from its headers alone.
+//! What a checkpoint holds, from its headers.
 
 use super::describe::{activation, sentence};
 use super::layer::CheckpointLayer;
@@ -24,6 +24,10 @@ pub struct Summary {
     pub family: &'static str,
     /// The model type in config.json.
     pub model_type: String,
+    /// The language models that config.json describes, by family, if this is one of several.
+    pub parts: Vec<&'static str>,
+    /// What the block has that is no part of the layer, if it has more.
+    pub beside: Option<&'static str>,
     /// How many layers the model has.
     pub layer_count: usize,
     /// The sizes of the first MoE layer that could be read.
@@ -83,6 +87,8 @@ pub(super) fn summary(checkpoint: &Checkpoint) -> Summary {
         tensors: checkpoint.files.len(),
         family: checkpoint.family.name,
         model_type: checkpoint.config.model_type().into(),
+        parts: if checkpoint.parts.len() > 1 { checkpoint.parts.clone() } else { Vec::new() },
+        beside: checkpoint.family.beside,
         layer_count: checkpoint.count,
         sizes: None,
         routing: None,

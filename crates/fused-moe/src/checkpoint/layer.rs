@@ -3,12 +3,15 @@
 use super::Checkpoint;
 use super::directory::Files;
 use super::error::{Error, Result, TensorProblem};
-use super::family::{Family, Layout, Names, Shared};
+use super::family::{ByTable, Family, Layout, Names, Shared};
 use fused_moe_core::config::{LayerConfig, Selection, SharedConfig};
 use fused_moe_core::problem::LayerProblem;
-use fused_moe_core::weights::{ExpertMatrices, ExpertWeights, LayerWeights, Matrix, Orientation, SharedWeights};
+use fused_moe_core::weights::{
+    ExpertMatrices, ExpertWeights, GateUpOrder, LayerWeights, Matrix, Orientation, SharedWeights, Table,
+};
 use fused_moe_core::{Backend, DType, HostView, Options, Shape};
 use safetensors::Dtype;
+use std::sync::OnceLock;
 
 /// One MoE layer of a checkpoint: its description, and its tensors where they lie in the mapped file.
 #[derive(Clone, Debug)]
@@ -38,7 +41,12 @@ pub(super) fn load(checkpoint: &Checkpoint, index: usize, config: LayerConfig) -
     let Checkpoint { files, family, .. } = checkpoint;
     let name = block(files, family, index);
     let mut tensors = Tensors::new(files, &name);
-    let weights = tensors.layer(family, &config);
+    let vocabulary = match &family.table {
+        Some(table) => checkpoint.config.optional_size(table.vocabulary, index)?,
+        None => None,
+    };
+    let router = tensors.router(family, &config, checkpoint.turned(index));
+    let weights = tensors.layer(family, &config, router, vocabulary);
     let problems = tensors.problems;
     if !problems.is_empty() {
         return Err(unfit(checkpoint, index, problems));
@@ -130,19 +138,92 @@ impl<'a, 'n> Tensors<'a, 'n> {
         Self { files, block, found: 0, problems: Vec::new(), formats: Default::default() }
     }
 
-    fn layer(&mut self, family: &Family, config: &LayerConfig) -> Contract<Option<LayerWeights<'a>>> {
+    /// `[E, H]`; one that lies the other way is copied to `turned`.
+    fn router(
+        &mut self,
+        family: &Family,
+        config: &LayerConfig,
+        turned: Option<&'a OnceLock<Vec<u8>>>,
+    ) -> Option<HostView<'a>> {
+        let shape = Shape::from([config.experts, config.hidden]);
+        let (Orientation::InOut, Some(turned)) = (family.router_lies, turned) else {
+            return self.named(family.router, shape, &[]);
+        };
+        let stored = self.named(family.router, Shape::from([config.hidden, config.experts]), &[])?;
+        let matrix = Matrix::new(stored, Orientation::InOut).ok()?;
+        let bytes = turned.get_or_init(|| {
+            let row = config.hidden * stored.dtype().size();
+            let mut bytes = vec![0; config.experts * row];
+            for (e, row) in bytes.chunks_exact_mut(row).enumerate() {
+                matrix.copy_row(e, row);
+            }
+            bytes
+        });
+        HostView::new(bytes, stored.dtype(), 0, shape).ok()
+    }
+
+    fn layer(
+        &mut self,
+        family: &Family,
+        config: &LayerConfig,
+        router: Option<HostView<'a>>,
+        vocabulary: Option<usize>,
+    ) -> Contract<Option<LayerWeights<'a>>> {
         let (hidden, experts) = (config.hidden, config.experts);
-        let router = self.named(family.router, Shape::from([experts, hidden]), &[]);
-        let router_bias = self.vector(family.router_bias, experts);
+        let router_bias = self.vector(family.router_bias, [1, experts]);
         let biased = matches!(config.routing.selection, Selection::TopK { bias: true, .. });
-        let correction_bias = if biased { self.vector(family.correction_bias, experts) } else { None };
+        let correction_bias =
+            if biased { self.vector(family.correction_bias, [family.correction_rows, experts]) } else { None };
+        let table = match &family.table {
+            Some(table) if config.routing.selection == Selection::Table => self.table(table, config, vocabulary),
+            _ => None,
+        };
         let matrices = self.matrices(family.matrices, [experts, config.intermediate, hidden], Formats::TwoSides)?;
         let shared = match (&family.shared, &config.shared) {
             (Some(described), Some(shared)) => self.shared(described, shared, hidden)?,
+            (Some(described), None) => {
+                self.no_shared(described);
+                None
+            }
             _ => None,
         };
         let (Some(router), Some(matrices)) = (router, matrices) else { return Ok(None) };
-        Ok(Some(LayerWeights { router_bias, correction_bias, shared, ..LayerWeights::new(router, matrices) }))
+        Ok(Some(LayerWeights { router_bias, correction_bias, table, shared, ..LayerWeights::new(router, matrices) }))
+    }
+
+    /// Experts by token id, as the numbers that backends read.
+    fn table(&mut self, described: &ByTable, config: &LayerConfig, vocabulary: Option<usize>) -> Option<Table<'a>> {
+        let full_names = || described.names.iter().map(|name| full(self.block, name));
+        let found = full_names().find_map(|name| self.files.tensor(&name).map(|tensor| (name, tensor)));
+        let rows = |rows| Shape::from([vocabulary.unwrap_or(rows), config.top_k]);
+        let Some((name, tensor)) = found else {
+            let names = full_names().collect();
+            self.problems.push(TensorProblem::Missing { names, expected: rows(1) });
+            return None;
+        };
+        self.found += 1;
+        let expected = rows(tensor.shape.first().copied().unwrap_or(1));
+        if tensor.shape != expected.dims() {
+            self.problems.push(TensorProblem::Shape { name, expected, actual: tensor.shape.to_vec() });
+            return None;
+        }
+        let entries: Vec<i64> = match tensor.dtype {
+            Dtype::I64 => tensor.data.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect(),
+            Dtype::U32 => tensor.data.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes).into()).collect(),
+            Dtype::I32 => tensor.data.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect(),
+            format => {
+                self.problems.push(TensorProblem::TableFormat { name, format: format.to_string() });
+                return None;
+            }
+        };
+        let is_expert = |entry: i64| usize::try_from(entry).is_ok_and(|e| e < config.experts);
+        if let Some(at) = entries.iter().position(|&entry| !is_expert(entry)) {
+            let (row, actual) = (at / config.top_k, entries[at]);
+            self.problems.push(TensorProblem::Entry { name, row, actual, experts: config.experts });
+            return None;
+        }
+        let experts = entries.into_iter().map(|entry| entry as u32).collect();
+        Some(Table { experts, vocabulary: expected.rows() })
     }
 
     fn shared(
@@ -151,10 +232,23 @@ impl<'a, 'n> Tensors<'a, 'n> {
         config: &SharedConfig,
         hidden: usize,
     ) -> Contract<Option<SharedWeights<'a>>> {
-        let gate = self.vector(described.gate, hidden);
+        let gate = self.vector(described.gate, [1, hidden]);
         let found = self.matrices(described.matrices, [1, config.intermediate, hidden], Formats::One)?;
         let matrices = found.as_ref().and_then(|one| one.iter().next()).copied();
         Ok(matrices.map(|matrices| SharedWeights { matrices, gate }))
+    }
+
+    /// A shared expert that config.json has no width for would be left out of every sum.
+    fn no_shared(&mut self, described: &Shared) {
+        let down = |layout: &Layout| match *layout {
+            Layout::Apart { down, .. } | Layout::Plain { down, .. } => down,
+            Layout::Joint { down, .. } | Layout::Stacks { down, .. } => down,
+        };
+        let mut names = described.matrices.iter().map(|layout| full(self.block, down(layout)));
+        if let Some(name) = names.find(|name| self.files.tensor(name).is_some()) {
+            let fields = described.times.unwrap_or(described.width).to_vec();
+            self.problems.push(TensorProblem::Unexpected { name, fields });
+        }
     }
 
     /// The first layout whose tensors are all there with the right shapes; if there is none, the problems of the
@@ -187,26 +281,10 @@ impl<'a, 'n> Tensors<'a, 'n> {
 
     fn layout(&mut self, layout: Layout, [experts, inner, hidden]: [usize; 3]) -> Contract<Option<ExpertWeights<'a>>> {
         match layout {
-            Layout::Apart { gate, up, down } => {
-                let mut all = Vec::new();
-                for expert in 0..experts {
-                    let expert = expert.to_string();
-                    let mut matrix = |side, name: &str, shape: [usize; 2]| {
-                        self.matrix(side, &name.replace("{e}", &expert), shape.into(), &[])
-                            .map(|view| Matrix::new(view, Orientation::OutIn))
-                            .transpose()
-                    };
-                    let gate = matrix(Side::GateUp, gate, [inner, hidden])?;
-                    let up = matrix(Side::GateUp, up, [inner, hidden])?;
-                    let down = matrix(Side::Down, down, [hidden, inner])?;
-                    if let (Some(gate), Some(up), Some(down)) = (gate, up, down) {
-                        all.push(ExpertMatrices::new(Some(gate), up, down));
-                    }
-                }
-                Ok(Some(ExpertWeights::per_expert(all)))
-            }
+            Layout::Apart { gate, up, down } => self.apart(Some(gate), up, down, [experts, inner, hidden]),
+            Layout::Plain { up, down } => self.apart(None, up, down, [experts, inner, hidden]),
             Layout::Joint { gate_up, down, layout, biases } => {
-                let rows = inner.saturating_mul(2);
+                let rows = if layout.order == GateUpOrder::UpOnly { inner } else { inner.saturating_mul(2) };
                 let gate_up = self.stack(Side::GateUp, gate_up, oriented(experts, layout.gate_up, rows, hidden), false);
                 let down = self.stack(Side::Down, down, oriented(experts, layout.down, hidden, inner), false);
                 let biases = biases.map(|[gate_up, down]| {
@@ -230,6 +308,37 @@ impl<'a, 'n> Tensors<'a, 'n> {
         }
     }
 
+    /// A tensor for each matrix.
+    fn apart(
+        &mut self,
+        gate: Option<&str>,
+        up: &str,
+        down: &str,
+        [experts, inner, hidden]: [usize; 3],
+    ) -> Contract<Option<ExpertWeights<'a>>> {
+        let mut all = Vec::new();
+        for expert in 0..experts {
+            let expert = expert.to_string();
+            let mut matrix = |side, name: &str, shape: [usize; 2]| {
+                self.matrix(side, &name.replace("{e}", &expert), shape.into(), &[])
+                    .map(|view| Matrix::new(view, Orientation::OutIn))
+                    .transpose()
+            };
+            let gate_matrix = match gate {
+                Some(gate) => matrix(Side::GateUp, gate, [inner, hidden])?,
+                None => None,
+            };
+            let up = matrix(Side::GateUp, up, [inner, hidden])?;
+            let down = matrix(Side::Down, down, [hidden, inner])?;
+            if let (Some(up), Some(down)) = (up, down)
+                && gate_matrix.is_some() == gate.is_some()
+            {
+                all.push(ExpertMatrices::new(gate_matrix, up, down));
+            }
+        }
+        Ok(Some(ExpertWeights::per_expert(all)))
+    }
+
     /// `[experts, rows, cols]`, or `[experts * rows, cols]` if flat; a stack of one may be a matrix.
     fn stack(&mut self, side: Side, name: &str, dims: [usize; 3], flat: bool) -> Option<HostView<'a>> {
         let [experts, rows, cols] = dims;
@@ -245,12 +354,12 @@ impl<'a, 'n> Tensors<'a, 'n> {
         Some(view)
     }
 
-    /// `[n]`, `[1, n]` or `[n, 1]`; nothing where the tensor has no name.
-    fn vector(&mut self, names: Names, n: usize) -> Option<HostView<'a>> {
+    /// `[n]`, `[n, 1]`, or the first row of `[rows, n]`; nothing where the tensor has no name.
+    fn vector(&mut self, names: Names, [rows, n]: [usize; 2]) -> Option<HostView<'a>> {
         if names.is_empty() {
             return None;
         }
-        self.named(names, Shape::from([n]), &[[1, n].into(), [n, 1].into()])
+        self.named(names, Shape::from([n]), &[[rows, n].into(), [n, 1].into()])
     }
 
     /// As `find`, of any format.

@@ -24,10 +24,13 @@ pub use write::{WriteError, write_safetensors};
 
 use directory::Files;
 use family::Family;
+use fused_moe_core::weights::Orientation;
 use model_config::ModelConfig;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-/// A model on disk, memory-mapped: nothing of a tensor is read before a layer is prepared.
+/// A model on disk, memory-mapped: no weight is read before a layer is prepared, but for routers that lie the other way
+/// and tables of experts by token id, which [`layer`](Self::layer) copies.
 ///
 /// ```
 /// use fused_moe::checkpoint::Checkpoint;
@@ -44,6 +47,9 @@ pub struct Checkpoint {
     family: &'static Family,
     count: usize,
     moe: Vec<usize>,
+    parts: Vec<&'static str>,
+    /// Routers that lie the other way, a copy for each of `moe`; nothing where they do not.
+    turned: Vec<OnceLock<Vec<u8>>>,
 }
 
 impl Checkpoint {
@@ -55,12 +61,51 @@ impl Checkpoint {
     ///
     /// Errors: everything in [`Error`] but what concerns a single layer.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_as(path.as_ref(), None)
+    }
+
+    /// Opens one of several language models in a directory, as [`parts`](Self::parts) has it: of a model that thinks and
+    /// talks, the talker. [`open`](Self::open) takes the first that has layers in these files.
+    ///
+    /// Errors: those of `open`, and `NoSuchPart`.
+    pub fn open_part(path: impl AsRef<Path>, part: &str) -> Result<Self> {
+        Self::open_as(path.as_ref(), Some(part))
+    }
+
+    fn open_as(path: &Path, part: Option<&str>) -> Result<Self> {
         let files = Files::open(path)?;
-        let (config, family) = ModelConfig::open(&files.config)?;
-        let count = resolve::layer_count(&config, family)?;
-        let moe = resolve::moe_layers(&config, family, count)?;
-        Ok(Self { path: path.into(), files, config, family, count, moe })
+        let mut models = ModelConfig::open(&files.config)?;
+        let parts: Vec<&'static str> = models.iter().map(|(_, family)| family.name).collect();
+        let stored = |(config, family): &(ModelConfig, &'static Family)| {
+            let layers = resolve::layers(config, family);
+            layers.is_ok_and(|(_, moe)| moe.iter().any(|&index| layer::is_stored(&files, family, index)))
+        };
+        let chosen = match part {
+            None if models.len() == 1 => 0,
+            None => models.iter().position(stored).unwrap_or(0),
+            Some(part) => parts.iter().position(|name| *name == part).ok_or_else(|| Error::NoSuchPart {
+                path: path.into(),
+                part: part.into(),
+                parts: parts.clone(),
+            })?,
+        };
+        let (config, family) = models.swap_remove(chosen);
+        let (count, moe) = resolve::layers(&config, family)?;
+        let turned = match family.router_lies {
+            Orientation::OutIn => Vec::new(),
+            Orientation::InOut => moe.iter().map(|_| OnceLock::new()).collect(),
+        };
+        Ok(Self { path: path.into(), files, config, family, count, moe, parts, turned })
+    }
+
+    /// The language models with experts that config.json describes, by family: most have one.
+    pub fn parts(&self) -> &[&'static str] {
+        &self.parts
+    }
+
+    /// Where the router of a layer is kept that lies the other way.
+    fn turned(&self, index: usize) -> Option<&OnceLock<Vec<u8>>> {
+        self.turned.get(self.moe.binary_search(&index).ok()?)
     }
 
     /// Where it was opened.
@@ -100,7 +145,7 @@ impl Checkpoint {
         layer::load(self, index, config)
     }
 
-    /// What the checkpoint holds, without reading a tensor.
+    /// What the checkpoint holds, from headers and what [`layer`](Self::layer) reads.
     pub fn inspect(&self) -> Summary {
         inspect::summary(self)
     }

@@ -2,13 +2,19 @@
 
 use super::directory::read_json;
 use super::error::{Error, Result};
-use super::families::FAMILIES;
+use super::families::{self, REFUSED};
 use super::family::{Case, Cases, Family, Field, Flag, Number};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Where a composite model keeps what its language model is; innermost first.
-const SCOPES: [&[&str]; 4] = [&["thinker_config", "text_config"], &["text_config"], &["llm_config"], &[]];
+/// Where composite models keep what their language models are.
+const SCOPES: [&[&str]; 5] = [
+    &["thinker_config", "text_config"],
+    &["talker_config", "text_config"],
+    &["text_config"],
+    &["llm_config"],
+    &["language_config"],
+];
 
 /// The Jaro-Winkler similarity from which a name is worth suggesting.
 const ALIKE: f64 = 0.88;
@@ -23,34 +29,60 @@ pub(super) struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads the file and finds the family.
-    pub(super) fn open(path: &Path) -> Result<(Self, &'static Family)> {
+    /// Reads the file and finds the language models that it describes, at least one, each with its family.
+    pub(super) fn open(path: &Path) -> Result<Vec<(Self, &'static Family)>> {
         let root: Value = read_json(path)?;
         if !root.is_object() {
             return Err(Error::ConfigKind { config: path.into(), actual: short(&root) });
         }
-        let mut first = None;
-        for keys in SCOPES {
-            let Some(scope) = keys.iter().try_fold(&root, |value, key| value.get(key)) else { continue };
+        let inner = SCOPES.map(|keys| keys.iter().try_fold(&root, |value, key| value.get(key)));
+        let inner: Vec<&Value> = inner.into_iter().flatten().filter(|scope| scope.is_object()).collect();
+        let mut types = Vec::new();
+        let mut models = Vec::new();
+        for &scope in inner.iter().chain([&&root]) {
             let Some(name) = scope.get("model_type").filter(|name| !name.is_null()) else { continue };
-            let Some(name) = name.as_str() else {
-                return Err(wrong(path, "model_type", "a text", name));
-            };
-            if let Some(family) = FAMILIES.iter().find(|family| family.model_types.contains(&name)) {
-                let quantisation = quantisation(scope).or_else(|| quantisation(&root));
-                let (path, scope) = (path.into(), scope.clone());
-                return Ok((Self { path, scope, model_type: name.into(), quantisation }, family));
+            let Some(name) = name.as_str() else { return Err(wrong(path, "model_type", "a text", name)) };
+            types.push(name);
+            let outermost = std::ptr::eq(scope, &root);
+            if outermost && !models.is_empty() {
+                break;
             }
-            first = Some(name);
+            let Some(family) = families::all().find(|family| is_named(family.model_types, name)) else { continue };
+            // what is inside describes the language model even where it does not name itself
+            let has_sizes = |scope: &&Value| family.hidden.iter().any(|name| scope.get(name).is_some());
+            let scope = if outermost { inner.iter().copied().find(has_sizes).unwrap_or(scope) } else { scope };
+            let quantisation = quantisation(scope).or_else(|| quantisation(&root));
+            let model = Self { path: path.into(), scope: scope.clone(), model_type: name.into(), quantisation };
+            model.check(family)?;
+            models.push((model, family));
         }
-        match first {
-            None => Err(Error::ConfigMissing { config: path.into(), fields: vec!["model_type".into()] }),
-            Some(name) => {
-                let model_type: String = name.chars().take(64).collect();
-                let nearest = nearest(&model_type);
-                Err(Error::UnknownModel { config: path.into(), model_type, nearest })
+        let Some(first) = types.first() else {
+            return Err(Error::ConfigMissing { config: path.into(), fields: vec!["model_type".into()] });
+        };
+        if !models.is_empty() {
+            return Ok(models);
+        }
+        for name in &types {
+            if let Some(refused) = REFUSED.iter().find(|refused| is_named(refused.model_types, name)) {
+                let (config, model_type) = (path.into(), (*name).to_owned());
+                return Err(Error::Unsupported { config, model_type, lacks: refused.lacks });
             }
         }
+        let model_type: String = first.chars().take(64).collect();
+        let nearest = nearest(&model_type);
+        Err(Error::UnknownModel { config: path.into(), model_type, nearest })
+    }
+
+    /// Whether the layers are of a kind that can run.
+    fn check(&self, family: &Family) -> Result<()> {
+        for (field, lacks) in family.lacks {
+            let absent = |value: &Value| value.as_u64() == Some(0) || value.as_bool() == Some(false);
+            if self.find(field, 0).is_some_and(|(_, value)| !absent(value)) {
+                let (config, model_type) = (self.path.clone(), self.model_type.clone());
+                return Err(Error::Unsupported { config, model_type, lacks });
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -67,11 +99,14 @@ impl ModelConfig {
     }
 
     fn value(&self, name: &str) -> Option<&Value> {
-        name.split('.').try_fold(&self.scope, |value, key| value.get(key))
+        name.split('.').try_fold(&self.scope, |value, key| match value {
+            Value::Array(list) => list.get(key.parse::<usize>().ok()?),
+            _ => value.get(key),
+        })
     }
 
     /// The value of a field for a layer, null included, and the name it was found under.
-    pub(super) fn lookup(&self, field: Field, layer: usize) -> Option<(String, &Value)> {
+    fn lookup(&self, field: &[&str], layer: usize) -> Option<(String, &Value)> {
         field.iter().find_map(|&name| match self.value(name)? {
             Value::Array(list) => list.get(layer).map(|value| (format!("{name}[{layer}]"), value)),
             value => Some((name.to_owned(), value)),
@@ -80,7 +115,26 @@ impl ModelConfig {
 
     /// As `lookup`; null is absent.
     fn find(&self, field: Field, layer: usize) -> Option<(String, &Value)> {
-        self.lookup(field, layer).filter(|(_, value)| !value.is_null())
+        field.iter().find_map(|&name| self.lookup(&[name], layer).filter(|(_, value)| !value.is_null()))
+    }
+
+    /// Whether a field is there and null.
+    pub(super) fn is_null(&self, field: Field, layer: usize) -> bool {
+        matches!(self.lookup(field, layer), Some((_, Value::Null)))
+    }
+
+    /// Whether a field is there, for the first layer if it is a list.
+    pub(super) fn has(&self, field: Field) -> bool {
+        self.find(field, 0).is_some()
+    }
+
+    /// How long a list or a text is.
+    pub(super) fn length(&self, field: Field) -> Option<usize> {
+        field.iter().find_map(|name| match self.value(name)? {
+            Value::Array(list) => Some(list.len()),
+            Value::String(text) => Some(text.chars().count()),
+            _ => None,
+        })
     }
 
     /// The whole list that a field holds.
@@ -120,6 +174,7 @@ impl ModelConfig {
             Number::Field { field, default } => {
                 self.optional_number(field, layer)?.or(default).ok_or_else(|| self.missing(field))
             }
+            Number::Inverse(field) => Ok(1.0 / self.size(field, layer)? as f32),
         }
     }
 
@@ -133,7 +188,9 @@ impl ModelConfig {
             Flag::Never => Ok(false),
             Flag::Always => Ok(true),
             Flag::Field { field, default } => {
-                let Some((name, value)) = self.find(field, layer) else { return Ok(default) };
+                let Some((name, value)) = self.find(field, layer) else {
+                    return default.ok_or_else(|| self.missing(field));
+                };
                 value.as_bool().ok_or_else(|| self.wrong(&name, "true or false", value))
             }
         }
@@ -188,14 +245,18 @@ fn quantisation(scope: &Value) -> Option<String> {
     Some(method.chars().take(64).collect())
 }
 
-/// The `model_type`s that [`Checkpoint::open`](super::Checkpoint::open) understands.
+/// The `model_type`s that [`Checkpoint::open`](super::Checkpoint::open) understands; each may end in `_text`.
 pub fn known_model_types() -> impl Iterator<Item = &'static str> {
-    FAMILIES.iter().flat_map(|family| family.model_types).copied()
+    families::all().flat_map(|family| family.model_types).copied()
 }
 
 /// The entries of the table of families.
 pub fn known_families() -> impl Iterator<Item = &'static str> {
-    FAMILIES.iter().map(|family| family.name)
+    families::all().map(|family| family.name)
+}
+
+fn is_named(types: &[&str], name: &str) -> bool {
+    types.contains(&name) || name.strip_suffix("_text").is_some_and(|name| types.contains(&name))
 }
 
 /// The known types that are spelled much like `name`, the likest first.

@@ -16,10 +16,18 @@ pub(crate) fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
 }
 
+/// The names of all goldens.
+pub(crate) fn goldens() -> Vec<String> {
+    let entries = std::fs::read_dir(path("")).unwrap().map(|entry| entry.unwrap());
+    let folders = entries.filter(|entry| entry.file_type().unwrap().is_dir());
+    folders.map(|folder| folder.file_name().into_string().unwrap()).collect()
+}
+
 /// One input of a golden and what the layer makes of it.
 pub(crate) struct Case {
     pub(crate) tokens: usize,
     pub(crate) x: Vec<f32>,
+    pub(crate) token_ids: Option<Vec<u32>>,
     pub(crate) y: Vec<f64>,
     pub(crate) experts: Vec<u32>,
     pub(crate) weights: Vec<f64>,
@@ -47,6 +55,10 @@ impl Golden {
             Case {
                 tokens: tensor("topk_ids", i).shape()[0],
                 x,
+                token_ids: file
+                    .tensor(&format!("input_ids.{i}"))
+                    .ok()
+                    .map(|ids| chunks(ids.data()).map(u32::from_le_bytes).collect()),
                 y: f64s("output_f64", i),
                 experts: chunks(tensor("topk_ids", i).data()).map(u32::from_le_bytes).collect(),
                 weights: f64s("topk_weights_f64", i),
@@ -65,8 +77,8 @@ fn chunks(bytes: &[u8]) -> impl Iterator<Item = [u8; 4]> + '_ {
     bytes.as_chunks().0.iter().copied()
 }
 
-/// The specification's answer to x.
-pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32]) -> Output {
+/// The specification's answer to x, of tokens with these ids if experts are chosen by them.
+pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32], token_ids: Option<&[u32]>) -> Output {
     let x: Vec<f64> = x.iter().map(|&x| x.into()).collect();
     let weights = &layer.weights;
     let config = &layer.config;
@@ -91,6 +103,7 @@ pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32]) -> Output {
         router: &router,
         router_bias: router_bias.as_deref(),
         correction_bias: correction_bias.as_deref(),
+        table: weights.table.as_ref().map(|table| &table.experts[..]),
         gate_up: &gate_up,
         gate_up_bias: Some(&gate_up_bias[..]).filter(|bias| some(bias)),
         down: &down,
@@ -105,7 +118,7 @@ pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32]) -> Output {
         ..Default::default()
     };
     let tokens = x.len() / config.hidden;
-    reference::forward(config, &layer, &Input { x: &x, tokens, ..Default::default() })
+    reference::forward(config, &layer, &Input { x: &x, tokens, token_ids, ..Default::default() })
 }
 
 fn joint(expert: &ExpertMatrices<'_>, gate_up: &mut Vec<f64>, down: &mut Vec<f64>) {
@@ -147,7 +160,7 @@ pub(crate) struct Ran {
 }
 
 /// The processor's answer to x, x and y in a format.
-pub(crate) fn run(layer: &CheckpointLayer<'_>, x: &[f32], dtype: DType) -> Ran {
+pub(crate) fn run(layer: &CheckpointLayer<'_>, x: &[f32], token_ids: Option<&[u32]>, dtype: DType) -> Ran {
     let device = Cpu::new().unwrap();
     let (hidden, top_k) = (layer.config.hidden, layer.config.top_k);
     let tokens = x.len() / hidden;
@@ -160,6 +173,7 @@ pub(crate) fn run(layer: &CheckpointLayer<'_>, x: &[f32], dtype: DType) -> Ran {
     let shape = [tokens, hidden];
     let mut call =
         Forward::new(View::new(&x[..], dtype, 0, shape).unwrap(), View::new(&mut y[..], dtype, 0, shape).unwrap());
+    call.token_ids = token_ids.map(|ids| View::of(ids, [tokens]).unwrap());
     call.routes = Some(RoutesOut {
         experts: View::of_mut(&mut experts, [tokens, top_k]).unwrap(),
         weights: View::of_mut(&mut weights, [tokens, top_k]).unwrap(),
@@ -169,7 +183,7 @@ pub(crate) fn run(layer: &CheckpointLayer<'_>, x: &[f32], dtype: DType) -> Ran {
     Ran { y: decode(&y, dtype), experts, weights: weights.into_iter().map(f64::from).collect() }
 }
 
-/// The same checkpoint with every tensor rounded to bf16.
+/// The same checkpoint with every tensor rounded to bf16, but u32 where they are integers.
 pub(crate) fn bf16_copy(name: &str) -> (tempfile::TempDir, Checkpoint) {
     let directory = tempfile::tempdir().unwrap();
     std::fs::copy(path(name).join("config.json"), directory.path().join("config.json")).unwrap();
@@ -178,18 +192,24 @@ pub(crate) fn bf16_copy(name: &str) -> (tempfile::TempDir, Checkpoint) {
     let tensors: Vec<_> = file
         .iter()
         .map(|(name, tensor)| {
-            let numbers: Vec<f32> = chunks(tensor.data()).map(f32::from_le_bytes).collect();
+            let (bytes, dtype) = if tensor.dtype() == safetensors::Dtype::I64 {
+                let ids = tensor.data().as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes) as u32);
+                (ids.flat_map(u32::to_le_bytes).collect(), DType::U32)
+            } else {
+                let numbers: Vec<f32> = chunks(tensor.data()).map(f32::from_le_bytes).collect();
+                (encode(&numbers, DType::BF16), DType::BF16)
+            };
             let shape = match *tensor.shape() {
                 [a] => [a].into(),
                 [a, b] => [a, b].into(),
                 [a, b, c] => [a, b, c].into(),
                 _ => panic!("{name}"),
             };
-            (name, encode(&numbers, DType::BF16), shape)
+            (name, bytes, dtype, shape)
         })
-        .collect::<Vec<(&str, Vec<u8>, fused_moe::Shape)>>();
+        .collect::<Vec<(&str, Vec<u8>, DType, fused_moe::Shape)>>();
     let views =
-        tensors.iter().map(|(name, bytes, shape)| (*name, View::new(&bytes[..], DType::BF16, 0, *shape).unwrap()));
+        tensors.iter().map(|(name, bytes, dtype, shape)| (*name, View::new(&bytes[..], *dtype, 0, *shape).unwrap()));
     write_safetensors(directory.path().join("model.safetensors"), views).unwrap();
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     (directory, checkpoint)

@@ -1,0 +1,174 @@
+//! Several language models in one directory, and other ways to say the same.
+
+use crate::block::Row;
+use crate::common::model::{Model, file, tensors};
+use crate::common::{path, specified};
+use crate::rows;
+use fused_moe::checkpoint::{Checkpoint, Error};
+use fused_moe::config::Selection;
+use serde_json::{Value, json};
+
+fn rows_of(family: &str) -> Vec<Row> {
+    rows().into_iter().filter(|row| row.family == family).collect()
+}
+
+#[test]
+fn thinker_and_talker() {
+    let (thinker, talker) = (&rows_of("qwen3_omni_moe")[0], &rows_of("qwen3_omni_moe_talker")[0]);
+    let model = Model::new(&thinker.config, &Row::file_of(&[thinker, talker]));
+    let checkpoint = Checkpoint::open(model.path()).unwrap();
+    assert_eq!(checkpoint.parts(), ["qwen3_omni_moe", "qwen3_omni_moe_talker"]);
+    let first = checkpoint.inspect();
+    assert_eq!((first.family, first.parts.len()), ("qwen3_omni_moe", 2));
+    assert!(checkpoint.layer(1).unwrap().config.shared.is_none());
+
+    let talking = Checkpoint::open_part(model.path(), "qwen3_omni_moe_talker").unwrap();
+    assert_eq!(talking.layers(), [1]);
+    let layer = talking.layer(1).unwrap();
+    assert!(layer.name == "talker.model.layers.1.mlp" && layer.config.shared.unwrap().gated);
+    let error = Checkpoint::open_part(model.path(), "singer").unwrap_err();
+    assert!(matches!(&error, Error::NoSuchPart { .. }));
+    assert!(error.to_string().ends_with("no part singer; it has qwen3_omni_moe, qwen3_omni_moe_talker"), "{error}");
+
+    // one that is not stored need not be described well
+    let mut config = talker.config.clone();
+    config["thinker_config"]["text_config"]["num_hidden_layers"] = json!(-1);
+    let model = Model::new(&config, &Row::file_of(&[talker]));
+    assert_eq!(Checkpoint::open(model.path()).unwrap().inspect().family, "qwen3_omni_moe_talker");
+}
+
+/// A language model without a type of its own is what the whole is.
+#[test]
+fn an_inner_config_without_a_type() {
+    let row = &rows_of("glm4v_moe")[0];
+    let mut config = row.config.clone();
+    config["text_config"]["model_type"] = json!(null);
+    let model = Model::new(&config, &Row::file_of(&[row]));
+    assert_eq!(Checkpoint::open(model.path()).unwrap().layer(1).unwrap().config.experts, 8);
+}
+
+/// What is no description of a language model is passed over.
+#[test]
+fn an_inner_config_that_is_none() {
+    for inner in [json!(null), json!([1]), json!(3), json!("text"), json!({}), json!({ "model_type": null })] {
+        let mut config = rows_of("kolibri1")[0].config.clone();
+        for key in ["text_config", "thinker_config", "language_config"] {
+            config[key] = inner.clone();
+        }
+        let model = Model::new(&config, &Row::file_of(&[&rows_of("kolibri1")[0]]));
+        assert!(Checkpoint::open(model.path()).unwrap().layer(1).is_ok(), "{inner}");
+    }
+    let config = json!({ "model_type": "mixtral", "text_config": { "model_type": 3 } });
+    let error = Checkpoint::open(Model::new(&config, &file(&tensors())).path()).unwrap_err();
+    assert!(error.to_string().ends_with("field model_type expected a text, got 3"), "{error}");
+}
+
+#[test]
+fn no_experts_no_layers() {
+    let mut config = rows_of("granitemoehybrid")[0].config.clone();
+    config["num_local_experts"] = json!(0);
+    let model = Model::new(&config, &file(&tensors()));
+    let checkpoint = Checkpoint::open(model.path()).unwrap();
+    assert!(checkpoint.layers().is_empty());
+    assert!(matches!(checkpoint.layer(0), Err(Error::DenseLayer { .. })));
+}
+
+/// A shared expert that nothing asks for is not left out in silence.
+#[test]
+fn a_shared_expert_that_config_does_not_have() {
+    for row in rows_of("deepseek_v32").iter().chain(&rows_of("granitemoehybrid")[1..]) {
+        for value in [json!(null), json!(0)] {
+            let mut config = row.config.clone();
+            let field = row.fields[4].trim_start_matches('/');
+            config[field] = value.clone();
+            let model = Model::new(&config, &Row::file_of(&[row]));
+            let error = Checkpoint::open(model.path()).unwrap().layer(1).unwrap_err().to_string();
+            let absent = field == "shared_intermediate_size" && value.is_null();
+            let words = if absent { "field shared_intermediate_size is missing" } else { " is absent or 0" };
+            assert!(error.contains(words) && error.contains(field), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_required_flag() {
+    let row = &rows_of("flint")[0];
+    let mut config = row.config.clone();
+    config["norm_topk_prob"] = json!(null);
+    let model = Model::new(&config, &Row::file_of(&[row]));
+    let error = Checkpoint::open(model.path()).unwrap().layer(2).unwrap_err().to_string();
+    assert!(error.contains("field norm_topk_prob or moe_renormalize is missing"), "{error}");
+}
+
+#[test]
+fn what_is_beside_the_layer_is_said() {
+    let row = &rows_of("ernie4_5_vl_moe")[0];
+    let model = Model::new(&row.config, &Row::file_of(&[row]));
+    assert!(Checkpoint::open(model.path()).unwrap().inspect().beside.unwrap().contains("image tokens"));
+    assert_eq!(Checkpoint::open(path("mixtral")).unwrap().inspect().beside, None);
+}
+
+#[test]
+fn routing_in_words() {
+    let says = |family: &str, words: &[&str]| {
+        for row in rows_of(family).iter().take(1) {
+            let model = Model::new(&row.config, &Row::file_of(&[row]));
+            let text = Checkpoint::open(model.path()).unwrap().inspect().routing.unwrap();
+            words.iter().for_each(|word| assert!(text.contains(word), "{text}"));
+        }
+    };
+    says("laguna", &["logits capped at 1.5 by tanh", "times 2.5", "a shared expert of width 10."]);
+    says("kolibri1", &["the largest router logit plus a correction bias", "weighted by their sigmoid scores,"]);
+    says("openai_privacy_filter", &["softmax over the chosen logits times 0.33"]);
+    let hash = Checkpoint::open(path("deepseek_v4_hash")).unwrap().inspect().routing.unwrap();
+    assert!(hash.contains("the 3 of 8 experts that a table has for its token id, weighted by"), "{hash}");
+}
+
+/// The golden's model with another config.json, and with 16 bytes of another table.
+fn hash(change: impl Fn(&mut Value), table: Option<[i64; 2]>) -> Result<Checkpoint, Error> {
+    let text = std::fs::read(path("deepseek_v4_hash").join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    change(&mut config);
+    let mut bytes = std::fs::read(path("deepseek_v4_hash").join("model.safetensors")).unwrap();
+    if let Some(entries) = table {
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        let start = header["layers.0.ffn.gate.tid2eid"]["data_offsets"][0].as_u64().unwrap() as usize + 8 + length;
+        // row 5 of three
+        let entries = entries.map(i64::to_le_bytes).concat();
+        bytes[start + 15 * 8..start + 17 * 8].copy_from_slice(&entries);
+    }
+    Checkpoint::open(Model::new(&config, &bytes).path())
+}
+
+#[test]
+fn experts_by_token_id() {
+    let layer_error = |checkpoint: Checkpoint| checkpoint.layer(0).unwrap_err().to_string();
+    let checkpoint = hash(|_| {}, None).unwrap();
+    let layer = checkpoint.layer(0).unwrap();
+    assert_eq!(layer.config.routing.selection, Selection::Table);
+    assert_eq!(layer.weights.table.as_ref().unwrap().vocabulary, 128);
+    let out = specified(&layer, &[0.5; 48], Some(&[7]));
+    assert_eq!(out.routes.experts, layer.weights.table.as_ref().unwrap().experts[21..24]);
+
+    for (table, entry) in [([0, 8], "expert 8"), ([-1, 0], "expert -1"), ([i64::MIN, 9], "expert -9223372036854775808")]
+    {
+        let error = layer_error(hash(|_| {}, Some(table)).unwrap());
+        assert!(error.contains(&format!("names {entry} in row 5, expected one of 0 to 7")), "{error}");
+    }
+    let error = layer_error(hash(|config| config["vocab_size"] = json!(129), None).unwrap());
+    assert!(error.contains("tid2eid expected [129, 3], got [128, 3]"), "{error}");
+    let error = layer_error(hash(|config| config["num_experts_per_tok"] = json!(2), None).unwrap());
+    assert!(error.contains("tid2eid expected [128, 2], got [128, 3]"), "{error}");
+    // older files count the layers
+    let older = hash(
+        |config| {
+            config["mlp_layer_types"] = json!(null);
+            config["num_hash_layers"] = json!(1);
+        },
+        None,
+    );
+    assert_eq!(older.unwrap().layer(0).unwrap().config.routing.selection, Selection::Table);
+    let plain = hash(|config| config["mlp_layer_types"] = json!(["moe", "moe"]), None).unwrap();
+    assert!(layer_error(plain).contains("gate.bias [8] is missing"));
+}
