@@ -1,7 +1,7 @@
 //! The grouped product, which gate_up, down and the shared expert are: its kernels, and how they are launched.
 
 use crate::error::Result;
-use crate::kernel::{ActivationKind, Kernel, TILES};
+use crate::kernel::{ActivationKind, Kernel};
 use crate::launch::{Tensor, launch, params};
 use crate::pack::Table;
 use crate::plan::grouped as plan;
@@ -90,7 +90,7 @@ impl GroupedKernel {
         parts.extend(match self {
             Self::Mma { .. } => vec![include_str!("include/mma.cuh"), include_str!("include/grouped_mma.cuh")],
             Self::Dot { .. } => vec![include_str!("include/grouped_dot.cuh")],
-            Self::Tiled { .. } => vec![TILES, include_str!("include/grouped_tiled.cuh")],
+            Self::Tiled { .. } => vec![include_str!("include/grouped_tiled.cuh")],
         });
         parts.push(match (self.product().stage, self) {
             (Stage::GateUp, Self::Mma { .. }) => include_str!("gate_up_mma.cu"),

@@ -70,7 +70,7 @@ impl From<Activation> for ActivationKind {
 const TYPES: &str = include_str!("include/types.cuh");
 const REDUCE: &str = include_str!("include/reduce.cuh");
 const DOT: &str = include_str!("include/dot.cuh");
-pub(crate) const TILES: &str = include_str!("include/tile.cuh");
+const TILES: &str = include_str!("include/tile.cuh");
 const GATE: &str = include_str!("include/gate.cuh");
 const ROUTE: &str = include_str!("include/route.cuh");
 const PERMUTE: &str = include_str!("include/permute.cuh");

@@ -24,7 +24,6 @@ pub(crate) const fn dot_vector(x: DType, weight: DType) -> u8 {
     if x.size() == 2 && weight.size() == 2 { 8 } else { 4 }
 }
 
-/// Rows and columns of a tile without tensor cores.
 const TILE: usize = 64;
 const FEW: &str = "few tokens: a warp a column streams the weights once";
 const MANY: &str = "many tokens: 64 x 64 tiles share what they read";

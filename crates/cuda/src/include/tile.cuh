@@ -1,5 +1,4 @@
-// A 64 x 64 tile of x . weight^T by 256 threads, 4 x 4 sums each, f32 multiply-adds. A thread brings four columns of row
-// thread / 4 of x and of the weights, and adds up 4 x 4 outputs.
+// A 64 x 64 tile of x . weight^T by 256 threads, 4 x 4 sums each, f32 multiply-adds.
 //
 //   for each 16 columns: x tile and weight tile to shared memory (the next ones are on their way meanwhile)
 //                        sums += outer products
@@ -20,32 +19,6 @@ __device__ __forceinline__ void load_four(const T* row, bool inside, u64 col, u6
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) to[i] = inside && col + i < width ? to_f32(row[col + i]) : 0.0f;
-}
-
-// What each thread brings, to shared memory, once nobody reads what was there.
-__device__ __forceinline__ void keep_columns(const f32 (&x)[4], const f32 (&w)[4], Tiles& tiles) {
-    const u32 r = threadIdx.x / 4, c = threadIdx.x % 4 * 4;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        tiles.x[c + i][r] = x[i];
-        tiles.w[c + i][r] = w[i];
-    }
-    __syncthreads();
-}
-
-// sum[i][j] += row 4 * (thread / 16) + i of x times row 4 * (thread % 16) + j of the weights, over the columns in the tiles.
-__device__ __forceinline__ void multiply_columns(const Tiles& tiles, f32 (&sum)[4][4]) {
-#pragma unroll
-    for (int i = 0; i < TILE_K; i++) {
-        f32 u[4], v[4];
-        load<4>(&tiles.x[i][threadIdx.x / 16 * 4], u);
-        load<4>(&tiles.w[i][threadIdx.x % 16 * 4], v);
-#pragma unroll
-        for (int m = 0; m < 4; m++)
-#pragma unroll
-            for (int n = 0; n < 4; n++) sum[m][n] = fmaf(u[m], v[n], sum[m][n]);
-    }
 }
 
 // sum[i][j] is row first_row + 4 * (thread / 16) + i, column first_col + 4 * (thread % 16) + j.
@@ -72,12 +45,27 @@ __device__ __forceinline__ void multiply_tile(const Tensor& x, u64 first_row, u6
             squares = fmaf(a[i], a[i], squares);
             if (norm_weight.data && k + c + i < width) a[i] *= element(norm_weight, 0, k + c + i);
         }
-        keep_columns(a, b, tiles);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            tiles.x[c + i][r] = a[i];
+            tiles.w[c + i][r] = b[i];
+        }
+        __syncthreads();
         if (k + TILE_K < width) {
             load_four<X, WIDE>(x_row, x_inside, k + TILE_K + c, width, a);
             load_four<W, WIDE>(w_row, w_inside, k + TILE_K + c, width, b);
         }
-        multiply_columns(tiles, sum);
+#pragma unroll
+        for (int i = 0; i < TILE_K; i++) {
+            f32 u[4], v[4];
+            load<4>(&tiles.x[i][thread / 16 * 4], u);
+            load<4>(&tiles.w[i][thread % 16 * 4], v);
+#pragma unroll
+            for (int m = 0; m < 4; m++)
+#pragma unroll
+                for (int n = 0; n < 4; n++) sum[m][n] = fmaf(u[m], v[n], sum[m][n]);
+        }
     }
     squares += __shfl_xor_sync(0xffffffffu, squares, 1);
     squares += __shfl_xor_sync(0xffffffffu, squares, 2);

@@ -1,6 +1,6 @@
 //! Which kernel a grouped product takes, its tile and its grid.
 
-use super::{TILE, vector};
+use super::vector;
 use crate::device::DeviceNumbers;
 use crate::grouped::{GroupedKernel, MmaTile, Product, Stage};
 use crate::kernel::ActivationKind;
@@ -46,6 +46,8 @@ const LOADS: usize = 16;
 const MOST_UNROLLED: usize = 8;
 /// Warps of a block of the streaming kernel.
 const DOT_WARPS: usize = 4;
+/// Rows and columns of a tile of the general kernel.
+const TILE: usize = 64;
 
 /// Tiles of the tensor-core kernel by the rows that an expert has on average: wide where there are many, and where there
 /// are few, narrow enough for the weights to be all that is waited for.
