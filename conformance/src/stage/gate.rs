@@ -130,6 +130,9 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         [2, 41, 512],
         [1, 9, 4096],
         [65, 48, 64],
+        [70, 264, 40],
+        [1030, 19, 65],
+        [1030, 88, 130],
     ];
     if scale == Scale::Full {
         sizes.extend([[1, 2048, 128], [300, 512, 128], [17, 2880, 32], [129, 1031, 61]]);
@@ -158,6 +161,7 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         cases.push(case("everything", all.clone()));
         cases.push(case("everything", Gate { sizes: [1, 129, 7], ..all.clone() }));
         cases.push(case("everything", Gate { sizes: [0, 12, 7], ..all.clone() }));
+        cases.push(case("everything", Gate { sizes: [70, 264, 40], ..all.clone() }));
         cases.push(case("everything", all).strided());
     }
     let negative = GateConfig { scale: -1.25, ..GateConfig::default() };

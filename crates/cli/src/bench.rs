@@ -12,7 +12,7 @@ pub(crate) mod weights;
 
 use crate::args::{self, Format, Origin};
 use crate::devices;
-use crate::output::{self, bytes, progress, remedied};
+use crate::output::{self, bytes, misused, progress, remedied};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use cuda::Gpu;
@@ -31,12 +31,18 @@ use weights::Source;
 pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
     let (name, config) = shape(arguments)?;
     if let Some(0) = arguments.tokens.iter().min() {
-        return Err(remedied(
+        return Err(misused(
             "--tokens 0: there is nothing to measure",
             "give batch sizes of 1 or more, as in 1,16,256",
         ));
     }
-    config.check().map_err(|error| remedied(error.to_string(), "give sizes that make a layer"))?;
+    config.check().map_err(|error| misused(error.to_string(), "give sizes that make a layer"))?;
+    if let Some(path) = arguments.json.as_deref().filter(|path| *path != Path::new("-")) {
+        record::writable(path)?;
+    }
+    if let Some(directory) = &arguments.record {
+        record::prepare(directory)?;
+    }
     let run = Run { arguments, name: &name, config: &config };
     match (device(arguments)?, arguments.threads) {
         (Device::Cpu(_), Some(threads)) => run.on(&Host::new(fused_moe::cpu::Cpu::with_threads(threads)?)),
@@ -58,7 +64,7 @@ fn device(arguments: &args::Bench) -> Result<Device> {
 
 fn no_threads(threads: usize, backend: &str) -> anyhow::Error {
     let message = format!("--threads {threads}: {backend} has no threads to choose, they are the CPU backend's");
-    remedied(message, "leave --threads out, or give --backend cpu")
+    misused(message, "leave --threads out, or give --backend cpu")
 }
 
 /// The shape that the command line asks for.
@@ -72,7 +78,7 @@ fn shape(arguments: &args::Bench) -> Result<(String, LayerConfig)> {
     let name = arguments.shape.as_deref().unwrap_or(SHAPES[0].name);
     match shapes::find(name) {
         Some(shape) => Ok((name.to_owned(), shape.config())),
-        None => Err(remedied(
+        None => Err(misused(
             format!("--shape {name}: no such shape"),
             format!(
                 "there are {}; or give --hidden, --intermediate, --experts and --top-k",

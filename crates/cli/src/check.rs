@@ -53,6 +53,7 @@ fn compile(architectures: &[String]) -> Result<ExitCode> {
         remedied(error.to_string(), help)
     };
     let (name, (major, minor)) = cuda::compiler().map_err(failed)?;
+    devices::warn_of_cache();
     let mut out = output::stdout();
     writeln!(out, "compiler {name}, NVRTC {major}.{minor}")?;
     for architecture in architectures {

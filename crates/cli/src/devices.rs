@@ -1,9 +1,9 @@
 //! `fmoe devices`, and the choice of one.
 
 use crate::args::On;
-use crate::output::{self, BAD, DIM, GOOD, Table, note, plain, remedied};
+use crate::output::{self, BAD, DIM, GOOD, Table, misused, note, plain, remedied, warn};
 use anyhow::Result;
-use fused_moe::{Device, DeviceError};
+use fused_moe::{Device, DeviceError, cuda};
 use serde_json::json;
 use std::io::Write;
 use std::process::ExitCode;
@@ -20,13 +20,45 @@ pub(crate) fn chosen(on: &On) -> Result<Device> {
         }),
         Some(name) => Device::by_name(name),
     };
+    if let Ok(Device::Cuda(_)) = &device {
+        warn_of_cache();
+    }
     device.map_err(|error| match &error {
         DeviceError::Unknown { name, known } => {
             let help = format!("this fmoe has auto, {}; one of several GPUs is cuda:0, cuda:1, ...", known.join(", "));
-            remedied(format!("--backend {name}: no such backend"), help)
+            misused(format!("--backend {name}: no such backend"), help)
         }
         _ => remedied(error.to_string(), "`fmoe devices` says what can be used here"),
     })
+}
+
+/// Says where kernels will not be kept, which costs their compilation in each process.
+pub(crate) fn warn_of_cache() {
+    let cache = cuda::KernelCache::get();
+    if let Err(reason) = cache.writable() {
+        let folder = folder_of(&cache);
+        warn(format_args!("kernels cannot be kept in {folder}: {reason}; FMOE_CACHE_DIR may name another folder"));
+    }
+}
+
+fn folder_of(cache: &cuda::KernelCache) -> String {
+    cache.folder().map_or("any folder".into(), |folder| folder.display().to_string())
+}
+
+/// What the CUDA backend would work with: names and values.
+fn cuda_parts() -> [(&'static str, String); 3] {
+    let driver = cuda::driver().unwrap_or_else(|_| "not found".into());
+    let compiler = match cuda::compiler() {
+        Ok((path, (major, minor))) => format!("{path}, version {major}.{minor}"),
+        Err(_) => "not found".into(),
+    };
+    let cache = cuda::KernelCache::get();
+    let folder = folder_of(&cache);
+    let cache = match cache.writable() {
+        Ok(()) => folder,
+        Err(reason) => format!("{folder}, cannot be written: {reason}"),
+    };
+    [("driver", driver), ("nvrtc", compiler), ("kernel cache", cache)]
 }
 
 /// From the start of a program to the end of its first call, with an empty kernel cache and again with what that left.
@@ -46,8 +78,8 @@ fn first_calls(backend: &str) -> Result<[Duration; 2]> {
 pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
     let devices = Device::list();
     let best = Device::best_and_why();
-    let first = || devices.iter().find(|device| device.available.is_ok()).map(|device| device.name.clone());
-    let chosen = best.as_ref().ok().and_then(|(_, why)| why.clone().or_else(first));
+    let chosen = devices.iter().find(|device| device.available.is_ok()).map(|device| device.name.clone());
+    let parts = cuda_parts();
     if arguments.json {
         let list: Vec<_> = devices
             .iter()
@@ -60,7 +92,9 @@ pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
                 })
             })
             .collect();
-        output::print_json(&json!({ "devices": list, "chosen": chosen }))?;
+        let parts: serde_json::Map<_, _> =
+            parts.into_iter().map(|(name, value)| (name.replace(' ', "_"), value.into())).collect();
+        output::print_json(&json!({ "devices": list, "chosen": chosen, "cuda": parts }))?;
     } else {
         let mut out = output::stdout();
         let mut table = Table::new(["backend", "usable", "device"]).text(&[1, 2]);
@@ -73,6 +107,9 @@ pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
         table.print(&mut out)?;
         if let Some(chosen) = chosen {
             writeln!(out, "chosen: {chosen}")?;
+        }
+        for (name, value) in parts {
+            writeln!(out, "cuda {name}: {value}")?;
         }
         if arguments.timing {
             for device in devices.iter().filter(|device| device.available.is_ok()) {

@@ -21,11 +21,17 @@ const HELP: Style = AnsiColor::Cyan.on_default();
 pub(crate) struct Remedied {
     message: String,
     help: String,
+    code: u8,
 }
 
 /// An error with what to do about it.
 pub(crate) fn remedied(message: impl Into<String>, help: impl Into<String>) -> anyhow::Error {
-    Remedied { message: message.into(), help: help.into() }.into()
+    Remedied { message: message.into(), help: help.into(), code: 1 }.into()
+}
+
+/// A command line that makes no sense, with what would: the exit code is 2.
+pub(crate) fn misused(message: impl Into<String>, help: impl Into<String>) -> anyhow::Error {
+    Remedied { message: message.into(), help: help.into(), code: 2 }.into()
 }
 
 /// A checkpoint, or the named one of the language models in it.
@@ -98,7 +104,11 @@ pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
     if let Some(help) = help(error) {
         let _ = writeln!(stderr, "{HELP}help:{HELP:#} {help}");
     }
-    ExitCode::FAILURE
+    ExitCode::from(code(error))
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(|cause| cause.downcast_ref::<Remedied>()).map_or(1, |remedied| remedied.code)
 }
 
 /// What to do about an error, where anything is known.
@@ -141,7 +151,10 @@ pub(crate) fn print_json(value: &serde_json::Value) -> io::Result<()> {
     writeln!(out)
 }
 
-/// A bar over `length` steps on a terminal, drawn after a second; nothing elsewhere.
+/// How often a long task says how far it is where no terminal shows a bar.
+const EVERY: Duration = Duration::from_secs(10);
+
+/// A bar over `length` steps on a terminal, drawn after a second; elsewhere a line every [`EVERY`]. 0 steps: nobody knows.
 pub(crate) fn progress(length: u64, what: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::hidden());
     if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} {eta}") {
@@ -149,14 +162,32 @@ pub(crate) fn progress(length: u64, what: &str) -> ProgressBar {
     }
     bar.set_message(what.to_owned());
     let waiting = bar.downgrade();
+    let running = move || waiting.upgrade().filter(|bar| !bar.is_finished());
     std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_secs(1));
-        if let Some(bar) = waiting.upgrade().filter(|bar| !bar.is_finished()) {
-            bar.set_draw_target(ProgressDrawTarget::stderr());
-            bar.enable_steady_tick(Duration::from_millis(200));
+        if io::stderr().is_terminal() {
+            std::thread::sleep(Duration::from_secs(1));
+            if let Some(bar) = running() {
+                bar.set_draw_target(ProgressDrawTarget::stderr());
+                bar.enable_steady_tick(Duration::from_millis(200));
+            }
+            return;
+        }
+        loop {
+            std::thread::sleep(EVERY);
+            let Some(bar) = running() else { return };
+            note(so_far(&bar.message(), bar.position(), bar.length().unwrap_or(0), bar.elapsed()));
         }
     });
     bar
+}
+
+/// `checking: 12 of 99 after 20 s`.
+fn so_far(what: &str, position: u64, length: u64, time: Duration) -> String {
+    let seconds = time.as_secs();
+    match length {
+        0 => format!("{what}: at it for {seconds} s"),
+        length => format!("{what}: {position} of {length} after {seconds} s"),
+    }
 }
 
 /// Columns of equal width; the first is aligned to the left, the others to the right unless they are said to be text.
@@ -275,6 +306,18 @@ mod tests {
             ["1.0 us", "15.00 ms", "2.00 s"]
         );
         assert_eq!([1.234, 12.34, 123.4].map(rounded), ["1.23", "12.3", "123"]);
+    }
+
+    #[test]
+    fn progress_in_words() {
+        assert_eq!(so_far("checking", 12, 99, Duration::from_millis(20_900)), "checking: 12 of 99 after 20 s");
+        assert_eq!(so_far("kernels for sm_80", 0, 0, EVERY), "kernels for sm_80: at it for 10 s");
+    }
+
+    #[test]
+    fn a_misuse_has_a_code_of_its_own() {
+        let errors = [remedied("m", "h"), misused("m", "h"), misused("m", "h").context("c"), anyhow::anyhow!("m")];
+        assert_eq!(errors.map(|error| code(&error)), [1, 2, 2, 1]);
     }
 
     #[test]

@@ -35,13 +35,13 @@ const GOLDEN: &[u8] = include_bytes!("../../fused-moe/tests/goldens/qwen3_moe/go
 const GOLDEN_LAYER: usize = 1;
 
 pub(crate) fn run(arguments: &args::Run) -> Result<ExitCode> {
-    let device = devices::chosen(&arguments.on)?;
     if let Some(output) = &arguments.output {
         writable(output)?;
     }
     match &arguments.checkpoint {
         Some(path) => {
             let checkpoint = output::open(path, arguments.part.as_deref())?;
+            let device = devices::chosen(&arguments.on)?;
             if let Some(output) = &arguments.output {
                 unlike_inputs(output, arguments, &checkpoint)?;
             }
@@ -55,6 +55,7 @@ pub(crate) fn run(arguments: &args::Run) -> Result<ExitCode> {
             Run { arguments, device, layers, input, expected }.run()
         }
         None => {
+            let device = devices::chosen(&arguments.on)?;
             let folder = built_in()?;
             let checkpoint = Checkpoint::open(folder.path()).map_err(checkpoint_error)?;
             let layer = checkpoint.layer(GOLDEN_LAYER).map_err(checkpoint_error)?;

@@ -1,6 +1,6 @@
 //! The device: its numbers, its context, its memory, and the driver calls of streams and graphs.
 
-use crate::error::{Error, Result, loader_says};
+use crate::error::{Error, Result, loaded_from, loader_says};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream as DriverStream};
@@ -41,8 +41,11 @@ impl DeviceNumbers {
     }
 }
 
-/// Looks for the driver's library as cudarc does, which panics where there is none or it is none of a driver's.
-pub(crate) fn find_driver() -> Result<()> {
+/// The file of the driver's library, looked for as cudarc does, which panics where there is none or it is none of a
+/// driver's.
+///
+/// Errors: `NoDriver`.
+pub fn driver() -> Result<String> {
     let mut names: Vec<String> = Vec::new();
     for name in ["cuda", "nvcuda"].iter().flat_map(|name| cudarc::get_lib_name_candidates(name)) {
         if !names.contains(&name) {
@@ -57,7 +60,7 @@ pub(crate) fn find_driver() -> Result<()> {
                 // SAFETY: looked up and not called.
                 let found = unsafe { library.get::<unsafe extern "C" fn()>(b"cuDriverGetVersion\0") };
                 match found {
-                    Ok(_) => return Ok(()),
+                    Ok(_) => return Ok(loaded_from(name)),
                     Err(error) => reason = loader_says(&error),
                 }
                 break;
@@ -84,7 +87,7 @@ fn driver_version() -> Result<u32> {
 ///
 /// Errors: `NoDriver`, `DriverTooOld`, `Driver`.
 pub fn device_count() -> Result<usize> {
-    find_driver()?;
+    driver()?;
     driver_version()?;
     match CudaContext::device_count() {
         Ok(count) => Ok(count.unsigned_abs() as usize),

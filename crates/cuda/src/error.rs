@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -35,7 +35,8 @@ pub enum Error {
     },
     /// There is no device of this number.
     #[error(
-        "device {ordinal}: the driver shows {count} CUDA devices, numbered from 0; CUDA_VISIBLE_DEVICES may hide some"
+        "device {ordinal}: the driver shows {count} CUDA device{}, numbered from 0; CUDA_VISIBLE_DEVICES may hide some",
+        if *count == 1 { "" } else { "s" }
     )]
     NoDevice {
         /// What was asked for.
@@ -127,6 +128,16 @@ pub(crate) fn loader_says(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
-fn kept(log: Option<&std::path::Path>) -> String {
+/// The file that a loaded library came from, where the system tells; else the name it was asked for by.
+pub(crate) fn loaded_from(name: &str) -> String {
+    let base = Path::new(name).file_name().and_then(|base| base.to_str()).unwrap_or(name);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    // address, permissions, offset, device, inode, path
+    let mut paths = maps.lines().filter_map(|line| line.find('/').map(|start| &line[start..]));
+    let found = paths.find(|path| path.rsplit('/').next().is_some_and(|file| file.starts_with(base)));
+    found.unwrap_or(name).to_owned()
+}
+
+fn kept(log: Option<&Path>) -> String {
     log.map_or("there was no place for its log".into(), |log| format!("the log is in {}", log.display()))
 }

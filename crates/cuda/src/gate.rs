@@ -44,7 +44,7 @@ impl GateParams {
 pub(crate) fn gate(cuda: &Cuda, stream: &CudaStream, operands: &Gate<'_, Cuda>) -> Result<()> {
     let problem = operands.problem()?;
     let params = GateParams::new(operands)?;
-    let plan = plan::gate(&problem, |n| params.aligned(n), cuda.numbers());
+    let plan = plan::gate(&problem, operands.norm_weight.is_some(), |n| params.aligned(n), cuda.numbers());
     launch(cuda, stream, plan.kernel, plan.grid, &params)
 }
 

@@ -4,8 +4,9 @@ mod cache;
 mod nvrtc;
 
 use crate::device::{Device, driver_error};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, loaded_from};
 use crate::kernel::Kernel;
+pub use cache::KernelCache;
 use cache::{Cache, Key};
 use cudarc::driver::result;
 use cudarc::driver::sys::{CUfunction, CUfunction_attribute_enum as FunctionAttribute, CUmodule};
@@ -244,10 +245,10 @@ pub fn compile_all(architecture: &str) -> Result<usize> {
     Ok(kernels.len())
 }
 
-/// The run-time compiler that would be used: the name it was found under, and its version.
+/// The run-time compiler that would be used: its file, and its version.
 ///
 /// Errors: `NoCompiler`.
 pub fn compiler() -> Result<(String, (i32, i32))> {
     let nvrtc = Nvrtc::load()?;
-    Ok((nvrtc.name, nvrtc.version))
+    Ok((loaded_from(&nvrtc.name), nvrtc.version))
 }

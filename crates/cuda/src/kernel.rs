@@ -13,6 +13,7 @@ use fused_moe_core::config::{Activation, Function};
 pub(crate) enum Kernel {
     Gate { x: DType, router: DType, vector: u8 },
     GateTiled { x: DType, router: DType, vector: u8 },
+    GateMma { format: DType, weighted: bool, tile: SplitTile },
     GateRoute { x: DType, router: DType, vector: u8 },
     Route { logits: DType, threads: u16 },
     GatherWeights { scores: DType },
@@ -25,6 +26,7 @@ pub(crate) enum Kernel {
     Combine { y: DType, vector: u8, norm: bool, stash: bool },
     Linear { x: DType, weight: DType, vector: u8 },
     LinearTiled { x: DType, weight: DType, vector: u8 },
+    LinearMma { format: DType, tile: SplitTile },
     Zero,
     Accumulate,
     Copy,
@@ -32,6 +34,16 @@ pub(crate) enum Kernel {
     ReadAll,
     Grouped(GroupedKernel),
 }
+
+/// Rows and columns that a block of a matrix product has, its warps a slice of the inner dimension each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct SplitTile {
+    pub(crate) rows: u8,
+    pub(crate) columns: u8,
+}
+
+/// Threads of a block of the split product on tensor cores, and of that in multiply-adds.
+pub(crate) const SPLIT_THREADS: [u32; 2] = [256, 1024];
 
 /// Tokens that a warp of a matrix-vector kernel takes at once.
 pub(crate) const TOKENS: u32 = 4;
@@ -71,6 +83,8 @@ const TYPES: &str = include_str!("include/types.cuh");
 const REDUCE: &str = include_str!("include/reduce.cuh");
 const DOT: &str = include_str!("include/dot.cuh");
 const TILES: &str = include_str!("include/tile.cuh");
+const MMA: &str = include_str!("include/mma.cuh");
+const SPLIT: &str = include_str!("include/split_mma.cuh");
 const GATE: &str = include_str!("include/gate.cuh");
 const ROUTE: &str = include_str!("include/route.cuh");
 const PERMUTE: &str = include_str!("include/permute.cuh");
@@ -82,6 +96,7 @@ impl Kernel {
         match self {
             Self::Gate { .. } => "gate",
             Self::GateTiled { .. } => "gate_tiled",
+            Self::GateMma { .. } => "gate_mma",
             Self::GateRoute { .. } => "gate_route",
             Self::Route { .. } => "route",
             Self::GatherWeights { .. } => "gather_weights",
@@ -94,6 +109,7 @@ impl Kernel {
             Self::Combine { .. } => "combine",
             Self::Linear { .. } => "linear",
             Self::LinearTiled { .. } => "linear_tiled",
+            Self::LinearMma { .. } => "linear_mma",
             Self::Zero => "zero",
             Self::Accumulate => "accumulate",
             Self::Copy => "copy",
@@ -106,7 +122,7 @@ impl Kernel {
     /// The definition of its parameter.
     pub(crate) fn params(self) -> &'static str {
         match self {
-            Self::Gate { .. } | Self::GateTiled { .. } => gate::GateParams::DEFINITION,
+            Self::Gate { .. } | Self::GateTiled { .. } | Self::GateMma { .. } => gate::GateParams::DEFINITION,
             Self::GateRoute { .. } => gate::GateRouteParams::DEFINITION,
             Self::Route { .. } => route::RouteParams::DEFINITION,
             Self::GatherWeights { .. } => route::GatherWeightsParams::DEFINITION,
@@ -116,7 +132,7 @@ impl Kernel {
             Self::TileSchedule => permute::TileScheduleParams::DEFINITION,
             Self::Activation { .. } => activation::ActivationParams::DEFINITION,
             Self::Combine { .. } => combine::CombineParams::DEFINITION,
-            Self::Linear { .. } | Self::LinearTiled { .. } => linear::LinearParams::DEFINITION,
+            Self::Linear { .. } | Self::LinearTiled { .. } | Self::LinearMma { .. } => linear::LinearParams::DEFINITION,
             Self::Zero => accumulate::ZeroParams::DEFINITION,
             Self::Accumulate => accumulate::AccumulateParams::DEFINITION,
             Self::Copy => copy::CopyParams::DEFINITION,
@@ -134,6 +150,7 @@ impl Kernel {
         match self {
             Self::Gate { .. } => vec![REDUCE, DOT, own, GATE, include_str!("gate.cu")],
             Self::GateTiled { .. } => vec![TILES, own, GATE, include_str!("gate_tiled.cu")],
+            Self::GateMma { .. } => vec![MMA, SPLIT, own, GATE, include_str!("gate_mma.cu")],
             Self::GateRoute { .. } => {
                 vec![REDUCE, DOT, gate, GATE, choice, ROUTE, own, include_str!("gate_route.cu")]
             }
@@ -148,6 +165,7 @@ impl Kernel {
             Self::Combine { .. } => vec![REDUCE, own, include_str!("combine.cu")],
             Self::Linear { .. } => vec![REDUCE, DOT, own, include_str!("linear.cu")],
             Self::LinearTiled { .. } => vec![TILES, own, include_str!("linear_tiled.cu")],
+            Self::LinearMma { .. } => vec![MMA, SPLIT, own, include_str!("linear_mma.cu")],
             Self::Zero => vec![own, include_str!("zero.cu")],
             Self::Accumulate => vec![own, include_str!("accumulate.cu")],
             Self::Copy => vec![own, include_str!("copy.cu")],
@@ -182,9 +200,18 @@ impl Kernel {
             defines.push((name, value));
             defines
         };
+        let split = |format: DType, weighted: bool, tile: SplitTile| {
+            vec![
+                ("X_T", format.to_string()),
+                ("WEIGHTED", u8::from(weighted).to_string()),
+                ("TILE_M", tile.rows.to_string()),
+                ("TILE_N", tile.columns.to_string()),
+            ]
+        };
         match self {
             Self::Gate { x, router, vector } => with(product(x, "ROUTER_T", router, vector), "TOKENS", number(TOKENS)),
             Self::GateTiled { x, router, vector } => product(x, "ROUTER_T", router, vector),
+            Self::GateMma { format, weighted, tile } => split(format, weighted, tile),
             Self::GateRoute { x, router, vector } => {
                 with(product(x, "ROUTER_T", router, vector), "THREADS", number(GATE_ROUTE_THREADS))
             }
@@ -205,6 +232,7 @@ impl Kernel {
                 with(product(x, "WEIGHT_T", weight, vector), "TOKENS", number(TOKENS))
             }
             Self::LinearTiled { x, weight, vector } => product(x, "WEIGHT_T", weight, vector),
+            Self::LinearMma { format, tile } => split(format, false, tile),
             Self::Permute
             | Self::PermuteCount
             | Self::PermuteScan
@@ -234,6 +262,11 @@ impl Kernel {
             Self::ReadAll,
         ];
         all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
+        for tile in crate::plan::SPLIT_TILES {
+            all.extend([DType::F16, DType::BF16].map(|format| Self::LinearMma { format, tile }));
+            all.extend([DType::F16, DType::BF16].map(|format| Self::GateMma { format, weighted: false, tile }));
+            all.push(Self::GateMma { format: DType::BF16, weighted: true, tile });
+        }
         for x in FLOATS {
             all.extend([32, 256].map(|threads| Self::Route { logits: x, threads }));
             all.push(Self::GatherWeights { scores: x });

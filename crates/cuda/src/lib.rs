@@ -41,9 +41,9 @@ mod upload;
 mod workspace;
 
 pub use dense::{Dense, DenseSizes};
-pub use device::{DeviceNumbers, device_count};
+pub use device::{DeviceNumbers, device_count, driver};
 pub use error::{Error, Result};
-pub use jit::{compile_all, compiler};
+pub use jit::{KernelCache, compile_all, compiler};
 pub use layer::CudaLayer;
 pub use measure::{ReadRate, read_bandwidth, time_replays};
 pub use memory::{Memory, Mut, Ref};

@@ -3,7 +3,7 @@
 pub(crate) mod grouped;
 
 use crate::device::DeviceNumbers;
-use crate::kernel::{GATE_ROUTE_THREADS, Kernel, TOKENS};
+use crate::kernel::{GATE_ROUTE_THREADS, Kernel, SPLIT_THREADS, SplitTile, TOKENS};
 use crate::launch::Grid;
 use fused_moe_core::DType;
 use fused_moe_core::problem::{ChoiceProblem, CombineProblem, GateProblem, LinearProblem, PermuteProblem};
@@ -16,28 +16,88 @@ pub(crate) struct Plan {
     pub(crate) why: &'static str,
 }
 
-/// Tokens up to which a warp a column reads the weights fast enough.
-const FEW_TOKENS: usize = 48;
+/// Tokens up to which a warp a column reads the weights fast enough, in every format.
+pub(crate) const FEW_TOKENS: usize = 32;
 
 /// The most that one load brings is 16 bytes of the narrower format.
 pub(crate) const fn dot_vector(x: DType, weight: DType) -> u8 {
     if x.size() == 2 && weight.size() == 2 { 8 } else { 4 }
 }
 
+/// Rows and columns of a tile in multiply-adds.
 const TILE: usize = 64;
-const FEW: &str = "few tokens: a warp a column streams the weights once";
-const MANY: &str = "many tokens: 64 x 64 tiles share what they read";
+/// Such tiles up to which most of the device would idle: a warp a column is faster.
+const FEW_TILES: usize = 8;
+/// Tiles on tensor cores: small ones while they are few, so that every multiprocessor has some; then larger ones, which
+/// read less.
+pub(crate) const SPLIT_TILES: [SplitTile; 2] =
+    [SplitTile { rows: 16, columns: 32 }, SplitTile { rows: 32, columns: 64 }];
 
-/// `aligned` says whether groups of so many elements of x, router and norm weight may be read at once.
-pub(crate) fn gate(problem: &GateProblem, aligned: impl Fn(u64) -> bool, device: &DeviceNumbers) -> Plan {
-    let GateProblem { tokens, experts, x, router, .. } = *problem;
-    if tokens <= FEW_TOKENS {
-        let kernel = Kernel::Gate { x, router, vector: vector(dot_vector(x, router), aligned) };
-        let grid = warp_a_column(experts, tokens, device);
-        return Plan { kernel, grid, why: FEW };
+const FEW: &str = "few tokens: a warp a column streams the weights once";
+const MANY: &str = "many tokens: 64 x 64 tiles in multiply-adds, groups of warps have slices of the rows";
+const SMALL: &str =
+    "some tokens: tensor cores, tiles of 16 x 32 for every multiprocessor, warps have slices of the rows";
+const LARGE: &str = "many tokens: tensor cores, tiles of 32 x 64, warps have slices of the rows";
+
+/// How `rows` times `columns` sums of `inner` products each are formed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Product {
+    /// By a warp a column.
+    Dot,
+    /// In 64 x 64 tiles of multiply-adds.
+    Tiled,
+    /// On tensor cores.
+    Split(SplitTile, &'static str),
+}
+
+impl Product {
+    /// `tensor`: whether the formats are such as tensor cores take.
+    fn of([rows, inner, columns]: [usize; 3], tensor: bool, device: &DeviceNumbers) -> Self {
+        let tensor = tensor && inner.is_multiple_of(8);
+        let [small, large] = SPLIT_TILES;
+        // a tile would be all but empty, or nearly all of the device idle
+        let few = columns < 8 || (!tensor && tiles(rows, columns, [TILE; 2]) <= FEW_TILES);
+        let share = || tiles(rows, columns, [small.rows.into(), small.columns.into()]) / 2;
+        match rows {
+            ..=FEW_TOKENS => Self::Dot,
+            _ if few => Self::Dot,
+            _ if !tensor => Self::Tiled,
+            _ if share() <= device.multiprocessors as usize => Self::Split(small, SMALL),
+            _ => Self::Split(large, LARGE),
+        }
     }
-    let kernel = Kernel::GateTiled { x, router, vector: vector(4, aligned) };
-    Plan { kernel, grid: Grid::plane(tokens.div_ceil(TILE), experts.div_ceil(TILE), 256), why: MANY }
+}
+
+fn tiles(rows: usize, columns: usize, tile: [usize; 2]) -> usize {
+    rows.div_ceil(tile[0]).saturating_mul(columns.div_ceil(tile[1]))
+}
+
+/// `aligned` says whether groups of so many elements of x, router and norm weight may be read at once; `weighted`, whether
+/// there is a norm weight: what it makes of f16 has no place in f16.
+pub(crate) fn gate(
+    problem: &GateProblem,
+    weighted: bool,
+    aligned: impl Fn(u64) -> bool,
+    device: &DeviceNumbers,
+) -> Plan {
+    let GateProblem { tokens, hidden, experts, x, router } = *problem;
+    let tensor = x == router && x.size() == 2 && !(weighted && x == DType::F16) && aligned(8);
+    match Product::of([tokens, hidden, experts], tensor, device) {
+        Product::Dot => {
+            let kernel = Kernel::Gate { x, router, vector: vector(dot_vector(x, router), aligned) };
+            Plan { kernel, grid: warp_a_column(experts, tokens, device), why: FEW }
+        }
+        Product::Tiled => {
+            let kernel = Kernel::GateTiled { x, router, vector: vector(4, aligned) };
+            let grid = Grid::plane(tokens.div_ceil(TILE), experts.div_ceil(TILE), SPLIT_THREADS[1]);
+            Plan { kernel, grid, why: MANY }
+        }
+        Product::Split(tile, why) => {
+            let blocks = [tokens.div_ceil(tile.rows.into()), experts.div_ceil(tile.columns.into())];
+            let grid = Grid::plane(blocks[0], blocks[1], SPLIT_THREADS[0]);
+            Plan { kernel: Kernel::GateMma { format: x, weighted, tile }, grid, why }
+        }
+    }
 }
 
 /// The largest router that one block reads as fast as a second launch takes.
@@ -145,15 +205,22 @@ pub(crate) fn combine(problem: &CombineProblem, norm: bool, aligned: impl Fn(u64
 }
 
 pub(crate) fn linear(problem: &LinearProblem, aligned: impl Fn(u64) -> bool, device: &DeviceNumbers) -> Plan {
-    let &LinearProblem { rows, outer, x, weight, .. } = problem;
-    if rows <= FEW_TOKENS {
-        let kernel = Kernel::Linear { x, weight, vector: vector(dot_vector(x, weight), aligned) };
-        let grid = warp_a_column(outer, rows, device);
-        return Plan { kernel, grid, why: FEW };
+    let &LinearProblem { rows, inner, outer, x, weight, .. } = problem;
+    let tensor = x == weight && x.size() == 2 && aligned(8);
+    match Product::of([rows, inner, outer], tensor, device) {
+        Product::Dot => {
+            let kernel = Kernel::Linear { x, weight, vector: vector(dot_vector(x, weight), aligned) };
+            Plan { kernel, grid: warp_a_column(outer, rows, device), why: FEW }
+        }
+        Product::Tiled => {
+            let kernel = Kernel::LinearTiled { x, weight, vector: vector(4, aligned) };
+            Plan { kernel, grid: Grid::line(tiles(rows, outer, [TILE; 2]), SPLIT_THREADS[1]), why: MANY }
+        }
+        Product::Split(tile, why) => {
+            let blocks = tiles(rows, outer, [tile.rows.into(), tile.columns.into()]);
+            Plan { kernel: Kernel::LinearMma { format: x, tile }, grid: Grid::line(blocks, SPLIT_THREADS[0]), why }
+        }
     }
-    let tiles = rows.div_ceil(TILE).saturating_mul(outer.div_ceil(TILE));
-    let kernel = Kernel::LinearTiled { x, weight, vector: vector(4, aligned) };
-    Plan { kernel, grid: Grid::line(tiles, 256), why: MANY }
 }
 
 /// Blocks of up to 8 warps, of fewer where that gives every multiprocessor some.
@@ -197,12 +264,39 @@ pub(crate) mod tests {
 
     #[test]
     fn few_tokens_stream_and_many_share() {
-        assert_eq!(gate(&gate_problem(1), |_| true, &device()).grid, Grid::plane(128, 1, 32));
-        assert_eq!(gate(&gate_problem(48), |_| true, &device()).grid, Grid::plane(16, 12, 256));
-        assert!(matches!(gate(&gate_problem(1), |_| true, &device()).kernel, Kernel::Gate { vector: 8, .. }));
-        assert!(matches!(gate(&gate_problem(9), |_| false, &device()).kernel, Kernel::Gate { vector: 1, .. }));
-        assert!(matches!(gate(&gate_problem(49), |_| true, &device()).kernel, Kernel::GateTiled { .. }));
-        assert_eq!(gate(&gate_problem(0), |_| true, &device()).grid.blocks[1], 0);
+        let plan = |tokens, aligned| gate(&gate_problem(tokens), false, |_| aligned, &device());
+        assert_eq!(plan(1, true).grid, Grid::plane(128, 1, 32));
+        assert_eq!(plan(32, true).grid, Grid::plane(16, 8, 256));
+        assert!(matches!(plan(1, true).kernel, Kernel::Gate { vector: 8, .. }));
+        assert!(matches!(plan(9, false).kernel, Kernel::Gate { vector: 1, .. }));
+        assert_eq!(plan(64, true).grid, Grid::plane(4, 4, 256));
+        assert_eq!(plan(2048, true).grid, Grid::plane(64, 2, 256));
+        assert!(matches!(plan(64, false).kernel, Kernel::Gate { .. }));
+        assert_eq!(plan(2048, false).grid, Grid::plane(32, 2, 1024));
+        assert_eq!(plan(0, true).grid.blocks[1], 0);
+    }
+
+    #[test]
+    fn tensor_cores_take_what_fits_their_format() {
+        let plan = |problem: GateProblem, weighted| gate(&problem, weighted, |_| true, &device()).kernel;
+        let bf16 = gate_problem(2048);
+        let f16 = GateProblem { x: DType::F16, router: DType::F16, ..bf16 };
+        assert!(matches!(plan(bf16, true), Kernel::GateMma { weighted: true, .. }));
+        assert!(matches!(plan(f16, false), Kernel::GateMma { weighted: false, .. }));
+        let odd = GateProblem { hidden: 2047, ..bf16 };
+        let mixed = GateProblem { router: DType::F32, ..bf16 };
+        for kernel in [plan(f16, true), plan(odd, false), plan(mixed, false)] {
+            assert!(matches!(kernel, Kernel::GateTiled { .. }), "{kernel:?}");
+        }
+    }
+
+    #[test]
+    fn a_column_alone_streams() {
+        let (x, weight, out) = (DType::BF16, DType::BF16, DType::F32);
+        let problem = |outer| LinearProblem { rows: 8192, inner: 2048, outer, x, weight, out };
+        assert!(matches!(linear(&problem(1), |_| true, &device()).kernel, Kernel::Linear { .. }));
+        assert!(matches!(linear(&problem(64), |_| true, &device()).kernel, Kernel::LinearMma { .. }));
+        assert!(matches!(linear(&problem(64), |_| false, &device()).kernel, Kernel::LinearTiled { .. }));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use fused_moe::config::LayerConfig;
 use serde_json::{Value, json};
 use std::fs::{self, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -83,6 +83,26 @@ pub(crate) fn json(setting: &Setting<'_>, timings: &[Timing]) -> Value {
         HEADER.split(',').map(str::to_owned).zip(columns(setting, timing)).collect::<serde_json::Map<_, _>>().into()
     };
     timings.iter().map(object).collect()
+}
+
+/// Errors before anything is measured where a file could not be written; leaves no trace.
+pub(crate) fn writable(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let tried = match path.exists() {
+        true => OpenOptions::new().append(true).open(path),
+        false => tempfile::tempfile_in(folder),
+    };
+    tried.map(|_| ()).map_err(|error| unwritable(path, &error))
+}
+
+/// Makes the folder of the records, and errors before anything is measured where it cannot be written.
+pub(crate) fn prepare(directory: &Path) -> Result<()> {
+    let tried = fs::create_dir_all(directory).and_then(|()| tempfile::tempfile_in(directory));
+    tried.map(|_| ()).map_err(|error| unwritable(directory, &error))
+}
+
+fn unwritable(path: &Path, error: &io::Error) -> anyhow::Error {
+    remedied(format!("{}: cannot write: {error}", path.display()), "make its folder, or name another place")
 }
 
 /// Appends a row a batch size; returns the file.

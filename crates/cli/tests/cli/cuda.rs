@@ -27,7 +27,8 @@ fn compile(source: &Path, library: &Path) {
 /// The program with both libraries, the second named.
 fn with_cuda<const N: usize>(arguments: [&str; N]) -> Call {
     let folder = LIBRARIES.path().to_str().unwrap();
-    fmoe(arguments).env("LD_LIBRARY_PATH", folder).env("FMOE_NVRTC", &format!("{folder}/libnvrtc.so"))
+    let call = fmoe(arguments).env("LD_LIBRARY_PATH", folder).env("FMOE_NVRTC", &format!("{folder}/libnvrtc.so"));
+    call.env("FMOE_CACHE_DIR", &format!("{folder}/cache"))
 }
 
 /// CUDA that is not usable for this reason: listed so, an error when asked for, and passed over when not.
@@ -35,7 +36,8 @@ fn unusable(call: impl Fn(&[&str]) -> Call, parts: &[&str]) {
     let ran = call(&["devices"]).succeeds();
     let found = |ran: &Ran, text: &str| parts.iter().for_each(|part| assert!(text.contains(part), "{part:?}: {ran}"));
     found(&ran, &ran.stdout);
-    assert!(ran.stdout.contains("chosen: cpu, since cuda: "), "{ran}");
+    assert!(ran.stdout.contains("chosen: cpu\n"), "{ran}");
+    assert_eq!(ran.stdout.matches(parts[0]).count(), 1, "said once: {ran}");
     for command in ["run", "check", "bench"] {
         let ran = call(&[command, "--backend", "cuda"]).errs(["error: cuda: "]);
         found(&ran, &ran.stderr);
@@ -118,11 +120,24 @@ fn several_devices() {
         [("cuda:3", "device 3: the driver shows 3"), ("cuda:x", "cuda:1"), ("cpu:1", "no such backend")]
     {
         for command in ["run", "check", "bench"] {
-            call(&[command, "--backend", device]).errs([reason]);
+            let call = call(&[command, "--backend", device]);
+            if device == "cuda:3" {
+                call.errs([reason])
+            } else {
+                call.misuses([reason])
+            };
         }
     }
+    with(&[])(&["run", "--backend", "cuda:1"]).errs(["the driver shows 1 CUDA device, numbered"]);
     let ran = with(&[])(&["devices"]).succeeds();
     assert!(ran.stdout.contains("chosen: cuda\n") && !ran.stdout.contains("cuda:"), "{ran}");
+    let folder = LIBRARIES.path().canonicalize().unwrap();
+    for (name, file) in [("driver", "libcuda.so"), ("nvrtc", "libnvrtc.so"), ("kernel cache", "cache")] {
+        let line = format!("cuda {name}: {}", folder.join(file).display());
+        assert!(ran.stdout.contains(&line) && !ran.stdout.contains("cannot be written"), "{line}: {ran}");
+    }
+    let ran = with(&[("FMOE_CACHE_DIR", "/proc/fused-moe")])(&["devices"]).succeeds();
+    assert!(ran.stdout.contains("cuda kernel cache: /proc/fused-moe, cannot be written: "), "{ran}");
 }
 
 #[test]
@@ -184,6 +199,8 @@ fn caches_that_cannot_be_written() {
     for folder in ["/proc/fused-moe", file.path().to_str().unwrap()] {
         let ran = kernels(folder).succeeds();
         assert!(ran.stdout.contains("kernels for sm_80"), "{ran}");
+        assert!(ran.choice.starts_with(&format!("warning: kernels cannot be kept in {folder}: ")), "{ran}");
+        assert!(ran.stderr.is_empty(), "said once: {ran}");
     }
     // 2 kB at most in a file; SIGXFSZ is ignored, so that writing fails as it does on a full disk
     let folder = tempfile::tempdir().unwrap();

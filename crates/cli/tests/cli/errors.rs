@@ -204,7 +204,9 @@ fn a_disk_that_is_full_leaves_nothing() {
 #[test]
 fn unknown_backends_and_instruction_sets() {
     for command in ["run", "check", "bench"] {
-        fmoe([command, "--backend", "abacus"]).errs(["abacus", "cpu"]);
+        for backend in ["abacus", "cuda:", "cuda:x", "cuda:-1", ""] {
+            fmoe([command, "--backend", backend]).misuses([&format!("--backend {backend}: no such"), "cpu"]);
+        }
     }
     fmoe(["run"]).env("FMOE_CPU_ISA", "mmx").errs(["mmx"]);
 }
@@ -217,17 +219,43 @@ fn checks_that_are_none() {
 
 #[test]
 fn benches_that_are_none() {
-    fmoe(["bench", "--shape", "qwen"]).errs(["qwen", "qwen3-30b-a3b", "olmoe"]);
+    fmoe(["bench", "--shape", "qwen"]).misuses(["qwen", "qwen3-30b-a3b", "olmoe"]);
     let shape =
         |h: &str, e: &str, k: &str| fmoe(["bench", "--hidden", h, "--intermediate", "8", "--experts", e, "--top-k", k]);
-    shape("16", "4", "2").args(["--tokens", "1,0"]).errs(["--tokens 0"]);
+    shape("16", "4", "2").args(["--tokens", "1,0"]).misuses(["--tokens 0"]);
     shape("16", "4", "2").args(["--tokens", "99999999999999"]).errs(["--tokens 99999999999999", "at most"]);
-    shape("16", "4", "5").errs(["K = 5", "E = 4"]);
-    shape("0", "4", "2").errs(["layer:", "0"]);
-    shape("16", "5000", "2").errs(["layer:", "5000"]);
+    shape("16", "4", "5").misuses(["K = 5", "E = 4"]);
+    shape("0", "4", "2").misuses(["layer:", "0"]);
+    shape("16", "5000", "2").misuses(["layer:", "5000"]);
     shape("18446744073709551615", "4", "2").errs(["memory"]);
     fmoe(["bench", "--hidden", "16"]).fails(2);
     fmoe(["bench", "--from", "y"]).fails(2);
+}
+
+#[test]
+fn results_that_cannot_be_kept_are_not_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "what was there").unwrap();
+    let shape = "bench --hidden 16 --intermediate 8 --experts 4 --top-k 2 --tokens 1";
+    for (option, path) in [
+        ("--json", "/nonexistent/x.json".into()),
+        ("--json", folder.path().to_path_buf()),
+        ("--record", file.clone()),
+        ("--record", "/proc/records".into()),
+    ] {
+        let ran = fmoe(shape.split(' ')).args([option, path.to_str().unwrap()]);
+        let ran = ran.errs(["cannot write", path.to_str().unwrap()]);
+        assert!(ran.stdout.is_empty(), "{ran}");
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "what was there");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn the_path_is_read_before_the_device() {
+    let run = fmoe(["run", "/nonexistent", "--backend", "cuda"]).env("CUDA_VISIBLE_DEVICES", "");
+    run.errs(["error: /nonexistent"]);
 }
 
 #[test]
@@ -235,5 +263,5 @@ fn no_device_to_measure() {
     // hides devices where there are any
     let bench = |arguments: &str| fmoe(format!("bench {arguments}").split(' ')).env("CUDA_VISIBLE_DEVICES", "");
     bench("--backend cuda").errs(["cuda:", "fmoe devices"]);
-    bench("--backend cuda --threads 4").errs(["--threads 4", "the CPU backend's", "leave --threads out"]);
+    bench("--backend cuda --threads 4").misuses(["--threads 4", "the CPU backend's", "leave --threads out"]);
 }

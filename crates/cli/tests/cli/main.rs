@@ -248,7 +248,7 @@ fn help_has_examples() {
 
 #[test]
 fn help_lists_the_shapes() {
-    let (help, error) = (fmoe(["bench", "--help"]).succeeds().stdout, fmoe(["bench", "--shape", "?"]).fails(1).stderr);
+    let (help, error) = (fmoe(["bench", "--help"]).succeeds().stdout, fmoe(["bench", "--shape", "?"]).fails(2).stderr);
     let (_, names) = error.rsplit_once("help: ").unwrap();
     let names: Vec<_> =
         names.split([' ', ',', '\n']).filter(|word| word.contains(|c: char| c.is_ascii_digit())).collect();

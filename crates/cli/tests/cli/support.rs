@@ -64,7 +64,16 @@ impl Call {
 
     /// Fails with an error that has all these parts, and a remedy.
     pub(crate) fn errs<const N: usize>(self, parts: [&str; N]) -> Ran {
-        let ran = self.fails(1);
+        self.says(1, parts)
+    }
+
+    /// A command line that makes no sense: as `errs`, with a code of its own.
+    pub(crate) fn misuses<const N: usize>(self, parts: [&str; N]) -> Ran {
+        self.says(2, parts)
+    }
+
+    fn says<const N: usize>(self, code: i32, parts: [&str; N]) -> Ran {
+        let ran = self.fails(code);
         assert!(ran.stderr.starts_with("error: ") && ran.stderr.contains("\nhelp: "), "{ran}");
         for part in parts {
             assert!(ran.stderr.contains(part), "{part:?} is missing: {ran}");
@@ -73,12 +82,14 @@ impl Call {
     }
 }
 
-/// The line about the choice of a device, where there is one, and the rest of standard error.
+fn is_about(line: &str) -> bool {
+    line.starts_with("warning: kernels cannot be kept in ") || (line.starts_with("on ") && line.contains(", since "))
+}
+
+/// The line about the choice of a device or its kernels, where there is one, and the rest of standard error.
 fn split(stderr: String) -> (String, String) {
     match stderr.split_once('\n') {
-        Some((choice, rest)) if choice.starts_with("on ") && choice.contains(", since ") => {
-            (choice.into(), rest.into())
-        }
+        Some((choice, rest)) if is_about(choice) => (choice.into(), rest.into()),
         _ => (String::new(), stderr),
     }
 }

@@ -89,6 +89,34 @@ impl Cache {
     }
 }
 
+/// Where compiled kernels are kept between processes.
+#[derive(Clone, Debug)]
+pub struct KernelCache(Cache);
+
+impl KernelCache {
+    /// The one that the environment names: `FMOE_CACHE_DIR`, else a folder among the user's caches.
+    pub fn get() -> Self {
+        Self(Cache::from_environment())
+    }
+
+    /// Its folder, which need not exist yet; none where the environment names no place.
+    pub fn folder(&self) -> Option<&Path> {
+        self.0.folder.as_deref()
+    }
+
+    /// Whether a kernel could be kept now; leaves no trace.
+    ///
+    /// Errors: why not, in words.
+    pub fn writable(&self) -> std::result::Result<(), String> {
+        let folder = self.folder().ok_or("the environment names no folder")?;
+        // where it does not exist yet, it would be made in the innermost folder that does
+        let place = folder.ancestors().find(|place| place.exists()).unwrap_or(folder);
+        let place = if place.as_os_str().is_empty() { Path::new(".") } else { place };
+        let probe = place.join(format!("fused-moe-probe-{}", std::process::id()));
+        fs::File::create_new(&probe).and_then(|_| fs::remove_file(&probe)).map_err(|error| error.to_string())
+    }
+}
+
 /// Follows no link that somebody may have left where everybody writes.
 fn write_log(path: &Path, text: &str) -> std::io::Result<()> {
     if let Some(folder) = path.parent() {
@@ -167,6 +195,20 @@ mod tests {
         assert_eq!(cache.get(other), None, "an entry under another name");
         cache.put(key, b"code");
         assert!(cache.get(key).is_some());
+    }
+
+    #[test]
+    fn whether_it_can_be_written_leaves_no_trace() {
+        let folder = tempfile::tempdir().unwrap();
+        let writable = |path: PathBuf| KernelCache(Cache::at(&path)).writable();
+        assert_eq!(writable(folder.path().join("deep/er")), Ok(()));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        for path in [file.clone(), file.join("below")] {
+            assert!(writable(path).is_err());
+        }
+        assert!(KernelCache(Cache { folder: None }).writable().is_err());
     }
 
     #[test]
