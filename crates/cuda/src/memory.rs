@@ -1,3 +1,4 @@
+use crate::Cuda;
 use crate::device::{self, Allocation, Device};
 use crate::error::{Error, Result};
 use crate::stream::CudaStream;
@@ -18,8 +19,26 @@ pub struct Memory {
 #[derive(Debug)]
 enum Owner {
     Allocation(Allocation),
-    Slice { _slice: Box<dyn Any + Send + Sync> },
+    Slice(Slice),
     Foreign,
+}
+
+/// A cudarc slice, which is freed when the device has done with it.
+#[derive(Debug)]
+struct Slice {
+    device: Arc<Device>,
+    slice: Option<Box<dyn Any + Send + Sync>>,
+}
+
+impl Drop for Slice {
+    fn drop(&mut self) {
+        // what cudarc does to free it changes the current context
+        let current = self.device.bind("free");
+        // a failure means that the context is gone, and the memory with it
+        let _ = self.device.synchronize("free");
+        self.slice = None;
+        drop(current);
+    }
 }
 
 impl Memory {
@@ -42,11 +61,19 @@ impl Memory {
         Self { address, bytes, owner: Owner::Foreign }
     }
 
-    /// A cudarc slice, to be used on `stream`, which waits for what was written to it before.
-    pub fn from_slice<T: Send + Sync + 'static>(slice: CudaSlice<T>, stream: &CudaStream) -> Self {
-        let bytes = slice.num_bytes();
-        let address = slice.device_ptr(stream.driver()).0;
-        Self { address, bytes, owner: Owner::Slice { _slice: Box::new(slice) } }
+    /// A cudarc slice, which becomes the value's: memory from the host program's own pool, for a workspace say. Waits for
+    /// the device, and waits again before it gives the slice back to cudarc, as memory of its own does.
+    ///
+    /// Errors: `OtherContext`, `Driver`, `DeviceLost`.
+    pub fn from_slice<T: Send + Sync + 'static>(cuda: &Cuda, slice: CudaSlice<T>) -> Result<Self> {
+        let device = cuda.device();
+        device.check(slice.context(), "memory", "slice")?;
+        device.synchronize("memory")?;
+        let _current = device.bind("memory")?;
+        let (bytes, stream) = (slice.num_bytes(), Arc::clone(slice.stream()));
+        let address = slice.device_ptr(&stream).0;
+        let slice = Slice { device: Arc::clone(device), slice: Some(Box::new(slice)) };
+        Ok(Self { address, bytes, owner: Owner::Slice(slice) })
     }
 
     /// Its device address.
@@ -78,7 +105,8 @@ impl Memory {
     pub(crate) fn check(&self, device: &Device, during: &'static str, operand: &'static str) -> Result<()> {
         match &self.owner {
             Owner::Allocation(allocation) => device.check(&allocation.device.context, during, operand),
-            Owner::Slice { .. } | Owner::Foreign => Ok(()),
+            Owner::Slice(slice) => device.check(&slice.device.context, during, operand),
+            Owner::Foreign => Ok(()),
         }
     }
 
@@ -119,20 +147,13 @@ pub struct Ref<'a>(Range<'a>);
 pub struct Mut<'a>(Range<'a>);
 
 impl<'a> Ref<'a> {
-    /// Memory that the host program owns.
+    /// Memory that the host program owns; [`CudaStream::lend`] makes one of a cudarc slice.
     ///
     /// # Safety
     /// `address .. address + bytes` must be device memory of the backend's context that stays allocated for `'a` and until
     /// what was enqueued with it has run, and nobody may write to it meanwhile.
     pub unsafe fn from_raw(address: u64, bytes: usize) -> Self {
         Self(Range { address, bytes, lives: PhantomData })
-    }
-
-    /// A cudarc slice, to be read on `stream`, which waits for what was written to it before. Later writes to it must be
-    /// enqueued on the same stream, or wait for it.
-    pub fn from_slice<T>(slice: &'a CudaSlice<T>, stream: &CudaStream) -> Self {
-        let address = slice.device_ptr(stream.driver()).0;
-        Self(Range { address, bytes: slice.num_bytes(), lives: PhantomData })
     }
 
     /// Its device address.
@@ -149,20 +170,11 @@ impl<'a> Ref<'a> {
 }
 
 impl<'a> Mut<'a> {
-    /// Memory that the host program owns.
+    /// Memory that the host program owns; [`CudaStream::lend`] makes one of a cudarc slice.
     ///
     /// # Safety
     /// As [`Ref::from_raw`], and nobody else may read or write it meanwhile.
     pub unsafe fn from_raw(address: u64, bytes: usize) -> Self {
-        Self(Range { address, bytes, lives: PhantomData })
-    }
-
-    /// A cudarc slice, to be written on `stream`, which waits for what was done with it before. Later uses of it must be
-    /// enqueued on the same stream, or wait for it.
-    pub fn from_slice<T>(slice: &'a mut CudaSlice<T>, stream: &CudaStream) -> Self {
-        use cudarc::driver::DevicePtrMut;
-        let bytes = slice.num_bytes();
-        let address = slice.device_ptr_mut(stream.driver()).0;
         Self(Range { address, bytes, lives: PhantomData })
     }
 
