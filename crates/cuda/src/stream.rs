@@ -85,7 +85,8 @@ impl CudaStream {
     /// # }
     /// ```
     ///
-    /// With cudarc's event tracking off (`disable_event_tracking`), nothing waits: the order is the host program's affair.
+    /// Where cudarc tracks nothing (after `disable_event_tracking`, or when the context has made no stream, so that there are
+    /// only its default stream and raw ones), nothing waits: the order is the host program's affair.
     ///
     /// Errors: the closure's; `Capturing` when the stream is being captured and cudarc tracks events, for an event of outside
     /// would break the capture: nothing was done yet, and the capture goes on; `Driver`, `DeviceLost`.
@@ -165,7 +166,8 @@ pub struct Lending<'s, 'env: 's> {
 impl<'s> Lending<'s, '_> {
     /// A row-major operand that is read; its [`storage`](View::storage) makes views of other strides or offsets.
     ///
-    /// Errors: `Contract` when the slice is too short for the shape, `OtherContext`.
+    /// Errors: `Contract` when the slice is too short for the shape, `OtherContext` when it was not made with the backend's
+    /// own [`context`](Cuda::context), the very handle.
     pub fn read<T: Element>(&self, slice: CudaView<'s, T>, shape: impl Into<Shape>) -> Result<View<Ref<'s>>> {
         self.check(slice.stream())?;
         let bytes = slice.num_bytes();
@@ -187,8 +189,10 @@ impl<'s> Lending<'s, '_> {
         Ok(View::new(unsafe { Mut::from_raw(address, bytes) }, T::DTYPE, 0, shape)?)
     }
 
+    /// Another handle of the same context will not do: it is a handle that knows whether uses are tracked.
     fn check(&self, stream: &DriverStream) -> Result<()> {
-        self.stream.device.check(stream.context(), "lend", "slice")
+        let same = Arc::ptr_eq(stream.context(), &self.stream.device.context);
+        if same { Ok(()) } else { Err(Error::OtherContext { during: "lend", operand: "slice" }) }
     }
 }
 

@@ -80,12 +80,15 @@ pub(crate) fn what_is_lent_is_checked() -> Result<()> {
     let cuda = Cuda::new(0)?;
     let stream = CudaStream::from_cudarc(&cuda, cuda.context().new_stream().unwrap())?;
     let elsewhere = CudaContext::new_non_primary(0, 0).unwrap();
+    let handle = CudaContext::new(0).unwrap().default_stream().alloc_zeros::<f32>(64).unwrap();
     let foreign = elsewhere.new_stream().unwrap().alloc_zeros::<f32>(64).unwrap();
     let mut own = stream.driver().alloc_zeros::<f32>(64).unwrap();
     // SAFETY: nothing is enqueued.
     unsafe {
-        let refused = stream.lend(|lent| lent.read(foreign.as_view(), [64]).map(drop));
-        assert!(matches!(refused, Err(Error::OtherContext { .. })), "{refused:?}");
+        for slice in [&foreign, &handle] {
+            let refused = stream.lend(|lent| lent.read(slice.as_view(), [64]).map(drop));
+            assert!(matches!(refused, Err(Error::OtherContext { .. })), "{refused:?}");
+        }
         stream.lend(|lent| lent.read(own.slice(32..), [4, 8]).map(drop))?;
         let refused = stream.lend(|lent| lent.write(own.slice_mut(32..), [4, 9]).map(drop));
         assert!(matches!(refused, Err(Error::Contract(_))), "{refused:?}");
