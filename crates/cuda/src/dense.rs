@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::grouped::Groups;
 use crate::measure::{noise, time_replays};
 use crate::memory::Memory;
-use crate::stream::{CudaStream, Graph};
+use crate::stream::CudaStream;
 use crate::{Cuda, Error};
 use fused_moe_core::operation::{Down, Matrices};
 use fused_moe_core::{DType, View};
@@ -76,8 +76,7 @@ impl Dense {
         };
         pairs(1)?;
         stream.synchronize()?;
-        let graph = Graph::capture(stream, || pairs(PAIRS))?;
-        let times = time_replays(stream, &graph, repeats)?;
+        let times = time_replays(stream, repeats, || pairs(PAIRS))?;
         Ok(times.into_iter().map(|time| time / PAIRS as f64).collect())
     }
 

@@ -41,21 +41,18 @@ impl DeviceNumbers {
     }
 }
 
+/// The driver's library, in the order that cudarc tries the names.
+const DRIVER: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
+
 /// The file of the driver's library, looked for as cudarc does, which panics where there is none or it is none of a
 /// driver's.
 ///
 /// Errors: `NoDriver`.
 pub fn driver() -> Result<String> {
-    let mut names: Vec<String> = Vec::new();
-    for name in ["cuda", "nvcuda"].iter().flat_map(|name| cudarc::get_lib_name_candidates(name)) {
-        if !names.contains(&name) {
-            names.push(name);
-        }
-    }
     let mut reason = String::new();
-    for name in &names {
+    for name in DRIVER {
         // SAFETY: the driver's initialisers are made to run in any process.
-        match unsafe { libloading::Library::new(name) } {
+        match unsafe { libloading::Library::new(*name) } {
             Ok(library) => {
                 // SAFETY: looked up and not called.
                 let found = unsafe { library.get::<unsafe extern "C" fn()>(b"cuDriverGetVersion\0") };
@@ -69,7 +66,7 @@ pub fn driver() -> Result<String> {
             Err(_) => {}
         }
     }
-    Err(Error::NoDriver { tried: names, reason })
+    Err(Error::NoDriver { tried: DRIVER.join(", "), reason })
 }
 
 /// The CUDA version of the driver; it may be asked for before anything else.

@@ -11,14 +11,10 @@ pub enum Error {
     #[error(transparent)]
     Contract(#[from] fused_moe_core::Error),
     /// The driver's library was not found.
-    #[error(
-        "device: no NVIDIA driver: {} and {} other names of its library were tried ({reason}); install the driver",
-        tried.first().map_or("", String::as_str),
-        tried.len().saturating_sub(1)
-    )]
+    #[error("device: no NVIDIA driver: none of {tried} could be loaded ({reason}); install the driver")]
     NoDriver {
         /// Names that were tried.
-        tried: Vec<String>,
+        tried: String,
         /// What the loader said first.
         reason: String,
     },
@@ -105,6 +101,12 @@ pub enum Error {
         /// A stream or memory.
         operand: &'static str,
     },
+    /// A stream that is being captured can not lend slices whose use cudarc tracks by events.
+    #[error(
+        "lend: the stream is being captured; lend the slices first and capture inside, or turn cudarc's event tracking off \
+         before they are made"
+    )]
+    Capturing,
     /// The device's context is broken: nothing runs on it any more in this process.
     #[error("{during}: the device is lost: {reason}; start the program anew")]
     DeviceLost {

@@ -26,8 +26,9 @@ const INVARIANT_TOKENS: usize = crate::plan::FEW_TOKENS;
 /// A layer prepared for this backend: its weights, copied once in the format that they came in.
 ///
 /// With 2-byte weights and x in the same format, what lies between gate_up and down is kept in that format; otherwise in
-/// f32. What a call with x in the weights' format, logits in f32 and rows at multiples of 16 bytes needs is compiled when a
-/// workspace is made, so that such calls can be captured at once; run others once before.
+/// f32. Making a workspace compiles what calls with up to its number of tokens need, so that they can be captured at once,
+/// if x and y are in the weights' format and logits in f32, all without gaps at addresses that are multiples of 16; others
+/// are to be run once before, with as many tokens.
 #[derive(Debug)]
 pub struct CudaLayer {
     pub(crate) cuda: Cuda,

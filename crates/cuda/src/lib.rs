@@ -2,6 +2,69 @@
 //!
 //! Nothing of CUDA is needed to build it. At run time it loads the driver and, to compile a kernel the first time, NVRTC;
 //! compiled kernels are kept in a cache folder (`FMOE_CACHE_DIR`). Each kernel lies beside its launcher.
+//!
+//! # In an engine
+//!
+//! The backend takes the engine's own cudarc context and stream, and its slices are lent to the calls
+//! ([`CudaStream::lend`]); nothing of a call waits, allocates or reads back.
+//!
+//! ```no_run
+//! use fused_moe_core::config::LayerConfig;
+//! use fused_moe_core::weights::LayerWeights;
+//! use fused_moe_core::{Backend, Layer, Options, Stream};
+//! use fused_moe_cuda::cudarc::driver::CudaContext;
+//! use fused_moe_cuda::{Cuda, CudaStream, Graph};
+//!
+//! fn engine(config: &LayerConfig, weights: &LayerWeights<'_>) -> Result<(), Box<dyn std::error::Error>> {
+//!     let context = CudaContext::new(0)?;
+//!     let theirs = context.new_stream()?;
+//!
+//!     let cuda = Cuda::from_context(context)?;
+//!     let stream = CudaStream::from_cudarc(&cuda, theirs.clone())?;
+//!     let layer = cuda.prepare(config, weights, &Options::default())?; // copies the weights
+//!     let mut workspace = layer.workspace(16)?; // for up to 16 tokens; allocates, and compiles what their calls need
+//!
+//!     let shape = [4, config.hidden];
+//!     let x = theirs.alloc_zeros::<f32>(4 * config.hidden)?; // half's f16 and bf16 with cudarc's feature `f16`
+//!     let mut y = theirs.alloc_zeros::<f32>(4 * config.hidden)?;
+//!
+//!     // SAFETY: what is lent is used on the stream that lends it.
+//!     unsafe {
+//!         stream.lend(|lent| {
+//!             let (x, y) = (lent.read(x.as_view(), shape)?, lent.write(y.as_view_mut(), shape)?);
+//!             layer.forward(&stream, x, y, &mut workspace)
+//!         })?;
+//!     }
+//!
+//!     // SAFETY: likewise; and x, y, the workspace, the layer and the stream outlive the graph's last replay.
+//!     let graph = unsafe {
+//!         stream.lend(|lent| {
+//!             let (x, y) = (lent.read(x.as_view(), shape)?, lent.write(y.as_view_mut(), shape)?);
+//!             Graph::capture(&stream, || layer.forward(&stream, x, y, &mut workspace))
+//!         })?
+//!     };
+//!     for _step in 0..100 {
+//!         graph.replay(&stream)?; // x and y belong to this stream: they need no lending to be ordered with it
+//!     }
+//!
+//!     let y = theirs.clone_dtoh(&y)?;
+//!     let status = stream.status()?; // waits; `status_word` is for those who cannot
+//!     println!("{status}, {y:?}");
+//!     Ok(())
+//! }
+//! ```
+//!
+//! Memory that is no cudarc slice comes in by address: [`Ref::from_raw`], [`Mut::from_raw`], [`Memory::from_raw`],
+//! [`CudaStream::from_raw`]. A workspace in the engine's own pool: [`Memory::from_slice`] and
+//! [`workspace_in`](fused_moe_core::Layer::workspace_in). What a workspace may be shared by is said at [`Workspace`].
+//!
+//! # cudarc
+//!
+//! The engine's cudarc and this crate's are one, and a program can have one version feature of it (`cuda-12080`, say). This
+//! crate's default feature `cuda-12000` chooses one for programs that do not use cudarc themselves. Others depend on
+//! `fused-moe-cuda` (or on the facade, with its feature `cuda`) with `default-features = false`, and on cudarc 0.19 with the
+//! version that they want and, if they like, `dynamic-loading` or `dynamic-linking`; nothing else makes the driver be loaded
+//! at run time.
 #![deny(unsafe_code)]
 
 mod accumulate;
@@ -40,6 +103,8 @@ mod stream;
 mod upload;
 mod workspace;
 
+/// The version of cudarc whose slices, streams and contexts this crate takes.
+pub use cudarc;
 pub use dense::{Dense, DenseSizes};
 pub use device::{DeviceNumbers, device_count, driver};
 pub use error::{Error, Result};
@@ -48,7 +113,7 @@ pub use layer::CudaLayer;
 pub use measure::{ReadRate, read_bandwidth, time_replays};
 pub use memory::{Memory, Mut, Ref};
 pub use pack::Experts;
-pub use stream::{CudaStream, Graph};
+pub use stream::{CudaStream, Graph, Lending};
 pub use workspace::Workspace;
 
 use cudarc::driver::CudaContext;
@@ -80,22 +145,25 @@ pub struct Cuda {
 impl Cuda {
     /// The device of this number, in its primary context.
     ///
-    /// Errors: `NoDriver`, `DriverTooOld`, `NoDevice`, `Architecture`, `Driver`.
+    /// Errors: `NoDriver`, `DriverTooOld`, `NoDevice`, `Architecture`, `Driver`; `DeviceLost` when the process has broken the
+    /// context before and the driver has noticed.
     pub fn new(ordinal: usize) -> Result<Self> {
-        Ok(Self::on(Device::new(ordinal)?))
+        Self::on(Device::new(ordinal)?)
     }
 
     /// A context of the host program's.
     ///
-    /// Errors: `DriverTooOld`, `Architecture`, `Driver`.
+    /// Errors: `DriverTooOld`, `Architecture`, `Driver`, and `DeviceLost` as [`new`](Self::new).
     pub fn from_context(context: Arc<CudaContext>) -> Result<Self> {
-        Ok(Self::on(Device::of(context)?))
+        Self::on(Device::of(context)?)
     }
 
-    fn on(device: Device) -> Self {
+    fn on(device: Device) -> Result<Self> {
         let device = Arc::new(device);
+        // a context that is broken still tells the device's numbers, but not this one
+        device.free_bytes()?;
         let kernels = Arc::new(Kernels::new(Arc::clone(&device)));
-        Self { device, kernels, recorder: None }
+        Ok(Self { device, kernels, recorder: None })
     }
 
     /// The device's numbers.

@@ -8,10 +8,15 @@ use crate::launch::{Grid, launch, params};
 use crate::stream::{CudaStream, Graph};
 use cudarc::driver::sys::CUevent_flags;
 
-/// Microseconds of each of `repeats` replays, by the device's own clock, after two that are not timed. Waits.
+/// Microseconds of each of `repeats` replays of what `enqueue` enqueues on `stream`, captured as [`Graph::capture`] does it,
+/// by the device's own clock, after two that are not timed. Waits.
 ///
-/// Errors: `Driver`, `DeviceLost`.
-pub fn time_replays(stream: &CudaStream, graph: &Graph, repeats: usize) -> Result<Vec<f64>> {
+/// Errors: `enqueue`'s, `Driver`, `DeviceLost`.
+pub fn time_replays(stream: &CudaStream, repeats: usize, enqueue: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
+    Graph::for_a_while(stream, enqueue, |graph| times(stream, graph, repeats))
+}
+
+fn times(stream: &CudaStream, graph: &Graph, repeats: usize) -> Result<Vec<f64>> {
     let _current = stream.device().bind("timing")?;
     let failed = |e| driver_error("timing", e);
     let event = || stream.driver().context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed);
@@ -59,8 +64,8 @@ pub fn read_bandwidth(cuda: &Cuda, stream: &CudaStream, repeats: usize) -> Resul
     cuda.kernels().prepare(&[Kernel::ReadAll])?;
     let params = ReadAllParams { from: from.address, count: buffer as u64 / 16, sink: sink.address };
     let grid = Grid::line(cuda.numbers().multiprocessors as usize * BLOCKS, THREADS);
-    let graph = Graph::capture(stream, || launch(cuda, stream, Kernel::ReadAll, grid, &params))?;
-    let best = time_replays(stream, &graph, repeats.max(1))?.into_iter().fold(f64::INFINITY, f64::min);
+    let pass = || launch(cuda, stream, Kernel::ReadAll, grid, &params);
+    let best = time_replays(stream, repeats.max(1), pass)?.into_iter().fold(f64::INFINITY, f64::min);
     Ok(ReadRate { bytes_per_second: buffer as f64 / best * 1e6, buffer })
 }
 

@@ -1,7 +1,8 @@
+use crate::Cuda;
 use crate::device::{self, Allocation, Device};
 use crate::error::{Error, Result};
 use crate::stream::CudaStream;
-use cudarc::driver::{CudaContext, CudaSlice, DevicePtr};
+use cudarc::driver::{CudaSlice, DevicePtr};
 use fused_moe_core::Storage;
 use std::any::Any;
 use std::marker::PhantomData;
@@ -22,22 +23,21 @@ enum Owner {
     Foreign,
 }
 
-/// A cudarc slice, which is freed in the order of the stream that it was made on, not of those that it was used on.
+/// A cudarc slice, which is freed when the device has done with it.
 #[derive(Debug)]
 struct Slice {
-    slice: Box<dyn Any + Send + Sync>,
-    context: Arc<CudaContext>,
     device: Arc<Device>,
+    slice: Option<Box<dyn Any + Send + Sync>>,
 }
 
 impl Drop for Slice {
     fn drop(&mut self) {
-        // a failure means that the context is gone, and what used the slice with it
+        // what cudarc does to free it changes the current context
+        let current = self.device.bind("free");
+        // a failure means that the context is gone, and the memory with it
         let _ = self.device.synchronize("free");
-        if let Ok(_current) = self.device.bind("free") {
-            // what cudarc does to free a slice changes the current context
-            self.slice = Box::new(());
-        }
+        self.slice = None;
+        drop(current);
     }
 }
 
@@ -61,13 +61,19 @@ impl Memory {
         Self { address, bytes, owner: Owner::Foreign }
     }
 
-    /// A cudarc slice, to be used on `stream`, which waits for what was written to it before; not while `stream` is
-    /// captured. When the value is dropped, the device is waited for.
-    pub fn from_slice<T: Send + Sync + 'static>(slice: CudaSlice<T>, stream: &CudaStream) -> Self {
-        let bytes = slice.num_bytes();
-        let address = slice.device_ptr(stream.driver()).0;
-        let (context, device) = (Arc::clone(slice.context()), Arc::clone(stream.device()));
-        Self { address, bytes, owner: Owner::Slice(Slice { slice: Box::new(slice), context, device }) }
+    /// A cudarc slice, which becomes the value's: memory from the host program's own pool, for a workspace say. Waits for
+    /// the device, and waits again before it gives the slice back to cudarc, as memory of its own does.
+    ///
+    /// Errors: `OtherContext`, `Driver`, `DeviceLost`.
+    pub fn from_slice<T: Send + Sync + 'static>(cuda: &Cuda, slice: CudaSlice<T>) -> Result<Self> {
+        let device = cuda.device();
+        device.check(slice.context(), "memory", "slice")?;
+        device.synchronize("memory")?;
+        let _current = device.bind("memory")?;
+        let (bytes, stream) = (slice.num_bytes(), Arc::clone(slice.stream()));
+        let address = slice.device_ptr(&stream).0;
+        let slice = Slice { device: Arc::clone(device), slice: Some(Box::new(slice)) };
+        Ok(Self { address, bytes, owner: Owner::Slice(slice) })
     }
 
     /// Its device address.
@@ -94,7 +100,7 @@ impl Memory {
     pub(crate) fn check(&self, device: &Device, during: &'static str, operand: &'static str) -> Result<()> {
         match &self.owner {
             Owner::Allocation(allocation) => device.check(&allocation.device.context, during, operand),
-            Owner::Slice(slice) => device.check(&slice.context, during, operand),
+            Owner::Slice(slice) => device.check(&slice.device.context, during, operand),
             Owner::Foreign => Ok(()),
         }
     }
@@ -136,20 +142,13 @@ pub struct Ref<'a>(Range<'a>);
 pub struct Mut<'a>(Range<'a>);
 
 impl<'a> Ref<'a> {
-    /// Memory that the host program owns.
+    /// Memory that the host program owns; [`CudaStream::lend`] makes one of a cudarc slice.
     ///
     /// # Safety
     /// `address .. address + bytes` must be device memory of the backend's context that stays allocated for `'a` and until
     /// what was enqueued with it has run, and nobody may write to it meanwhile.
     pub unsafe fn from_raw(address: u64, bytes: usize) -> Self {
         Self(Range { address, bytes, lives: PhantomData })
-    }
-
-    /// A cudarc slice, to be read on `stream`, which waits for what was written to it before; not while `stream` is
-    /// captured. Later writes to it, and its end, must be enqueued on the same stream, or wait for it.
-    pub fn from_slice<T>(slice: &'a CudaSlice<T>, stream: &CudaStream) -> Self {
-        let address = slice.device_ptr(stream.driver()).0;
-        Self(Range { address, bytes: slice.num_bytes(), lives: PhantomData })
     }
 
     /// Its device address.
@@ -166,20 +165,11 @@ impl<'a> Ref<'a> {
 }
 
 impl<'a> Mut<'a> {
-    /// Memory that the host program owns.
+    /// Memory that the host program owns; [`CudaStream::lend`] makes one of a cudarc slice.
     ///
     /// # Safety
     /// As [`Ref::from_raw`], and nobody else may read or write it meanwhile.
     pub unsafe fn from_raw(address: u64, bytes: usize) -> Self {
-        Self(Range { address, bytes, lives: PhantomData })
-    }
-
-    /// A cudarc slice, to be written on `stream`, which waits for what was done with it before; not while `stream` is
-    /// captured. Later uses of it, and its end, must be enqueued on the same stream, or wait for it.
-    pub fn from_slice<T>(slice: &'a mut CudaSlice<T>, stream: &CudaStream) -> Self {
-        use cudarc::driver::DevicePtrMut;
-        let bytes = slice.num_bytes();
-        let address = slice.device_ptr_mut(stream.driver()).0;
         Self(Range { address, bytes, lives: PhantomData })
     }
 

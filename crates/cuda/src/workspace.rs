@@ -8,6 +8,12 @@ use fused_moe_core::{DType, Error, Shape, View};
 ///
 /// For T tokens, K experts a token and R = T*K it holds about `4 * (R * (H + I) + T * (2H + S + E))` bytes, of which the
 /// experts' outputs `[R, H]` are the most.
+///
+/// Nothing in it outlasts a call, so that layers may share one: it serves any layer of the same device for as many tokens as
+/// that layer's `workspace_bytes` fit its memory, one call after the other. `&mut` sees to it that calls are made in turn;
+/// calls on different streams are the caller's to order. Making a workspace also compiles what the calls of the layer that
+/// made it need, up to so many tokens, and only of that one: another layer that shares it compiles at its first calls
+/// whatever kernels the two do not have in common.
 #[derive(Debug)]
 pub struct Workspace {
     memory: Memory,

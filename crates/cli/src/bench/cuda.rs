@@ -7,7 +7,7 @@ use crate::args::{Origin, Spread};
 use crate::output::{bytes, remedied, rounded};
 use anyhow::{Result, ensure};
 use fused_moe::config::LayerConfig;
-use fused_moe::cuda::{Cuda, Dense, DenseSizes, Graph, read_bandwidth, time_replays};
+use fused_moe::cuda::{Cuda, Dense, DenseSizes, read_bandwidth, time_replays};
 use fused_moe::{DType, Stream};
 use std::time::Duration;
 
@@ -97,8 +97,7 @@ impl Meter for Gpu {
     }
 
     fn time(&self, stream: &StreamOf<Self>, batches: usize, call: Calls<'_, Self>, tick: &dyn Fn()) -> Result<Times> {
-        let graph = Graph::capture(stream, || (0..batches).try_for_each(call))?;
-        let times = time_replays(stream, &graph, REPLAYS)?;
+        let times = time_replays(stream, REPLAYS, || (0..batches).try_for_each(&mut *call))?;
         let status = stream.status()?;
         ensure!(status.is_ok(), "status: {status}");
         tick();

@@ -86,7 +86,8 @@ pub(crate) fn a_captured_layer_replays_with_new_tokens_and_allocates_nothing() -
         let graph = {
             let from = View::new(x.read(), DType::BF16, 0, [tokens, H]).unwrap();
             let to = View::new(y.write(), DType::BF16, 0, [tokens, H]).unwrap();
-            Graph::capture(&stream, || layer.run(&stream, Forward::new(from, to), &mut workspace)).unwrap()
+            // SAFETY: all that is captured outlives the graph, and uploads and downloads wait.
+            unsafe { Graph::capture(&stream, || layer.run(&stream, Forward::new(from, to), &mut workspace)) }.unwrap()
         };
         graph.replay(&stream).unwrap();
         stream.synchronize().unwrap();

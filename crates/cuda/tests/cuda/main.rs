@@ -7,6 +7,7 @@ mod conformance;
 mod graph;
 mod hostile;
 mod layer;
+mod lend;
 mod multi;
 
 use fused_moe_cuda::{Cuda, Error, Result, compiler, device_count};
@@ -20,9 +21,15 @@ const COMPILER: &[Test] = &[("every_kernel_compiles", compile::every_kernel_comp
 const DEVICE: &[Test] = &[
     ("the_reference_agrees", conformance::the_reference_agrees),
     ("a_graph_replays_with_new_inputs", graph::a_graph_replays_with_new_inputs),
-    ("streams_and_memory_of_the_host_program", graph::streams_and_memory_of_the_host_program),
     ("a_graph_keeps_its_kernels_and_its_status_word", graph::a_graph_keeps_its_kernels_and_its_status_word),
-    ("a_capture_that_fails_is_ended", graph::a_capture_that_fails_is_ended),
+    ("raw_streams_and_memory", graph::raw_streams_and_memory),
+    ("a_slice_freed_at_once", lend::a_slice_freed_at_once),
+    ("memory_made_of_a_slice_and_freed_at_once", lend::memory_made_of_a_slice_and_freed_at_once),
+    ("what_is_lent_is_checked", lend::what_is_lent_is_checked),
+    ("a_layer_captured_with_slices", lend::a_layer_captured_with_slices),
+    ("lending_within_a_capture", lend::lending_within_a_capture),
+    ("a_panic_within_a_capture", lend::a_panic_within_a_capture),
+    ("the_status_word_without_waiting", lend::the_status_word_without_waiting),
     ("many_slots", graph::many_slots),
     ("many_tokens_with_norm", graph::many_tokens_with_norm),
     ("timing", graph::timing),
