@@ -104,6 +104,7 @@ Examples:
   fmoe check --filter combine
   fmoe check --full
   fmoe check --golden goldens/*
+  fmoe check --backend wgpu --adapter nvidia
   FMOE_CPU_ISA=avx2 fmoe check
 
 --golden compares with folders of config.json, model.safetensors and golden.safetensors (input.i, output_f64.i;
@@ -232,9 +233,12 @@ fn count(text: &str) -> Result<usize, std::num::ParseIntError> {
 /// Where to run.
 #[derive(Debug, Args)]
 pub(crate) struct On {
-    /// Where to run: a name of `fmoe devices`, as cpu, cuda or cuda:1 [default: auto, the best there is]
+    /// Where to run: a name of `fmoe devices`, as cpu, cuda, cuda:1 or wgpu [default: auto, the best there is]
     #[arg(long, value_name = "B")]
     pub(crate) backend: Option<String>,
+    /// The adapter of --backend wgpu, which is then the default: its number or part of its name [default: the first]
+    #[arg(long, value_name = "N|NAME")]
+    pub(crate) adapter: Option<String>,
 }
 
 /// Format of weights.

@@ -3,7 +3,7 @@
 use crate::args::On;
 use crate::output::{self, BAD, DIM, GOOD, Table, misused, note, plain, remedied, warn};
 use anyhow::Result;
-use fused_moe::{Device, DeviceError, cuda};
+use fused_moe::{Device, DeviceError, cuda, wgpu};
 use serde_json::json;
 use std::io::Write;
 use std::process::ExitCode;
@@ -11,25 +11,57 @@ use std::time::{Duration, Instant};
 
 /// The device that the command line asks for; where it leaves the choice, a word about what could not be chosen.
 pub(crate) fn chosen(on: &On) -> Result<Device> {
-    let device = match on.backend.as_deref() {
-        None | Some("auto") => Device::best_and_why().map(|(device, why)| {
+    let device = match (on.backend.as_deref(), on.adapter.as_deref()) {
+        (None | Some("wgpu"), Some(adapter)) => Device::wgpu(number(adapter)?),
+        (Some(backend), Some(adapter)) => {
+            let message = format!("--adapter {adapter}: --backend {backend} has no adapters to choose from");
+            return Err(misused(message, "--adapter goes with --backend wgpu"));
+        }
+        (None | Some("auto"), None) => Device::best_and_why().map(|(device, why)| {
             if let Some(why) = why {
                 note(format_args!("on {why}"));
             }
             device
         }),
-        Some(name) => Device::by_name(name),
+        (Some(name), None) => Device::by_name(name),
     };
     if let Ok(Device::Cuda(_)) = &device {
         warn_of_cache();
     }
     device.map_err(|error| match &error {
         DeviceError::Unknown { name, known } => {
-            let help = format!("this fmoe has auto, {}; one of several GPUs is cuda:0, cuda:1, ...", known.join(", "));
+            let known = known.join(", ");
+            let help = format!("this fmoe has auto, {known}; one of several GPUs is cuda:0, wgpu:0, cuda:1, ...");
             misused(format!("--backend {name}: no such backend"), help)
         }
         _ => remedied(error.to_string(), "`fmoe devices` says what can be used here"),
     })
+}
+
+/// The number of the adapter that has this number or, alone, this in its name.
+fn number(adapter: &str) -> Result<usize> {
+    let adapters = wgpu::adapters();
+    let part = adapter.to_lowercase();
+    let named = |(number, numbers): (usize, &wgpu::DeviceNumbers)| {
+        numbers.name.to_lowercase().contains(&part).then_some(number)
+    };
+    let found: Vec<_> = match adapter.parse() {
+        Ok(number) => (number < adapters.len()).then_some(number).into_iter().collect(),
+        Err(_) => adapters.iter().enumerate().filter_map(named).collect(),
+    };
+    match found.as_slice() {
+        &[number] => Ok(number),
+        // the backend says why
+        _ if adapters.is_empty() => Ok(0),
+        _ => {
+            let several =
+                if found.is_empty() { "no adapter has this number or name" } else { "several have this name" };
+            let line =
+                |(i, numbers): (usize, &wgpu::DeviceNumbers)| format!("\n  {i}  {}, {}", numbers.name, numbers.api);
+            let list: String = adapters.iter().enumerate().map(line).collect();
+            Err(misused(format!("--adapter {adapter}: {several}"), format!("give the number of one of these:{list}")))
+        }
+    }
 }
 
 /// Says where kernels will not be kept, which costs their compilation in each process.

@@ -26,6 +26,9 @@ pub enum Device {
     /// An NVIDIA GPU.
     #[cfg(feature = "cuda")]
     Cuda(fused_moe_cuda::Cuda),
+    /// A GPU through Vulkan, Metal or DX12.
+    #[cfg(feature = "wgpu")]
+    Wgpu(fused_moe_wgpu::Wgpu),
 }
 
 /// Code written once for every backend, run on the one that was chosen.
@@ -47,7 +50,8 @@ pub struct DeviceInfo {
     pub description: String,
     /// Whether it can be used, and if not, why.
     pub available: Result<(), String>,
-    /// [`Device::best`] takes the first available device with the largest.
+    /// [`Device::best`] takes the first available device with the largest, and none with 0: a graphics driver that runs
+    /// on the processor.
     pub preference: u32,
 }
 
@@ -82,11 +86,11 @@ pub enum DeviceError {
 /// A backend that is built in.
 struct Candidate {
     name: &'static str,
-    preference: u32,
-    /// The device of a number.
     open: fn(usize) -> Result<Device, DeviceError>,
-    /// How many devices it has, where it can be said.
-    count: fn() -> usize,
+    /// The preference of its kind.
+    preference: u32,
+    /// Those of its devices, in the order of their numbers.
+    preferences: fn() -> Vec<u32>,
 }
 
 /// All that are built in, best first.
@@ -94,20 +98,31 @@ const CANDIDATES: &[Candidate] = &[
     #[cfg(feature = "cuda")]
     Candidate {
         name: "cuda",
-        preference: 2,
         open: Device::cuda,
-        count: || fused_moe_cuda::device_count().unwrap_or(0),
+        preference: 3,
+        preferences: || vec![3; fused_moe_cuda::device_count().unwrap_or(0)],
+    },
+    #[cfg(feature = "wgpu")]
+    Candidate {
+        name: "wgpu",
+        open: Device::wgpu,
+        preference: 2,
+        preferences: || fused_moe_wgpu::adapters().iter().map(|adapter| if adapter.software { 0 } else { 2 }).collect(),
     },
     #[cfg(feature = "cpu")]
-    Candidate { name: "cpu", preference: 1, open: |_| Device::cpu(), count: || 1 },
+    Candidate { name: "cpu", open: |_| Device::cpu(), preference: 1, preferences: || vec![1] },
 ];
 
 impl Candidate {
-    /// The names of its devices on a command line, by number; of one that is not there, where there is none.
-    fn names(&self) -> Vec<String> {
-        match (self.count)() {
-            0 | 1 => vec![self.name.into()],
-            count => (0..count).map(|ordinal| format!("{}:{ordinal}", self.name)).collect(),
+    /// The names of its devices and their preferences; that of its kind alone, if it has none.
+    fn devices(&self) -> Vec<(String, usize, u32)> {
+        match (self.preferences)().as_slice() {
+            [] => vec![(self.name.into(), 0, self.preference)],
+            [preference] => vec![(self.name.into(), 0, *preference)],
+            several => {
+                let named = |(ordinal, &preference)| (format!("{}:{ordinal}", self.name), ordinal, preference);
+                several.iter().enumerate().map(named).collect()
+            }
         }
     }
 }
@@ -133,6 +148,16 @@ impl Device {
             .map_err(|error| DeviceError::Unavailable { name: "cuda", reason: error.to_string() })
     }
 
+    /// The adapter of this number, GPUs before processors that play one: a GPU through Vulkan, Metal or DX12.
+    ///
+    /// Errors: `Unavailable`, with the backend's reason.
+    #[cfg(feature = "wgpu")]
+    pub fn wgpu(index: usize) -> Result<Self, DeviceError> {
+        fused_moe_wgpu::Wgpu::new(index)
+            .map(Self::Wgpu)
+            .map_err(|error| DeviceError::Unavailable { name: "wgpu", reason: error.to_string() })
+    }
+
     /// The fastest device that can be used; [`Device::best_and_why`] says how it was found.
     ///
     /// Errors: `None`, with every backend's reason.
@@ -144,54 +169,58 @@ impl Device {
     ///
     /// Errors: `None`, with every backend's reason.
     pub fn best_and_why() -> Result<(Self, Option<String>), DeviceError> {
-        let mut reasons = Vec::new();
+        let (mut reasons, mut in_software) = (Vec::new(), Vec::new());
         for candidate in CANDIDATES {
-            for (ordinal, name) in candidate.names().into_iter().enumerate() {
+            for (name, ordinal, preference) in candidate.devices() {
+                if preference == 0 {
+                    in_software.push(format!("{name} runs on the processor, and is used only by name"));
+                    continue;
+                }
                 match (candidate.open)(ordinal).map_err(|error| error.to_string()) {
                     Ok(device) => {
                         let why = || format!("{name}, since {}", reasons.join("; "));
                         return Ok((device, (!reasons.is_empty()).then(why)));
                     }
+                    // one device says what the next one would
                     Err(reason) if reasons.contains(&reason) => {}
                     Err(reason) => reasons.push(reason),
                 }
             }
         }
+        reasons.append(&mut in_software);
         Err(DeviceError::None { reasons })
     }
 
-    /// A device by its name on a command line: `cpu`, `cuda`, `cuda:1`; `auto` is [`Device::best`].
+    /// A device by its name on a command line: `cpu`, `cuda`, `cuda:1`, `wgpu`, `wgpu:1`; `auto` is [`Device::best`].
     ///
     /// Errors: `Unknown`, `Unavailable`.
     pub fn by_name(name: &str) -> Result<Self, DeviceError> {
         if name == "auto" {
             return Self::best();
         }
-        #[cfg(feature = "cuda")]
-        if let Some(ordinal) = name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok()) {
-            return Self::cuda(ordinal);
-        }
-        match CANDIDATES.iter().find(|candidate| candidate.name == name) {
-            Some(candidate) => (candidate.open)(0),
-            None => Err(DeviceError::Unknown { name: name.into(), known: names() }),
+        let (kind, ordinal) = match name.split_once(':') {
+            Some((kind, ordinal)) if kind != "cpu" => (kind, ordinal.parse().ok()),
+            _ => (name, Some(0)),
+        };
+        match (CANDIDATES.iter().find(|candidate| candidate.name == kind), ordinal) {
+            (Some(candidate), Some(ordinal)) => (candidate.open)(ordinal),
+            _ => Err(DeviceError::Unknown { name: name.into(), known: names() }),
         }
     }
 
     /// Every device of every backend that is built in, best first; a line that says why for a backend that has none.
     pub fn list() -> Vec<DeviceInfo> {
-        let info = |candidate: &Candidate, name: String| {
-            let opened = Self::by_name(&name);
-            DeviceInfo {
-                name,
-                description: opened.as_ref().map(|device| device.visit(Describe)).unwrap_or_default(),
-                available: opened.map(|_| ()).map_err(|error| error.to_string()),
-                preference: candidate.preference,
-            }
+        let infos = |candidate: &'static Candidate| {
+            candidate.devices().into_iter().map(|(name, ordinal, preference)| {
+                let opened = (candidate.open)(ordinal);
+                let description = opened.as_ref().map(|device| device.visit(Describe)).unwrap_or_default();
+                let available = opened.map(|_| ()).map_err(|error| error.to_string());
+                DeviceInfo { name, description, available, preference }
+            })
         };
-        CANDIDATES
-            .iter()
-            .flat_map(|candidate| candidate.names().into_iter().map(|name| info(candidate, name)))
-            .collect()
+        let mut list: Vec<_> = CANDIDATES.iter().flat_map(infos).collect();
+        list.sort_by_key(|info| std::cmp::Reverse(info.preference));
+        list
     }
 
     /// Runs code that is written over [`Backend`] on this device.
@@ -201,6 +230,8 @@ impl Device {
             Self::Cpu(ref cpu) => visitor.visit(cpu),
             #[cfg(feature = "cuda")]
             Self::Cuda(ref cuda) => visitor.visit(cuda),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu(ref wgpu) => visitor.visit(wgpu),
         }
     }
 }

@@ -20,11 +20,11 @@
 //! [`Backend`] takes any.
 #![deny(unsafe_code)]
 
-#[cfg(any(feature = "cpu", feature = "cuda"))]
+#[cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu"))]
 mod auto;
 pub mod checkpoint;
 
-#[cfg(any(feature = "cpu", feature = "cuda"))]
+#[cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu"))]
 pub use auto::{Device, DeviceError, DeviceInfo, Visitor};
 pub use fused_moe_core::*;
 
@@ -32,6 +32,8 @@ pub use fused_moe_core::*;
 pub use fused_moe_cpu as cpu;
 #[cfg(feature = "cuda")]
 pub use fused_moe_cuda as cuda;
+#[cfg(feature = "wgpu")]
+pub use fused_moe_wgpu as wgpu;
 
 /// The examples of the README, compiled.
 #[cfg(all(doctest, feature = "cpu"))]

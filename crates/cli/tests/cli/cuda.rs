@@ -33,6 +33,7 @@ fn with_cuda<const N: usize>(arguments: [&str; N]) -> Call {
 
 /// CUDA that is not usable for this reason: listed so, an error when asked for, and passed over when not.
 fn unusable(call: impl Fn(&[&str]) -> Call, parts: &[&str]) {
+    let call = |arguments: &[&str]| call(arguments).without_adapters();
     let ran = call(&["devices"]).succeeds();
     let found = |ran: &Ran, text: &str| parts.iter().for_each(|part| assert!(text.contains(part), "{part:?}: {ran}"));
     found(&ran, &ran.stdout);
@@ -108,14 +109,14 @@ fn no_compiler() {
 
 #[test]
 fn several_devices() {
-    let call = |arguments: &[&str]| with(&[("FAKE_COUNT", "3")])(arguments);
+    let call = |arguments: &[&str]| with(&[("FAKE_COUNT", "3")])(arguments).without_adapters();
     let ran = call(&["devices"]).succeeds();
     for device in ["cuda:0", "cuda:1", "cuda:2", "Fake 0", "Fake 1", "Fake 2", "chosen: cuda:0"] {
         assert!(ran.stdout.contains(device), "{device}: {ran}");
     }
     let json: serde_json::Value = serde_json::from_str(&call(&["devices", "--json"]).succeeds().stdout).unwrap();
     let names: Vec<_> = json["devices"].as_array().unwrap().iter().map(|device| &device["name"]).collect();
-    assert_eq!(names, ["cuda:0", "cuda:1", "cuda:2", "cpu"]);
+    assert_eq!(names, ["cuda:0", "cuda:1", "cuda:2", "wgpu", "cpu"]);
     for (device, reason) in
         [("cuda:3", "device 3: the driver shows 3"), ("cuda:x", "cuda:1"), ("cpu:1", "no such backend")]
     {

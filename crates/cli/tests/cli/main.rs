@@ -5,6 +5,7 @@
 mod cuda;
 mod errors;
 mod support;
+mod wgpu;
 
 use support::{Model, fmoe, golden, input};
 

@@ -26,7 +26,8 @@ pub(crate) struct Ran {
 
 pub(crate) fn fmoe<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Call {
     let mut command = Command::new(PROGRAM);
-    command.args(arguments).current_dir(std::env::temp_dir());
+    // a layer of Mesa's looks for a desktop, and writes to standard error where there is none
+    command.args(arguments).current_dir(std::env::temp_dir()).env("NODEVICE_SELECT", "1");
     Call(command)
 }
 
@@ -39,6 +40,11 @@ impl Call {
     pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
         self.0.env(name, value);
         self
+    }
+
+    /// With a Vulkan loader, if there is one, that finds no driver.
+    pub(crate) fn without_adapters(self) -> Self {
+        self.env("VK_DRIVER_FILES", "/nonexistent").env("VK_ICD_FILENAMES", "/nonexistent")
     }
 
     fn ran(mut self) -> Ran {

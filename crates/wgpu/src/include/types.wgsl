@@ -1,0 +1,64 @@
+// What every kernel begins with: operands, formats, workgroups in a line.
+
+// Where an operand's first element lies in its binding, and how far its rows lie apart; both in elements.
+struct Tensor { offset: u32, stride: u32 }
+
+fn at(t: Tensor, row: u32, i: u32) -> u32 { return t.offset + row * t.stride + i; }
+
+// The number of a workgroup: as many as there are, in lines of 65535.
+fn number(group: vec3<u32>) -> u32 { return group.y * 65535u + group.x; }
+
+fn is_nan(x: f32) -> bool { return (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u; }
+
+fn bf16_of(x: f32) -> u32 {
+    let bits = bitcast<u32>(x);
+    if (is_nan(x)) { return (bits >> 16u) | 0x40u; }
+    return (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
+}
+
+// Rounded to nearest, ties to even, which pack2x16float need not do.
+fn f16_of(x: f32) -> u32 {
+    let bits = bitcast<u32>(x);
+    let sign = (bits >> 16u) & 0x8000u;
+    let a = bits & 0x7fffffffu;
+    if (a > 0x7f800000u) { return sign | 0x7e00u; }
+    if (a >= 0x477ff000u) { return sign | 0x7c00u; }
+    // below 2^-14 the unit is 2^-24, that of f32 between 0.5 and 1
+    if (a < 0x38800000u) { return sign | (bitcast<u32>(bitcast<f32>(a) + 0.5) - 0x3f000000u); }
+    return sign | ((a - 0x38000000u + 0xfffu + ((a >> 13u) & 1u)) >> 13u);
+}
+
+fn f32_of_bf16(word: u32, i: u32) -> f32 {
+    return bitcast<f32>(select(word << 16u, word & 0xffff0000u, (i & 1u) == 1u));
+}
+
+fn f32_of_f16(word: u32, i: u32) -> f32 {
+    let both = unpack2x16float(word);
+    return select(both.x, both.y, (i & 1u) == 1u);
+}
+
+// Eight neighbouring elements.
+struct Eight { a: vec4<f32>, b: vec4<f32> }
+
+fn eight_of_f32(a: vec4<u32>, b: vec4<u32>) -> Eight { return Eight(bitcast<vec4<f32>>(a), bitcast<vec4<f32>>(b)); }
+
+fn eight_of_bf16(words: vec4<u32>) -> Eight {
+    let even = bitcast<vec4<f32>>(words << vec4(16u));
+    let odd = bitcast<vec4<f32>>(words & vec4(0xffff0000u));
+    return Eight(vec4(even.x, odd.x, even.y, odd.y), vec4(even.z, odd.z, even.w, odd.w));
+}
+
+fn eight_of_f16(words: vec4<u32>) -> Eight {
+    return Eight(
+        vec4(unpack2x16float(words.x), unpack2x16float(words.y)),
+        vec4(unpack2x16float(words.z), unpack2x16float(words.w)),
+    );
+}
+
+// The first n of them, zeros for the others, whatever these are.
+fn first_of(x: Eight, n: u32) -> Eight {
+    return Eight(
+        select(vec4(0.0), x.a, vec4(0u, 1u, 2u, 3u) < vec4(n)),
+        select(vec4(0.0), x.b, vec4(4u, 5u, 6u, 7u) < vec4(n)),
+    );
+}

@@ -1,0 +1,21 @@
+// out = x . weight^T + bias: a team an output column, TOKENS rows at once.
+
+const SQUARES = false;
+
+fn weighted(x: Eight, h: u32) -> Eight { return x; }
+
+@compute @workgroup_size(256)
+fn linear(here: Here) {
+    let teams = THREADS / TEAM;
+    let blocks = (p.columns + teams - 1u) / teams;
+    let n = number(here.group);
+    let thread = thread_of(here);
+    let first = n / blocks * TOKENS;
+    let column = n % blocks * teams + thread / TEAM;
+    let sum = dots(here, first, min(column, p.columns - 1u)).sum;
+    let i = thread % TEAM;
+    if (i >= TOKENS || first + i >= p.rows || column >= p.columns) { return; }
+    var y = sum[i];
+    if (has_bias) { y += load_bias(at(p.bias, 0u, column)); }
+    store_out(at(p.out, first + i, column), y);
+}

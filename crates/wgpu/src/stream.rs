@@ -1,0 +1,81 @@
+use crate::Wgpu;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use fused_moe_core::{Status, Stream};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use wgpu::{BufferUsages, CommandEncoder};
+
+/// Commands in order, and a status word on the device.
+///
+/// Operations record into a `CommandEncoder`: one of the host program's ([`lend`](Self::lend) and [`take`](Self::take)),
+/// or else one of the stream's own, which [`submit`](Self::submit), `status` and `download` submit.
+#[derive(Debug)]
+pub struct WgpuStream {
+    device: Arc<Device>,
+    encoder: Mutex<Option<CommandEncoder>>,
+    status: wgpu::Buffer,
+    /// Where the host reads the status.
+    mapped: wgpu::Buffer,
+}
+
+impl WgpuStream {
+    pub(crate) fn new(wgpu: &Wgpu) -> Result<Self> {
+        let device = Arc::clone(wgpu.device());
+        let status = device.buffer(4, Device::USAGES)?;
+        let mapped = device.buffer(4, BufferUsages::MAP_READ | BufferUsages::COPY_DST)?;
+        Ok(Self { device, encoder: Mutex::default(), status, mapped })
+    }
+
+    /// Records into this encoder from now on. What was recorded before is submitted.
+    ///
+    /// Errors: `DeviceLost`, `Device`.
+    pub fn lend(&self, encoder: CommandEncoder) -> Result<()> {
+        self.submit()?;
+        *self.lock() = Some(encoder);
+        Ok(())
+    }
+
+    /// The encoder with what was recorded so far, for the host program to go on with and to submit; none, if nothing was.
+    pub fn take(&self) -> Option<CommandEncoder> {
+        self.lock().take()
+    }
+
+    /// Submits what was recorded so far.
+    ///
+    /// Errors: `DeviceLost`, `Device`.
+    pub fn submit(&self) -> Result<()> {
+        let Some(encoder) = self.take() else { return self.device.alive("submission") };
+        self.device.checked("submission", || self.device.queue.submit([encoder.finish()])).map(|_| ())
+    }
+
+    /// Records with the encoder.
+    pub(crate) fn record(&self, work: impl FnOnce(&mut CommandEncoder)) -> Result<()> {
+        let mut encoder = self.lock();
+        work(encoder.get_or_insert_with(|| self.device.device.create_command_encoder(&Default::default())));
+        Ok(())
+    }
+
+    /// The status word.
+    pub(crate) fn status_buffer(&self) -> &wgpu::Buffer {
+        &self.status
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<CommandEncoder>> {
+        self.encoder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Stream for WgpuStream {
+    type Error = Error;
+
+    fn status(&self) -> Result<Status> {
+        self.record(|encoder| {
+            encoder.copy_buffer_to_buffer(&self.status, 0, &self.mapped, 0, 4);
+            encoder.clear_buffer(&self.status, 0, None);
+        })?;
+        let mut word = [0; 4];
+        self.submit()?;
+        self.device.read_mapped(&self.mapped, &mut word, "status")?;
+        Ok(Status::from_bits(u32::from_le_bytes(word)))
+    }
+}

@@ -1,0 +1,187 @@
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::memory::{Memory, Mut, Ref};
+use crate::plan::tokens_at_once;
+use fused_moe_core::problem::LayerProblem;
+use fused_moe_core::{DType, Error as Contract, Shape, View};
+use wgpu::BufferUsages;
+
+/// Scratch of a layer: one buffer, divided anew in each call, and a small one for the sizes of launches.
+///
+/// For T tokens, K experts a token and R = T*K it holds about `4 * (R * (H + I) + T * (2H + S + E))` bytes, of which the
+/// experts' outputs `[R, H]` are the most; never more than for the tokens whose parts of it fit a binding each: more tokens
+/// than that go one piece after the other.
+#[derive(Debug)]
+pub struct Workspace {
+    memory: Memory,
+    /// Which cannot be part of the other one: that is written by the launches whose sizes lie here.
+    arguments: Memory,
+}
+
+/// Bytes that a buffer begins at a multiple of.
+const ALIGNMENT: usize = 256;
+
+/// A buffer with room for elements of 4 bytes.
+pub(crate) struct Buffer<'a>(Mut<'a>);
+
+impl<'a> Buffer<'a> {
+    pub(crate) fn view(&self, dtype: DType, shape: impl Into<Shape>) -> Result<View<Ref<'_>>> {
+        Ok(View::new(self.0.share(), dtype, 0, shape)?)
+    }
+
+    pub(crate) fn buffer(&self) -> &'a wgpu::Buffer {
+        self.0.buffer()
+    }
+
+    pub(crate) fn view_mut(&mut self, dtype: DType, shape: impl Into<Shape>) -> Result<View<Mut<'_>>> {
+        Ok(View::new(self.0.reborrow(), dtype, 0, shape)?)
+    }
+}
+
+/// The buffers of one call.
+pub(crate) struct Scratch<'a> {
+    pub(crate) routing: RoutingScratch<'a>,
+    pub(crate) permutation: PermutationScratch<'a>,
+    pub(crate) schedule: ScheduleScratch<'a>,
+    /// `[T, H]`: what the experts read, where that is not x itself.
+    pub(crate) tokens: Buffer<'a>,
+    /// `[R, I]`.
+    pub(crate) a: Buffer<'a>,
+    /// `[R, H]`.
+    pub(crate) y: Buffer<'a>,
+    pub(crate) shared: SharedScratch<'a>,
+}
+
+pub(crate) struct RoutingScratch<'a> {
+    /// f32 `[T, E]`.
+    pub(crate) logits: Buffer<'a>,
+    /// u32 `[T, K]`.
+    pub(crate) experts: Buffer<'a>,
+    /// f32 `[T, K]`.
+    pub(crate) weights: Buffer<'a>,
+}
+
+pub(crate) struct PermutationScratch<'a> {
+    /// u32 `[R]`.
+    pub(crate) row_slot: Buffer<'a>,
+    /// u32 `[R]`.
+    pub(crate) slot_row: Buffer<'a>,
+    /// u32 `[E+1]`.
+    pub(crate) offsets: Buffer<'a>,
+}
+
+pub(crate) struct ScheduleScratch<'a> {
+    /// u32 `[M, 3]`, M as tiles of [`TILE_ROWS`] need.
+    pub(crate) tiles: Buffer<'a>,
+    /// u32 `[1]`.
+    pub(crate) count: Buffer<'a>,
+    /// u32 `[2, 3]`, of gate_up and down; in a buffer of its own.
+    pub(crate) arguments: Buffer<'a>,
+}
+
+pub(crate) struct SharedScratch<'a> {
+    /// `[T, S]`.
+    pub(crate) a: Buffer<'a>,
+    /// `[T, H]`.
+    pub(crate) y: Buffer<'a>,
+    /// f32 `[T]`.
+    pub(crate) logit: Buffer<'a>,
+    /// u32 `[T]`, which nobody reads: the rows of the shared expert are the tokens.
+    pub(crate) slots: Buffer<'a>,
+    /// u32 `[2]`, likewise.
+    pub(crate) ends: Buffer<'a>,
+}
+
+/// Rows of the smallest tiles.
+pub(crate) const TILE_ROWS: usize = 32;
+
+const BUFFERS: usize = 16;
+
+impl Workspace {
+    /// Errors: `Workspace`, `Usage`, `OutOfMemory`, `DeviceLost`.
+    pub(crate) fn new(device: &Device, memory: Memory, layer: &LayerProblem, max_tokens: usize) -> Result<Self> {
+        if !memory.buffer().usage().contains(BufferUsages::STORAGE) {
+            return Err(Error::Usage { operation: "workspace", missing: "STORAGE" });
+        }
+        let arguments = device.buffer(ALIGNMENT as u64, BufferUsages::STORAGE | BufferUsages::INDIRECT)?;
+        let mut workspace = Self::of(memory, Memory::from_buffer(arguments));
+        workspace.carve("workspace", layer, max_tokens.min(tokens_at_once(layer, &device.numbers)))?;
+        Ok(workspace)
+    }
+
+    pub(crate) fn of(memory: Memory, arguments: Memory) -> Self {
+        Self { memory, arguments }
+    }
+
+    /// How much `tokens` tokens need that go through the layer at once.
+    ///
+    /// Errors: `Value` when that is no number of bytes.
+    pub(crate) fn bytes(layer: &LayerProblem, tokens: usize) -> Result<usize> {
+        let buffers = buffers(layer, tokens);
+        let total = buffers.and_then(|bytes| bytes.iter().try_fold(0usize, |sum, &bytes| sum.checked_add(bytes)));
+        total.ok_or_else(|| {
+            let actual = tokens.to_string();
+            let (parameter, expected) = ("max_tokens", "as many tokens as the address space has room for");
+            Contract::Value { operation: "workspace", parameter, expected, actual }.into()
+        })
+    }
+
+    /// The buffers of a call with `tokens` tokens.
+    ///
+    /// Errors: `Workspace` when there is too little memory.
+    pub(crate) fn carve(
+        &mut self,
+        operation: &'static str,
+        layer: &LayerProblem,
+        tokens: usize,
+    ) -> Result<Scratch<'_>> {
+        let (expected, actual) = (Self::bytes(layer, tokens)?, self.memory.bytes());
+        let sizes = buffers(layer, tokens).filter(|_| expected <= actual);
+        let sizes = sizes.ok_or(Contract::Workspace { operation, tokens, expected, actual })?;
+        let mut sizes = sizes.into_iter();
+        let mut rest = self.memory.write();
+        let mut buffer = || Buffer(rest.split_off_front(sizes.next().unwrap_or(0)));
+        let arguments = Buffer(self.arguments.write());
+        Ok(Scratch {
+            routing: RoutingScratch { logits: buffer(), experts: buffer(), weights: buffer() },
+            permutation: PermutationScratch { row_slot: buffer(), slot_row: buffer(), offsets: buffer() },
+            schedule: ScheduleScratch { tiles: buffer(), count: buffer(), arguments },
+            tokens: buffer(),
+            a: buffer(),
+            y: buffer(),
+            shared: SharedScratch { a: buffer(), y: buffer(), logit: buffer(), slots: buffer(), ends: buffer() },
+        })
+    }
+}
+
+/// Bytes of the buffers, in the order that `carve` hands them out in.
+pub(crate) fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUFFERS]> {
+    let config = &layer.config;
+    let (hidden, experts) = (config.hidden, config.experts);
+    let rows = tokens.checked_mul(config.top_k)?;
+    let tiles = rows / TILE_ROWS + rows.min(experts);
+    let shared = config.shared.map_or([0; 4], |shared| [shared.intermediate, hidden, 1, 1]);
+    let elements = [
+        tokens.checked_mul(experts)?,
+        rows,
+        rows,
+        rows,
+        rows,
+        experts + 1,
+        tiles.checked_mul(3)?,
+        1,
+        tokens.checked_mul(hidden)?,
+        rows.checked_mul(config.intermediate)?,
+        rows.checked_mul(hidden)?,
+        tokens.checked_mul(shared[0])?,
+        tokens.checked_mul(shared[1])?,
+        tokens.checked_mul(shared[2])?,
+        tokens.checked_mul(shared[3])?,
+        2,
+    ];
+    let mut bytes = [0; BUFFERS];
+    for (bytes, elements) in bytes.iter_mut().zip(elements) {
+        *bytes = elements.checked_mul(4)?.checked_next_multiple_of(ALIGNMENT)?;
+    }
+    Some(bytes)
+}
