@@ -138,11 +138,12 @@ Examples:
   fmoe bench --hidden 2048 --intermediate 768 --experts 128 --top-k 8 --routing zipf
   fmoe bench --shape qwen3-30b-a3b --record
   fmoe bench --backend cuda --shape mixtral-8x7b --tokens 1,64,4096 --from x
+  fmoe bench --backend wgpu --adapter nvidia --beside cuda
 
 The result is checked against the f64 reference before a time is printed. Each call reads another layer's weights.
 The floor is the larger of the bytes that a call must read over the read bandwidth, and its floating-point operations
 over the arithmetic rate, both measured on this machine in the same run; on a GPU, the arithmetic rate is that of two
-dense products with as many operations, by cuBLAS where it is found.")]
+dense products with as many operations, by cuBLAS where it is found, on --backend wgpu by this program's own kernel.")]
 pub(crate) struct Bench {
     /// A named shape: qwen3-30b-a3b, mixtral-8x7b, gemma4-26b-a4b, deepseek-v3, deepseek-v3-64, gpt-oss-20b or olmoe
     /// [default: qwen3-30b-a3b]
@@ -172,6 +173,9 @@ pub(crate) struct Bench {
     /// Where a call begins [default: x; on a GPU logits]
     #[arg(long, value_name = "F", ignore_case = true)]
     pub(crate) from: Option<Origin>,
+    /// Measure another backend too, on the same tokens, and print its median beside
+    #[arg(long, value_name = "B")]
+    pub(crate) beside: Option<String>,
     /// Threads of the CPU backend, which is then the default [default: one for each processor]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     pub(crate) threads: Option<usize>,

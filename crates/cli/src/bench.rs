@@ -9,6 +9,7 @@ mod meter;
 mod record;
 mod report;
 pub(crate) mod weights;
+mod wgpu;
 
 use crate::args::{self, Format, Origin};
 use crate::devices;
@@ -27,6 +28,7 @@ use record::Setting;
 use std::path::Path;
 use std::process::ExitCode;
 use weights::Source;
+use wgpu::Portable;
 
 pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
     let (name, config) = shape(arguments)?;
@@ -43,21 +45,39 @@ pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
     if let Some(directory) = &arguments.record {
         record::prepare(directory)?;
     }
-    let run = Run { arguments, name: &name, config: &config };
-    match (device(arguments)?, arguments.threads) {
-        (Device::Cpu(_), Some(threads)) => run.on(&Host::new(fused_moe::cpu::Cpu::with_threads(threads)?)),
-        (Device::Cpu(cpu), None) => run.on(&Host::new(cpu)),
-        (Device::Cuda(_), Some(threads)) => Err(no_threads(threads, "cuda")),
-        (Device::Cuda(cuda), None) => run.on(&Gpu::new(cuda)),
-        _ => Err(remedied("bench: this backend cannot be measured", "give --backend cpu or --backend cuda")),
+    let device = match (device(arguments)?, arguments.threads) {
+        (Device::Cpu(_), Some(threads)) => Device::Cpu(fused_moe::cpu::Cpu::with_threads(threads)?),
+        (Device::Cpu(cpu), None) => Device::Cpu(cpu),
+        (Device::Cuda(_), Some(threads)) => return Err(no_threads(threads, "cuda")),
+        (Device::Wgpu(_), Some(threads)) => return Err(no_threads(threads, "wgpu")),
+        (device, _) => device,
+    };
+    let beside = arguments.beside.as_deref().map(|name| devices::named("--beside", name)).transpose()?;
+    let quiet = arguments.json.as_deref() == Some(Path::new("-"));
+    let run = Run { arguments, name: &name, config: &config, tokens: &arguments.tokens, from: arguments.from, quiet };
+    let mut measured = run.on(device)?;
+    if let Some(device) = beside {
+        let tokens: Vec<usize> = measured.timings.iter().map(|timing| timing.tokens).collect();
+        let beside = Run { tokens: &tokens, from: Some(measured.origin), quiet: true, ..run }.on(device)?;
+        measured.setting.beside = Some(beside.setting.backend.to_owned());
+        for (timing, other) in measured.timings.iter_mut().zip(&beside.timings) {
+            timing.beside = Some(other.median);
+        }
     }
+    if !quiet {
+        report::timings(&measured.setting, &measured.timings, &measured.machine)?;
+    }
+    run.keep(&measured.setting, &measured.timings)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The device that the command line asks for; a number of threads asks for the processor.
 fn device(arguments: &args::Bench) -> Result<Device> {
     match (arguments.threads, arguments.on.backend.as_deref()) {
-        (Some(_), None) => Ok(Device::cpu()?),
-        (Some(threads), Some(name)) if name.starts_with("cuda") => Err(no_threads(threads, name)),
+        (Some(_), None) if arguments.on.adapter.is_none() => Ok(Device::cpu()?),
+        (Some(threads), Some(name)) if name.starts_with("cuda") || name.starts_with("wgpu") => {
+            Err(no_threads(threads, name))
+        }
         _ => devices::chosen(&arguments.on),
     }
 }
@@ -88,10 +108,26 @@ fn shape(arguments: &args::Bench) -> Result<(String, LayerConfig)> {
     }
 }
 
+#[derive(Clone, Copy)]
 struct Run<'a> {
     arguments: &'a args::Bench,
     name: &'a str,
     config: &'a LayerConfig,
+    /// Batch sizes; none: the meter's.
+    tokens: &'a [usize],
+    /// Where calls begin; none: where the meter says.
+    from: Option<Origin>,
+    /// Prints nothing.
+    quiet: bool,
+}
+
+/// What a run found.
+struct Measured<'a> {
+    setting: Setting<'a>,
+    timings: Vec<Timing>,
+    origin: Origin,
+    /// The machine's read bandwidth and its arithmetic, in words.
+    machine: [String; 2],
 }
 
 /// What may be taken of the memory that can be had.
@@ -99,7 +135,7 @@ fn budget(available: u64) -> u64 {
     available / 10 * 9
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
     fn dtype(&self) -> DType {
         match self.arguments.dtype {
             Format::F32 => DType::F32,
@@ -109,14 +145,14 @@ impl Run<'_> {
     }
 
     fn origin<M: Meter>(&self) -> Origin {
-        self.arguments.from.unwrap_or(M::ORIGIN)
+        self.from.unwrap_or(M::ORIGIN)
     }
 
     fn tokens<M: Meter>(&self) -> &[usize] {
-        if self.arguments.tokens.is_empty() { M::TOKENS } else { &self.arguments.tokens }
+        if self.tokens.is_empty() { M::TOKENS } else { self.tokens }
     }
 
-    fn setting<M: Meter>(&self, meter: &M, layers: usize, ceilings: Ceilings) -> Setting<'_> {
+    fn setting<M: Meter>(&self, meter: &M, layers: usize, ceilings: Ceilings) -> Setting<'a> {
         Setting {
             version: env!("CARGO_PKG_VERSION"),
             backend: meter.backend().name(),
@@ -130,6 +166,7 @@ impl Run<'_> {
             layers,
             ceilings,
             arithmetic: meter.arithmetic(),
+            beside: None,
         }
     }
 
@@ -184,7 +221,16 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn on<M: Meter>(&self, meter: &M) -> Result<ExitCode> {
+    fn on(&self, device: Device) -> Result<Measured<'a>> {
+        match device {
+            Device::Cpu(cpu) => self.measure(&Host::new(cpu)),
+            Device::Cuda(cuda) => self.measure(&Gpu::new(cuda)),
+            Device::Wgpu(wgpu) => self.measure(&Portable::new(wgpu)),
+            _ => Err(remedied("bench: this backend cannot be measured", "give --backend cpu, cuda or wgpu")),
+        }
+    }
+
+    fn measure<M: Meter>(&self, meter: &M) -> Result<Measured<'a>> {
         let arguments = self.arguments;
         let sizes = self.sizes()?;
         let source_bytes = Source::size(self.config, self.dtype()) as u64;
@@ -205,8 +251,7 @@ impl Run<'_> {
         let before = meter.ceilings()?;
         bar.finish_and_clear();
 
-        let quiet = arguments.json.as_deref() == Some(Path::new("-"));
-        if !quiet {
+        if !self.quiet {
             let enough = meter.turns(sizes, arguments.routing) <= 2 * count as u64;
             report::setting(meter, &self.setting(meter, count, before), sizes.layer, enough)?;
         }
@@ -225,14 +270,16 @@ impl Run<'_> {
             let bar = progress(measure::STEPS, &format!("{tokens} tokens"));
             let timing = bench.measure(tokens, &|| bar.inc(1));
             bar.finish_and_clear();
-            timings.push(timing.with_context(|| format!("{}, {tokens} tokens: no time is given", self.name))?);
+            timings.push(
+                timing
+                    .map_err(|error| short_of_memory(error, tokens))
+                    .with_context(|| format!("{}, {tokens} tokens: no time is given", self.name))?,
+            );
         }
-        let setting = self.setting(meter, count, before.or_higher(meter.ceilings()?));
-        if !quiet {
-            report::timings(meter, &timings, &setting.ceilings)?;
-        }
-        self.keep(&setting, &timings)?;
-        Ok(ExitCode::SUCCESS)
+        let ceilings = before.or_higher(meter.ceilings()?);
+        let machine = [meter.describe(&ceilings), meter.describe_arithmetic(&ceilings)];
+        let setting = self.setting(meter, count, ceilings);
+        Ok(Measured { setting, timings, origin: self.origin::<M>(), machine })
     }
 
     /// Writes what is to be kept.
@@ -250,6 +297,16 @@ impl Run<'_> {
             output::note(format_args!("recorded in {}", path.display()));
         }
         Ok(())
+    }
+}
+
+/// Tokens that a device had no memory for.
+fn short_of_memory(error: anyhow::Error, tokens: usize) -> anyhow::Error {
+    match error.downcast_ref() {
+        Some(fused_moe::wgpu::Error::OutOfMemory { .. }) => {
+            remedied(format!("--tokens {tokens}: {error}"), "give fewer tokens, or take a smaller shape")
+        }
+        _ => error,
     }
 }
 

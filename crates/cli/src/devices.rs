@@ -28,14 +28,23 @@ pub(crate) fn chosen(on: &On) -> Result<Device> {
     if let Ok(Device::Cuda(_)) = &device {
         warn_of_cache();
     }
-    device.map_err(|error| match &error {
+    device.map_err(|error| refused("--backend", &error))
+}
+
+/// The device that an option names.
+pub(crate) fn named(option: &str, name: &str) -> Result<Device> {
+    Device::by_name(name).map_err(|error| refused(option, &error))
+}
+
+fn refused(option: &str, error: &DeviceError) -> anyhow::Error {
+    match error {
         DeviceError::Unknown { name, known } => {
             let known = known.join(", ");
             let help = format!("this fmoe has auto, {known}; one of several GPUs is cuda:0, wgpu:0, cuda:1, ...");
-            misused(format!("--backend {name}: no such backend"), help)
+            misused(format!("{option} {name}: no such backend"), help)
         }
         _ => remedied(error.to_string(), "`fmoe devices` says what can be used here"),
-    })
+    }
 }
 
 /// The number of the adapter that has this number or, alone, this in its name.

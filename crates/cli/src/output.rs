@@ -203,6 +203,12 @@ impl Table {
         Self { header: header.map(str::to_owned).into(), text: vec![0], rows: Vec::new() }
     }
 
+    /// One more column, if there is one.
+    pub(crate) fn column(mut self, name: Option<&str>) -> Self {
+        self.header.extend(name.map(str::to_owned));
+        self
+    }
+
     /// Columns that hold words.
     pub(crate) fn text(mut self, columns: &[usize]) -> Self {
         self.text.extend(columns);

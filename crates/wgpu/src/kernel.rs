@@ -8,7 +8,7 @@ mod tests;
 use crate::grouped::{GroupedKernel, GroupedParams};
 use crate::launch::Params;
 use crate::route::RuleKind;
-use crate::{accumulate, activation, combine, copy, gate, linear, permute, route};
+use crate::{accumulate, activation, combine, copy, gate, linear, measure, permute, route};
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 use std::fmt::Write;
@@ -36,6 +36,7 @@ pub(crate) enum Kernel {
     Accumulate,
     Copy,
     Counts,
+    ReadAll,
     Gate {
         dots: Dots,
         norm: bool,
@@ -215,6 +216,7 @@ impl Kernel {
             Self::Accumulate => "accumulate",
             Self::Copy => "copy",
             Self::Counts => "counts",
+            Self::ReadAll => "read_all",
             Self::Gate { .. } => "gate",
             Self::GateTiled { .. } => "gate_tiled",
             Self::Linear { .. } => "linear",
@@ -241,6 +243,7 @@ impl Kernel {
             Self::Accumulate => of::<accumulate::AccumulateParams>(),
             Self::Copy => of::<copy::CopyParams>(),
             Self::Counts => of::<copy::CountsParams>(),
+            Self::ReadAll => of::<measure::ReadAllParams>(),
             Self::Gate { .. } | Self::GateTiled { .. } => of::<gate::GateParams>(),
             Self::Linear { .. } | Self::LinearTiled => of::<linear::LinearParams>(),
             Self::Grouped(_) => of::<GroupedParams>(),
@@ -278,6 +281,7 @@ impl Kernel {
             Self::Accumulate => const { &[reads("weights"), reads("y"), writes("acc")] },
             Self::Copy => const { &[reads_integers("source"), writes_integers("out")] },
             Self::Counts => const { &[reads_integers("offsets"), writes_integers("out")] },
+            Self::ReadAll => const { &[reads("from"), writes_integers("sink")] },
             Self::Gate { .. } | Self::GateTiled { .. } => {
                 const {
                     &[
@@ -334,6 +338,7 @@ impl Kernel {
             Self::Accumulate => vec![include_str!("accumulate.wgsl")],
             Self::Copy => vec![include_str!("copy.wgsl")],
             Self::Counts => vec![include_str!("counts.wgsl")],
+            Self::ReadAll => vec![include_str!("read_all.wgsl")],
             Self::Gate { .. } => vec![MATH, REDUCE, DOT, GATE, include_str!("gate.wgsl")],
             Self::GateTiled { .. } => vec![MATH, TILE, GATE, include_str!("gate_tiled.wgsl")],
             Self::Linear { .. } => vec![REDUCE, DOT, include_str!("linear.wgsl")],
@@ -369,14 +374,14 @@ impl Kernel {
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter | Self::TileSchedule => {
                 vec![]
             }
-            Self::Zero | Self::Accumulate | Self::Copy | Self::Counts | Self::LinearTiled => vec![],
+            Self::Zero | Self::Accumulate | Self::Copy | Self::Counts | Self::ReadAll | Self::LinearTiled => vec![],
         }
     }
 
     /// Every kernel of every plan.
     #[cfg(test)]
     pub(crate) fn all() -> Vec<Self> {
-        let mut all = vec![Self::Zero, Self::Accumulate, Self::Copy, Self::Counts];
+        let mut all = vec![Self::Zero, Self::Accumulate, Self::Copy, Self::Counts, Self::ReadAll];
         all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
         all.extend([Self::Permute, Self::PermuteCount, Self::PermuteScan, Self::PermuteScatter]);
         all.extend([Self::GatherWeights, Self::TileSchedule]);

@@ -31,7 +31,7 @@ impl Gpu {
 }
 
 /// Calls in a graph: the more the shorter they are, for the launch of the graph counts too.
-fn calls(tokens: usize) -> usize {
+pub(super) fn calls(tokens: usize) -> usize {
     match tokens {
         ..=512 => 8,
         513..=8192 => 4,

@@ -47,6 +47,8 @@ pub(crate) struct Timing {
     /// Operations a second, where they were measured for this batch size.
     pub(crate) rate: Option<f64>,
     pub(crate) verified: Verified,
+    /// The median of another backend.
+    pub(crate) beside: Option<Duration>,
 }
 
 /// What the check found.
@@ -141,6 +143,7 @@ impl<M: Meter> Bench<'_, M> {
             cost: Cost { bytes: mean(|(cost, _)| cost.bytes), flops: mean(|(cost, _)| cost.flops) },
             rate,
             verified,
+            beside: None,
         })
     }
 
@@ -216,7 +219,7 @@ mod tests {
     fn timing(cost: Cost, rate: Option<f64>) -> Timing {
         let (median, spread) = (Duration::from_micros(10), [Duration::ZERO; 2]);
         let verified = Verified::default();
-        Timing { tokens: 1, runs: 1, calls: 1, median, spread, touched: 1.0, cost, rate, verified }
+        Timing { tokens: 1, runs: 1, calls: 1, median, spread, touched: 1.0, cost, rate, verified, beside: None }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::machine::Ceilings;
 use crate::args::{Origin, Spread};
+use crate::output::bytes;
 use anyhow::Result;
 use fused_moe::config::LayerConfig;
 use fused_moe::{Backend, DType};
@@ -31,6 +32,11 @@ pub(crate) trait Meter {
 
     /// Bytes of the largest cache.
     fn cache(&self) -> u64;
+
+    /// How large it is, in words.
+    fn describe_cache(&self) -> String {
+        format!("the largest cache has {}", bytes(self.cache()))
+    }
 
     /// Bytes that layers and tokens may take, beside `source` bytes on the host.
     fn room(&self, source: u64) -> Result<u64>;

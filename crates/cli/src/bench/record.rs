@@ -27,13 +27,15 @@ pub(crate) struct Setting<'a> {
     pub(crate) ceilings: Ceilings,
     /// Whose arithmetic the rate is.
     pub(crate) arithmetic: String,
+    /// The backend that was measured beside it.
+    pub(crate) beside: Option<String>,
 }
 
 /// Times in microseconds, rates in 10^9 a second; bytes and flops are those a call needs at least; a run is timed as a
 /// whole and divided by its calls.
 const HEADER: &str = "date,version,backend,device,threads,shape,hidden,intermediate,experts,top_k,dtype,routing,tokens,\
 layers,runs,median_us,p10_us,p90_us,touched_experts,bytes,flops,gb_s,gflop_s,read_gb_s,arithmetic_gflop_s,floor_us,\
-max_error,from,calls,byte_floor_us,flop_floor_us,arithmetic_by";
+max_error,from,calls,byte_floor_us,flop_floor_us,arithmetic_by,beside_us,beside";
 
 /// Name and value of every column of a row, in the order of the header.
 fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
@@ -74,6 +76,8 @@ fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
         micros(read),
         micros(arithmetic),
         json!(setting.arithmetic),
+        timing.beside.map_or(Value::Null, micros),
+        json!(setting.beside),
     ]
 }
 

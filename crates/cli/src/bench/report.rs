@@ -1,6 +1,5 @@
 //! What a person reads.
 
-use super::machine::Ceilings;
 use super::measure::Timing;
 use super::meter::Meter;
 use super::record::Setting;
@@ -21,12 +20,7 @@ pub(crate) fn setting<M: Meter>(meter: &M, setting: &Setting<'_>, layer: u64, en
     )?;
     writeln!(out, "device   {}: {}", setting.backend, meter.backend().describe())?;
     writeln!(out, "timed    {}", meter.clock())?;
-    writeln!(
-        out,
-        "weights  {layers} layers of {} take turns; the largest cache has {}",
-        bytes(layer),
-        bytes(meter.cache())
-    )?;
+    writeln!(out, "weights  {layers} layers of {} take turns; {}", bytes(layer), meter.describe_cache())?;
     if !enough {
         writeln!(out, "         {WARN}so few that runs find some of them in the cache{WARN:#}")?;
     }
@@ -35,7 +29,8 @@ pub(crate) fn setting<M: Meter>(meter: &M, setting: &Setting<'_>, layer: u64, en
 }
 
 /// The times, beside what the machine allows.
-pub(crate) fn timings<M: Meter>(meter: &M, timings: &[Timing], ceilings: &Ceilings) -> Result<()> {
+pub(crate) fn timings(setting: &Setting<'_>, timings: &[Timing], machine: &[String; 2]) -> Result<()> {
+    let ceilings = &setting.ceilings;
     let mut out = output::stdout();
     let by_size = timings.iter().any(|timing| timing.rate.is_some());
     let (unit, operations) = if by_size { (1e12, "TFLOP/s") } else { (1e9, "GFLOP/s") };
@@ -53,14 +48,14 @@ pub(crate) fn timings<M: Meter>(meter: &M, timings: &[Timing], ceilings: &Ceilin
         "FLOP floor",
         "x floor",
     ];
-    let mut table = Table::new(header).text(&[2]);
+    let mut table = Table::new(header).text(&[2]).column(setting.beside.as_deref());
     for timing in timings {
         let [low, high] = timing.spread;
         let [read, arithmetic] = timing.floors(ceilings);
         let ratio = timing.median.as_secs_f64() / read.max(arithmetic).as_secs_f64();
         let style = if ratio < 1.5 { GOOD } else { WARN };
         let percent = |part: f64| plain(format_args!("{:.0} %", 100.0 * part));
-        table.row([
+        let cells = [
             plain(timing.tokens),
             plain(duration(timing.median)),
             plain(format_args!("{} to {}", duration(low), duration(high))),
@@ -73,11 +68,12 @@ pub(crate) fn timings<M: Meter>(meter: &M, timings: &[Timing], ceilings: &Ceilin
             plain(duration(read)),
             plain(duration(arithmetic)),
             (rounded(ratio), style),
-        ]);
+        ];
+        table.row(cells.into_iter().chain(timing.beside.map(|time| plain(duration(time)))));
     }
     table.print(&mut out)?;
-    writeln!(out, "machine  {}", meter.describe(ceilings))?;
-    writeln!(out, "         {}", meter.describe_arithmetic(ceilings))?;
+    let [read, arithmetic] = machine;
+    writeln!(out, "machine  {read}\n         {arithmetic}")?;
     let rows: usize = timings.iter().map(|timing| timing.verified.rows).sum();
     let error = timings.iter().map(|timing| timing.verified.error).fold(0.0, f64::max);
     let allowed = timings.iter().map(|timing| timing.verified.tolerance).fold(0.0, f64::max);

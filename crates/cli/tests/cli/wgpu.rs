@@ -114,5 +114,31 @@ fn checks_on_an_adapter() {
             assert!(ran.stdout.starts_with(&format!("wgpu: {first}")) && ran.stdout.contains(", 0 failed"), "{ran}");
         }
     }
-    fmoe(["bench", "--backend", "wgpu"]).errs(["bench: this backend cannot be measured"]);
+}
+
+#[test]
+fn bench_on_an_adapter() {
+    let names = adapters();
+    let Some(first) = names.first() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("bench.json");
+    let shape = "bench --hidden 64 --intermediate 48 --experts 8 --top-k 2 --tokens 1,5 --dtype bf16 --backend wgpu";
+    for beside in [None, Some("cpu")] {
+        let option = beside.map(|name| ["--beside", name]).into_iter().flatten();
+        let ran = fmoe(shape.split(' ')).args(["--json", json.to_str().unwrap()]).args(option).succeeds();
+        for part in [first, "from logits", "GB/s read", "linear through wgpu", "checked: ", "clock"] {
+            assert!(ran.stdout.contains(part), "{part}: {ran}");
+        }
+        let rows: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+        for (row, tokens) in rows.as_array().unwrap().iter().zip([1, 5]) {
+            assert_eq!((&row["tokens"], &row["backend"], &row["calls"]), (&tokens.into(), &"wgpu".into(), &8.into()));
+            assert_eq!((&row["from"], &row["runs"]), (&"logits".into(), &25.into()));
+            let numbers = ["median_us", "read_gb_s", "arithmetic_gflop_s", "beside_us"].map(|name| row[name].as_f64());
+            assert!(numbers[..3].iter().all(|number| number.is_some_and(|number| number > 0.0)), "{row}");
+            assert_eq!((numbers[3].is_some_and(|us| us > 0.0), row["beside"].as_str()), (beside.is_some(), beside));
+        }
+        assert_eq!(rows.as_array().unwrap().len(), 2, "{rows}");
+    }
+    fmoe(shape.split(' ')).args(["--beside", "abacus"]).errs(["--beside abacus: no such backend"]);
+    fmoe(shape.split(' ')).args(["--threads", "2"]).errs(["--threads 2", "wgpu"]);
 }
