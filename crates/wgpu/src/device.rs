@@ -41,7 +41,8 @@ impl DeviceNumbers {
             subgroups: features.contains(Features::SUBGROUP)
                 && std::env::var_os("FMOE_WGPU_SUBGROUPS").is_none_or(|value| value != "0"),
             timestamps: features.contains(Features::TIMESTAMP_QUERY | Features::TIMESTAMP_QUERY_INSIDE_ENCODERS),
-            binding_bytes: limits.max_storage_buffer_binding_size & !255,
+            // element numbers are u32, and so are the lengths that Metal is told
+            binding_bytes: limits.max_storage_buffer_binding_size.min(i32::MAX as u64) & !255,
             buffer_bytes: limits.max_buffer_size,
             binding_alignment: limits.min_storage_buffer_offset_alignment.into(),
             workgroup_bytes: limits.max_compute_workgroup_storage_size,

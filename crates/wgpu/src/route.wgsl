@@ -131,7 +131,9 @@ fn weigh(token: u32, thread: u32) {
         workgroupBarrier();
         divisor = total(thread, sum);
         if (NORMALIZE == NORMALIZE_SUM) { divisor += p.normalize_by; }
-        if (NORMALIZE == NORMALIZE_SUM_AT_LEAST && divisor < p.normalize_by) { divisor = p.normalize_by; }
+        if (NORMALIZE == NORMALIZE_SUM_AT_LEAST && divisor < p.normalize_by) {
+            divisor = unless_nan(divisor, p.normalize_by);
+        }
         if (NORMALIZE == NORMALIZE_LP) { divisor = power(divisor, 1.0 / p.normalize_by); }
     }
     for (var i = 0u; i < KEYS; i++) {

@@ -13,8 +13,6 @@ const FUNCTION_RELU = 3u;
 const FUNCTION_RELU_SQUARED = 4u;
 const FUNCTION_IDENTITY = 5u;
 
-// y, or x where x is NaN.
-fn unless_nan(x: f32, y: f32) -> f32 { return bitcast<f32>(select(bitcast<u32>(y), bitcast<u32>(x), is_nan(x))); }
 fn at_most(x: f32, limit: f32) -> f32 { return unless_nan(x, select(x, limit, x > limit)); }
 fn within(x: f32, limit: f32) -> f32 { return unless_nan(x, select(at_most(x, limit), -limit, x < -limit)); }
 fn silu(x: f32) -> f32 { return x * sigmoid(x); }

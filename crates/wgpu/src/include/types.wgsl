@@ -10,6 +10,9 @@ fn number(group: vec3<u32>) -> u32 { return group.y * 65535u + group.x; }
 
 fn is_nan(x: f32) -> bool { return (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u; }
 
+// y, or x where x is NaN: for what a driver may make a min or a max of, which drop it.
+fn unless_nan(x: f32, y: f32) -> f32 { return bitcast<f32>(select(bitcast<u32>(y), bitcast<u32>(x), is_nan(x))); }
+
 fn bf16_of(x: f32) -> u32 {
     let bits = bitcast<u32>(x);
     if (is_nan(x)) { return (bits >> 16u) | 0x40u; }
