@@ -68,7 +68,7 @@ fn number(adapter: &str) -> Result<usize> {
             let line =
                 |(i, numbers): (usize, &wgpu::DeviceNumbers)| format!("\n  {i}  {}, {}", numbers.name, numbers.api);
             let list: String = adapters.iter().enumerate().map(line).collect();
-            Err(misused(format!("--adapter {adapter}: {several}"), format!("give the number of one of these:{list}")))
+            Err(remedied(format!("--adapter {adapter}: {several}"), format!("give the number of one of these:{list}")))
         }
     }
 }

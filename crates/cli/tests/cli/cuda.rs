@@ -90,7 +90,7 @@ fn an_architecture_too_old() {
     unusable(with(&[("FAKE_OLD", "1")]), &["Fake 0", "compute capability 7.0", "at least 8.0"]);
     let call = with(&[("FAKE_OLD", "1"), ("FAKE_COUNT", "2")]);
     let ran = call(&["devices"]).succeeds();
-    assert!(ran.stdout.contains("chosen: cuda:1, since cuda: device: Fake 0 has compute capability 7.0"), "{ran}");
+    assert!(ran.stdout.contains("chosen: cuda:1\n"), "{ran}");
     let ran = call(&["run"]).fails(1);
     assert!(ran.choice.starts_with("on cuda:1, since cuda: device: Fake 0"), "{ran}");
     assert!(ran.stderr.starts_with("error: allocation: "), "{ran}");

@@ -78,10 +78,10 @@ fn no_such_adapter() {
 #[test]
 fn adapters_of_another_backend() {
     for backend in ["cpu", "cuda", "auto", "wgpu:0"] {
-        fmoe(["run", "--backend", backend, "--adapter", "0"]).errs(["--adapter 0", backend, "--backend wgpu"]);
+        fmoe(["run", "--backend", backend, "--adapter", "0"]).misuses(["--adapter 0", backend, "--backend wgpu"]);
     }
     for backend in ["wgpu:x", "wgpu:", "wgpu:-1"] {
-        fmoe(["run", "--backend", backend]).errs([backend, "no such backend", "wgpu:0"]);
+        fmoe(["run", "--backend", backend]).misuses([backend, "no such backend", "wgpu:0"]);
     }
 }
 
@@ -139,6 +139,6 @@ fn bench_on_an_adapter() {
         }
         assert_eq!(rows.as_array().unwrap().len(), 2, "{rows}");
     }
-    fmoe(shape.split(' ')).args(["--beside", "abacus"]).errs(["--beside abacus: no such backend"]);
-    fmoe(shape.split(' ')).args(["--threads", "2"]).errs(["--threads 2", "wgpu"]);
+    fmoe(shape.split(' ')).args(["--beside", "abacus"]).misuses(["--beside abacus: no such backend"]);
+    fmoe(shape.split(' ')).args(["--threads", "2"]).misuses(["--threads 2", "wgpu"]);
 }
