@@ -7,8 +7,12 @@ use wgpu::{BufferUsages, CommandEncoder};
 
 /// Commands in order, and a status word on the device.
 ///
-/// Operations record into a `CommandEncoder`: one of the host program's ([`lend`](Self::lend) and [`take`](Self::take)),
-/// or else one of the stream's own, which [`submit`](Self::submit), `status` and `download` submit.
+/// Operations record into a `CommandEncoder`: one of the host program's, from [`lend`](Self::lend) to
+/// [`take`](Self::take), or else one of the stream's own. [`submit`](Self::submit), `status`, `download` and another
+/// `lend` submit what was recorded so far, in a lent encoder too: take it back first to submit it yourself.
+///
+/// What was recorded runs when it is submitted: an `upload` or another stream's work that is submitted earlier runs before
+/// it. Submit before you upload to what a recorded call reads. `status` is asked by one thread at a time.
 #[derive(Debug)]
 pub struct WgpuStream {
     device: Arc<Device>,
