@@ -25,10 +25,6 @@ pub struct DeviceNumbers {
     pub binding_alignment: u64,
     /// Memory that a workgroup shares, in bytes.
     pub workgroup_bytes: u32,
-    /// Threads of a workgroup.
-    pub workgroup_threads: u32,
-    /// Workgroups along a dimension.
-    pub workgroups: u32,
 }
 
 impl DeviceNumbers {
@@ -46,8 +42,6 @@ impl DeviceNumbers {
             buffer_bytes: limits.max_buffer_size,
             binding_alignment: limits.min_storage_buffer_offset_alignment.into(),
             workgroup_bytes: limits.max_compute_workgroup_storage_size,
-            workgroup_threads: limits.max_compute_invocations_per_workgroup,
-            workgroups: limits.max_compute_workgroups_per_dimension,
         }
     }
 }
@@ -182,17 +176,23 @@ impl Device {
     pub(crate) fn read_mapped(&self, mapped: &wgpu::Buffer, data: &mut [u8], during: &'static str) -> Result<()> {
         let bytes = (data.len() as u64).next_multiple_of(4);
         let (sender, receiver) = std::sync::mpsc::channel();
-        mapped.map_async(wgpu::MapMode::Read, 0..bytes, move |result| {
-            let _ = sender.send(result);
-        });
-        self.wait(during)?;
+        self.checked(during, || {
+            mapped.map_async(wgpu::MapMode::Read, 0..bytes, move |result| {
+                let _ = sender.send(result);
+            });
+        })?;
         let failed = |reason: String| Error::Device { during, reason };
-        receiver.recv().map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
-        let view = mapped.get_mapped_range(0..bytes).map_err(|e| failed(e.to_string()))?;
-        data.copy_from_slice(&view[..data.len()]);
-        drop(view);
-        mapped.unmap();
-        Ok(())
+        let mut copy = || {
+            self.wait(during)?;
+            receiver.recv().map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
+            let view = mapped.get_mapped_range(0..bytes).map_err(|e| failed(e.to_string()))?;
+            data.copy_from_slice(&view[..data.len()]);
+            Ok(())
+        };
+        let copied = copy();
+        // in a scope, since what could not be mapped cannot be unmapped
+        let unmapped = self.checked(during, || mapped.unmap());
+        copied.and(unmapped)
     }
 
     /// Errors: `DeviceLost` once it is, `Device` with what wgpu reported meanwhile.

@@ -409,7 +409,7 @@ impl Dots {
 impl Variant {
     /// The text that is compiled, with or without the adding up of subgroups.
     pub(crate) fn source(&self, subgroups: bool) -> String {
-        let mut text = format!("const SUBGROUPS = {subgroups};\n{TYPES}");
+        let mut text = String::from(TYPES);
         for (name, value) in self.kernel.constants() {
             let _ = writeln!(text, "const {name} = {value};");
         }

@@ -128,8 +128,6 @@ pub(crate) mod tests {
             buffer_bytes: 256 << 20,
             binding_alignment: 256,
             workgroup_bytes: 16384,
-            workgroup_threads: 256,
-            workgroups: 65535,
         }
     }
 

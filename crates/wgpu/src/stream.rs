@@ -12,14 +12,14 @@ use wgpu::{BufferUsages, CommandEncoder};
 /// `lend` submit what was recorded so far, in a lent encoder too: take it back first to submit it yourself.
 ///
 /// What was recorded runs when it is submitted: an `upload` or another stream's work that is submitted earlier runs before
-/// it. Submit before you upload to what a recorded call reads. `status` is asked by one thread at a time.
+/// it. Submit before you upload to what a recorded call reads.
 #[derive(Debug)]
 pub struct WgpuStream {
     device: Arc<Device>,
     encoder: Mutex<Option<CommandEncoder>>,
     status: wgpu::Buffer,
     /// Where the host reads the status.
-    mapped: wgpu::Buffer,
+    mapped: Mutex<wgpu::Buffer>,
 }
 
 impl WgpuStream {
@@ -27,7 +27,7 @@ impl WgpuStream {
         let device = Arc::clone(wgpu.device());
         let status = device.buffer(4, Device::USAGES)?;
         let mapped = device.buffer(4, BufferUsages::MAP_READ | BufferUsages::COPY_DST)?;
-        Ok(Self { device, encoder: Mutex::default(), status, mapped })
+        Ok(Self { device, encoder: Mutex::default(), status, mapped: Mutex::new(mapped) })
     }
 
     /// Records into this encoder from now on. What was recorded before is submitted.
@@ -73,13 +73,15 @@ impl Stream for WgpuStream {
     type Error = Error;
 
     fn status(&self) -> Result<Status> {
+        // one thread at a time, from the copy to what is read of it
+        let mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
         self.record(|encoder| {
-            encoder.copy_buffer_to_buffer(&self.status, 0, &self.mapped, 0, 4);
+            encoder.copy_buffer_to_buffer(&self.status, 0, &mapped, 0, 4);
             encoder.clear_buffer(&self.status, 0, None);
         })?;
         let mut word = [0; 4];
         self.submit()?;
-        self.device.read_mapped(&self.mapped, &mut word, "status")?;
+        self.device.read_mapped(&mapped, &mut word, "status")?;
         Ok(Status::from_bits(u32::from_le_bytes(word)))
     }
 }

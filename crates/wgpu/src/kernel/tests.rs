@@ -183,11 +183,7 @@ fn to_hlsl(variant: &Variant, module: &Module, info: &ModuleInfo, subgroups: boo
 /// A kernel in all its variants, in every language.
 fn examined(kernel: Kernel) -> Needs {
     let mut most = Needs::default();
-    // the constant itself is one mention, on a line that always differs
-    let matters = |variant: &Variant| {
-        let [with, without] = [true, false].map(|subgroups| variant.source(subgroups));
-        with.matches("SUBGROUPS").count() > 1 || !with.lines().skip(1).eq(without.lines().skip(1))
-    };
+    let matters = |variant: &Variant| variant.source(true) != variant.source(false);
     for variant in variants(kernel) {
         for subgroups in [false, true].into_iter().filter(|&subgroups| !subgroups || matters(&variant)) {
             let (module, info) = valid(&variant, subgroups);

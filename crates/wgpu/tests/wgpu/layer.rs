@@ -359,3 +359,14 @@ pub(super) fn operands_that_cannot_be_bound_are_errors() -> Result<()> {
     assert!(matches!(layer.workspace_in(memory, 2), Err(Error::Usage { .. })));
     Ok(())
 }
+
+/// Each of them gets an answer, and no error of wgpu's.
+pub(super) fn several_threads_ask_for_the_status() -> Result<()> {
+    let wgpu = Wgpu::new(0)?;
+    let stream = wgpu.stream()?;
+    let status = || -> Result<bool> { (0..20).try_fold(true, |ok, _| Ok(ok & stream.status()?.is_ok())) };
+    std::thread::scope(|scope| {
+        let threads = [(); 4].map(|()| scope.spawn(status));
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap().map(|ok| assert!(ok)))
+    })
+}

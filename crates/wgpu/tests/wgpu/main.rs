@@ -28,6 +28,7 @@ const TESTS: &[Test] = &[
     ("many_tiles_are_listed_on_the_device", layer::many_tiles_are_listed_on_the_device),
     ("one_token_takes_a_launch_a_stage", layer::one_token_takes_a_launch_a_stage),
     ("too_small_a_workspace_says_how_much", layer::too_small_a_workspace_says_how_much),
+    ("several_threads_ask_for_the_status", layer::several_threads_ask_for_the_status),
     ("operands_that_cannot_be_bound_are_errors", layer::operands_that_cannot_be_bound_are_errors),
     (
         "bits_depend_neither_on_subgroups_nor_within_a_form_on_how_many_rows_there_are",
