@@ -36,7 +36,12 @@ const SOFTMAX_OF_CHOSEN: RoutingRule = rule(Score::Logit, WeightValue::SoftmaxOf
 
 const fn rule(score: Score, value: WeightValue, normalize: Normalize) -> RoutingRule {
     let selection = Selection::TopK { by: SelectBy::Score, bias: false, groups: None };
-    RoutingRule { score, selection, weights: WeightRule { value, expert_scale: None, normalize, scale: 1.0 } }
+    RoutingRule {
+        score,
+        selection,
+        weights: WeightRule { value, expert_scale: None, normalize, scale: 1.0 },
+        always: 0,
+    }
 }
 
 /// All of them.

@@ -54,6 +54,7 @@ fn activation_magnitude(activation: Activation, g: f64, u: f64) -> f64 {
         Activation::ClampedSilu { limit } | Activation::SiluThenClamp { limit } => {
             g.abs() * u.abs().min(f64::from(limit))
         }
+        Activation::SoftcappedSilu { up_cap, .. } => g.abs() * u.abs().min(f64::from(up_cap)),
         Activation::Plain(function) => of(function, u),
     }
 }

@@ -137,6 +137,7 @@ impl Check for Combine {
             y: prepared.floats("y"),
             slot_row,
             weights: prepared.floats_if("weights"),
+            copies: None,
             routed_scale: f64::from(self.parts.routed_scale),
             shared: shared.map(|y| reference::Shared { y, gate, scale: f64::from(SHARED_SCALE) }),
             residual: prepared.floats_if("residual"),
@@ -156,6 +157,7 @@ impl Check for Combine {
         let magnitude = reference::combine(&reference::Combine {
             y: &y,
             weights: weights.as_deref(),
+            copies: None,
             routed_scale: op.routed_scale.abs(),
             shared: shared.as_deref().map(|y| reference::Shared { y, gate, scale: f64::from(SHARED_SCALE) }),
             residual: residual.as_deref(),
@@ -183,6 +185,7 @@ impl Check for Combine {
                 None => SlotRows::Slots(y),
             },
             weights: operands.input_if("weights"),
+            copies: None,
             routed_scale: self.parts.routed_scale,
             shared: operands.input_if("shared").map(|y| operation::Shared {
                 y,

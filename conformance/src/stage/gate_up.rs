@@ -149,7 +149,7 @@ impl Check for GateUp {
 }
 
 /// The activations in use.
-pub(super) const ACTIVATIONS: [(&str, Activation); 11] = [
+pub(super) const ACTIVATIONS: [(&str, Activation); 12] = [
     ("silu", Activation::Gated(Function::Silu)),
     ("gelu tanh", Activation::Gated(Function::GeluTanh)),
     ("gelu erf", Activation::Gated(Function::GeluErf)),
@@ -159,6 +159,7 @@ pub(super) const ACTIVATIONS: [(&str, Activation); 11] = [
     ("clamped silu", Activation::ClampedSilu { limit: 1.25 }),
     ("clamped swish", Activation::ClampedSwish { alpha: 1.702, limit: 1.5 }),
     ("silu then clamp", Activation::SiluThenClamp { limit: 0.75 }),
+    ("softcapped silu", Activation::SoftcappedSilu { gate_cap: 0.75, up_cap: 1.5 }),
     ("plain relu^2", Activation::Plain(Function::ReluSquared)),
     ("plain gelu", Activation::Plain(Function::GeluErf)),
 ];

@@ -10,8 +10,8 @@ use crate::operands::{Operands, Output, Prepared};
 use crate::tolerance;
 use fused_moe_core::backend::reborrow;
 use fused_moe_core::config::{LayerConfig, Selection};
-use fused_moe_core::operation::{Forward, NextNorm, Residual, RoutesOut, Source};
-use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix, Orientation, SharedWeights, Table};
+use fused_moe_core::operation::{Forward, NextNorm, Residual, RouterState, RoutesOut, Source};
+use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix, NormWeights, Orientation, SharedWeights, Table};
 use fused_moe_core::{Backend, DType, Error, Layer, NO_EXPERT, Numerics, Options, Routing, reference};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -187,6 +187,7 @@ impl LayerCase {
                 down_bias: prepared.floats_if("shared_down_bias"),
                 gate: prepared.floats_if("shared_gate"),
             }),
+            ..reference::Layer::default()
         }
     }
 
@@ -260,7 +261,14 @@ impl Check for LayerCase {
             self.norm.map(|_| reference::Norm { weight: prepared.floats_if("norm_weight"), eps: f64::from(EPS) });
         let token_ids = self.by_token_id().then(|| prepared.ids("token_ids"));
         let residual = prepared.floats_if("residual");
-        let input = reference::Input { x: prepared.floats("x"), token_ids, residual, norm, tokens };
+        let input = reference::Input {
+            x: prepared.floats("x"),
+            token_ids,
+            residual,
+            norm,
+            tokens,
+            ..reference::Input::default()
+        };
         let given = match self.source {
             Origin::Routes(spread) => {
                 let ids = data.of("routes").routes([tokens, top_k, experts], spread);
@@ -349,6 +357,8 @@ impl Check for LayerCase {
                 }),
             },
             token_ids: operands.input_if("token_ids"),
+            sequences: None,
+            router_state: RouterState { previous: None, next: None },
             residual: match self.residual {
                 ResidualPart::None => None,
                 ResidualPart::Of => Some(Residual::Of(operands.input("residual")?)),
@@ -399,6 +409,9 @@ impl LayerCase {
             table: table.map(|table| Table { experts: Cow::Borrowed(table.as_ids()), vocabulary: VOCABULARY }),
             experts: self.experts().of_host(operands)?,
             shared,
+            latent: None,
+            norms: NormWeights::default(),
+            router_mlp: None,
         })
     }
 }

@@ -36,6 +36,7 @@ pub(super) fn of(config: &LayerConfig, layer: &Layer<'_>, input: &Input<'_>, out
         y: &y,
         slot_row: Some(&output.permutation.slot_row),
         weights: (config.weight_on == WeightOn::Output).then_some(&weights),
+        copies: None,
         routed_scale: f64::from(config.routed_scale.abs()),
         shared: shared.as_ref().map(|(y, factor)| Shared { y, gate: SharedGate::Factor(factor), scale: 1.0 }),
         residual: residual.as_deref(),

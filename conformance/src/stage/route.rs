@@ -102,7 +102,7 @@ pub(super) fn rules() -> Vec<(&'static str, RoutingRule)> {
     let top = |by, bias, groups| Selection::TopK { by, bias, groups };
     let groups = |count, keep, score, masked| Some(Groups { count, keep, score, masked });
     let (by_score, by_logit) = (SelectBy::Score, SelectBy::Logit);
-    let rule = |score, selection, weights| RoutingRule { score, selection, weights };
+    let rule = |score, selection, weights| RoutingRule { score, selection, weights, always: 0 };
     let plain = top(by_score, false, None);
     let chosen = WeightRule { value: WeightValue::SoftmaxOfChosen, ..WeightRule::default() };
     let scaled = |when, weights: WeightRule| WeightRule { expert_scale: Some(when), ..weights };

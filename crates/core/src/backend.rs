@@ -89,6 +89,9 @@ pub trait Backend: Sized {
     /// Groups the slots by expert.
     fn permute(&self, stream: &Self::Stream, operands: Permute<'_, Self>) -> Result<(), Self::Error>;
 
+    /// Takes the slots that overflow a capacity out of the routes.
+    fn drop_overflow(&self, stream: &Self::Stream, operands: DropOverflow<'_, Self>) -> Result<(), Self::Error>;
+
     /// Cuts the rows of each expert into tiles.
     fn tile_schedule(&self, stream: &Self::Stream, operands: TileSchedule<'_, Self>) -> Result<(), Self::Error>;
 

@@ -11,6 +11,17 @@
 ///      + shared_scale * shared_gate[t] * Shared(x[t])
 /// ```
 ///
+/// What may stand around the experts, all of it absent by default:
+///
+/// ```text
+/// read    = experts_in( latent_down . x )                       what the routed experts read
+/// routed  = routed_out( latent_up . (routed_scale * sum_k w[t,k] * expert_out( Expert_e(read) )) )
+/// shared  = shared_scale * shared_gate * shared_out( Shared( shared_in(x) ) )
+/// y       = residual + out( routed + shared )
+/// ```
+///
+/// with the six [`Norms`] by their names, and the projections of [`latent`](Self::latent).
+///
 /// ```
 /// use fused_moe_core::config::*;
 /// let mixtral = LayerConfig {
@@ -28,7 +39,7 @@ pub struct LayerConfig {
     pub intermediate: usize,
     /// E, how many routed experts there are (at most 4096).
     pub experts: usize,
-    /// K, how many experts a token goes to, `1 <= K <= E`.
+    /// K, how many experts a token goes to, `1 <= K <= E` (those without weights counted).
     pub top_k: usize,
     /// How x becomes router logits.
     pub gate: GateConfig,
@@ -42,6 +53,17 @@ pub struct LayerConfig {
     pub routed_scale: f32,
     /// The expert that every token goes to, if there is one.
     pub shared: Option<SharedConfig>,
+    /// Experts without weights, which the router chooses like the others.
+    pub zero_experts: Option<ZeroExperts>,
+    /// How many slots an expert takes; without it, all of them.
+    pub capacity: Option<Capacity>,
+    /// L, the width that the routed experts work in, between a projection `[L, H]` before them and one `[H, L]` behind
+    /// their sum (latent experts); without it they work in H. Router and shared expert read x itself.
+    pub latent: Option<usize>,
+    /// Norms around the experts.
+    pub norms: Norms,
+    /// What x passes through before the router's matrix.
+    pub router_mlp: Option<RouterMlp>,
 }
 
 impl LayerConfig {
@@ -58,7 +80,27 @@ impl LayerConfig {
             weight_on: WeightOn::Output,
             routed_scale: 1.0,
             shared: None,
+            zero_experts: None,
+            capacity: None,
+            latent: None,
+            norms: Norms::default(),
+            router_mlp: None,
         }
+    }
+
+    /// What the router chooses among: the E experts, and those without weights behind them.
+    pub fn choices(&self) -> usize {
+        self.experts.saturating_add(self.zero_experts.map_or(0, |zero| zero.count))
+    }
+
+    /// The width that the routed experts read and write: L, or H.
+    pub fn expert_width(&self) -> usize {
+        self.latent.unwrap_or(self.hidden)
+    }
+
+    /// The width that the router's matrix reads: that of its MLP, or H.
+    pub fn router_width(&self) -> usize {
+        self.router_mlp.map_or(self.hidden, |mlp| mlp.width)
     }
 
     /// Rows of one expert's gate_up matrix: 2I when the activation is gated, I when it is not.
@@ -102,6 +144,10 @@ pub struct RoutingRule {
     pub selection: Selection,
     /// What weight each of them gets.
     pub weights: WeightRule,
+    /// How many experts every token goes to besides: the last `always` of the E, in the last slots, by their number. Top-K
+    /// then chooses the other K - always among the other E - always (which are those that a correction bias and groups
+    /// speak of); score and weights treat all alike. For top-K selection only.
+    pub always: usize,
 }
 
 /// The score `s[e]` of a logit `l[e]`.
@@ -283,6 +329,13 @@ pub enum Activation {
         /// Positive.
         limit: f32,
     },
+    /// `cap(g, gate_cap) * sigmoid(g) * cap(u, up_cap)` with `cap(x, c) = c * tanh(x / c)`.
+    SoftcappedSilu {
+        /// Positive.
+        gate_cap: f32,
+        /// Positive.
+        up_cap: f32,
+    },
     /// `act(u)`, no gate: gate_up is `[E, I, H]`.
     Plain(Function),
 }
@@ -333,4 +386,109 @@ pub struct SharedConfig {
     pub gated: bool,
     /// Factor on its output.
     pub scale: f32,
+}
+
+/// Experts without weights (zero-computation experts, Jin et al., MoE++, arXiv:2410.07348): the router has `count` rows
+/// behind those of the E experts, and a slot with id `E .. E + count` contributes its weight times `output`.
+///
+/// The correction bias and the per-expert scale have `E + count` entries then, and groups divide all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ZeroExperts {
+    /// How many.
+    pub count: usize,
+    /// What each of them makes of a token.
+    pub output: ZeroOutput,
+}
+
+/// What an expert without weights makes of a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroOutput {
+    /// The token as the experts read it.
+    Copy,
+    /// Zero: the slot goes nowhere.
+    Zero,
+}
+
+/// Expert capacity (Fedus et al., Switch Transformers, arXiv:2101.03961): of the slots of a sequence that chose an expert,
+/// the first `limit` keep it. The others overflow: their id becomes [`NO_EXPERT`](crate::NO_EXPERT), their weight 0.
+///
+/// First in line are the slots of each token's first choice, in the order of the tokens, then those of the second, and so on.
+/// Sequences are given with the call; without them all its tokens are one. Routes that the caller brings are left as they
+/// are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Capacity {
+    /// How many slots of a sequence an expert takes.
+    pub limit: CapacityLimit,
+    /// Which tokens come first.
+    pub order: CapacityOrder,
+    /// `min`, where the weights of a token's slots that stay are divided by `max(their sum, min)`.
+    pub renormalize: Option<f32>,
+}
+
+/// How many slots of a sequence of `L` tokens an expert takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum CapacityLimit {
+    /// So many.
+    Slots(usize),
+    /// `ceil(fraction * L)`.
+    Fraction(f32),
+    /// `factor * ceil(L / E)`.
+    EvenShare {
+        /// How many times its even share.
+        factor: usize,
+    },
+}
+
+/// Which tokens of a sequence come first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CapacityOrder {
+    /// Those before the others.
+    Position,
+    /// Those whose best expert has the larger softmax (batch-prioritised routing, Riquelme et al., arXiv:2106.05974); equal
+    /// ones by position.
+    Score,
+}
+
+/// Norms around the experts, where [`LayerConfig`] says.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Norms {
+    /// Of what the routed experts read, `[expert_width]`.
+    pub experts_in: Option<RmsNorm>,
+    /// Of the output of each routed expert before it is weighted, `[expert_width]`, the same weights for all.
+    pub expert_out: Option<RmsNorm>,
+    /// Of the routed sum, `[H]`.
+    pub routed_out: Option<RmsNorm>,
+    /// Of what the shared expert reads, `[H]`; its gate reads x.
+    pub shared_in: Option<RmsNorm>,
+    /// Of the shared expert's output, `[H]`.
+    pub shared_out: Option<RmsNorm>,
+    /// Of routed and shared experts together, `[H]`; before the residual.
+    pub out: Option<RmsNorm>,
+}
+
+/// `n = x * rsqrt(mean(x^2) + eps) * weight`; without a weight it is one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RmsNorm {
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Whether the factor is `1 + weight`.
+    pub unit_offset: bool,
+}
+
+/// A router of several layers, whose first hidden state goes on to the next block's router:
+///
+/// ```text
+/// state  = down . x + down_bias + state_scale * previous
+/// h      = rmsnorm(state)
+/// h      = gelu(fc1 . h + bias1);  h = gelu(fc2 . h + bias2)
+/// logits = gate(h)                                                the router's matrix is [E, width]
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RouterMlp {
+    /// Width of its layers.
+    pub width: usize,
+    /// Of the norm.
+    pub eps: f32,
+    /// Its activation.
+    pub function: Function,
 }

@@ -58,6 +58,16 @@ pub enum Error {
         /// What asks for it.
         reason: &'static str,
     },
+    /// A part of the contract that this backend has not.
+    #[error("{operation}: {part} is not supported by the {backend} backend")]
+    Unsupported {
+        /// The operation that was asked for.
+        operation: &'static str,
+        /// What is missing.
+        part: &'static str,
+        /// The backend's name.
+        backend: &'static str,
+    },
     /// An operand is present that the description has no use for.
     #[error("{operation}: {operand} is given, but {reason}")]
     Unexpected {

@@ -2,6 +2,10 @@
 //!
 //! Whatever the layout, an expert is three strided matrices; preparing a layer copies them into what a backend reads.
 
+mod around;
+
+pub use around::{LatentWeights, NormWeights, RouterMlpWeights};
+
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::problem::MAX_EXPERTS;
@@ -12,13 +16,14 @@ use std::fmt;
 /// Everything a layer is made of. Vectors may be f32, f16 or bf16.
 #[derive(Clone, Debug)]
 pub struct LayerWeights<'a> {
-    /// `[E, H]`; without it the layer runs from given logits or given routes only.
+    /// `[E, H]`; without it the layer runs from given logits or given routes only. Rows for experts
+    /// without weights follow, as they do in the vectors `[E]`; behind an MLP, H is that one's width.
     pub router: Option<HostView<'a>>,
     /// `[E]`, added to the logits.
     pub router_bias: Option<HostView<'a>>,
     /// `[H]`, weight of the RMSNorm before the router.
     pub router_norm: Option<HostView<'a>>,
-    /// `[E]`, added to the key that experts are chosen by.
+    /// `[E]`, added to the key that experts are chosen by; without those that are always chosen.
     pub correction_bias: Option<HostView<'a>>,
     /// `[E]`, see [`ExpertScale`](crate::config::ExpertScale).
     pub expert_scale: Option<HostView<'a>>,
@@ -28,6 +33,12 @@ pub struct LayerWeights<'a> {
     pub experts: ExpertWeights<'a>,
     /// The shared expert.
     pub shared: Option<SharedWeights<'a>>,
+    /// The projections around the experts.
+    pub latent: Option<LatentWeights<'a>>,
+    /// The weights of the norms around them.
+    pub norms: NormWeights<'a>,
+    /// What comes before the router's matrix.
+    pub router_mlp: Option<RouterMlpWeights<'a>>,
 }
 
 impl<'a> LayerWeights<'a> {
@@ -42,6 +53,9 @@ impl<'a> LayerWeights<'a> {
             table: None,
             experts,
             shared: None,
+            latent: None,
+            norms: NormWeights::default(),
+            router_mlp: None,
         }
     }
 }

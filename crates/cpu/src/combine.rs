@@ -42,7 +42,7 @@ struct Norm<'a> {
 /// ```
 pub(crate) fn combine(cpu: &Cpu, operands: Combine<'_, Cpu>) -> Result<()> {
     let problem = operands.problem()?;
-    let Combine { rows, weights, routed_scale, shared, residual, norm, out } = operands;
+    let Combine { rows, weights, copies: _, routed_scale, shared, residual, norm, out } = operands;
     let kernels = cpu.kernels;
     let (y, slot_row) = match rows {
         SlotRows::Slots(y) => (Floats::new(&y)?, None),

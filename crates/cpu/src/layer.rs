@@ -138,7 +138,7 @@ impl CpuLayer {
     ) -> Result<()> {
         let Self { cpu, problem: LayerProblem { config, .. }, .. } = self;
         let rows = tokens * config.top_k;
-        let Forward { x, source, token_ids, residual, norm, routes, counts, y } = call;
+        let Forward { x, source, token_ids, sequences: _, router_state: _, residual, norm, routes, counts, y } = call;
 
         let RoutingScratch { logits, experts, weights } = &mut scratch.routing;
         let routing = match source {
@@ -187,6 +187,7 @@ impl CpuLayer {
             Combine {
                 rows: SlotRows::Permuted { y: scratch.y.view(F32, [rows, config.hidden])?, slot_row },
                 weights: (!on_input).then_some(routing.weights),
+                copies: None,
                 routed_scale: config.routed_scale,
                 shared,
                 residual: residual.map(|residual| match residual {

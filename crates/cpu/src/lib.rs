@@ -219,6 +219,11 @@ impl Backend for Cpu {
         permute::permute(self, stream, operands)
     }
 
+    fn drop_overflow(&self, _stream: &CpuStream, operands: DropOverflow<'_, Self>) -> Result<()> {
+        operands.problem()?;
+        Err(fused_moe_core::Error::Unsupported { operation: "drop_overflow", part: "all of it", backend: "cpu" }.into())
+    }
+
     fn tile_schedule(&self, _stream: &CpuStream, operands: TileSchedule<'_, Self>) -> Result<()> {
         permute::tile_schedule(operands)
     }

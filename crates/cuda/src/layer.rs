@@ -171,7 +171,7 @@ impl CudaLayer {
         let config = &self.problem.config;
         let (hidden, rows, invariant) = (config.hidden, tokens * config.top_k, self.invariant());
         let alone = tokens == 1 && call.counts.is_none() && self.slots_are_rows(&call.source);
-        let Forward { x, source, token_ids, residual, norm, routes, counts, y } = call;
+        let Forward { x, source, token_ids, sequences: _, router_state: _, residual, norm, routes, counts, y } = call;
 
         let routing = match source {
             Source::Routes(Routing { experts, weights }) => Routing { experts, weights },
@@ -230,6 +230,7 @@ impl CudaLayer {
             Combine {
                 rows: if alone { SlotRows::Slots(y_rows) } else { SlotRows::Permuted { y: y_rows, slot_row } },
                 weights: (!on_input).then_some(routing.weights),
+                copies: None,
                 routed_scale: config.routed_scale,
                 shared,
                 residual: residual.map(for_a_while),
@@ -373,6 +374,7 @@ impl CudaLayer {
             Combine {
                 rows: SlotRows::Slots(x.row_range(0, 0)?),
                 weights: None,
+                copies: None,
                 routed_scale: 1.0,
                 shared: None,
                 residual: Some(Residual::Of(x)),

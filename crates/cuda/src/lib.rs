@@ -288,6 +288,12 @@ impl Backend for Cuda {
         permute::permute(self, stream, operands)
     }
 
+    fn drop_overflow(&self, _stream: &CudaStream, operands: DropOverflow<'_, Self>) -> Result<()> {
+        operands.problem()?;
+        Err(fused_moe_core::Error::Unsupported { operation: "drop_overflow", part: "all of it", backend: "cuda" }
+            .into())
+    }
+
     fn tile_schedule(&self, stream: &CudaStream, operands: TileSchedule<'_, Self>) -> Result<()> {
         permute::tile_schedule(self, stream, operands)
     }

@@ -15,11 +15,12 @@ params! {
     ActivationParams { gate: Tensor, up: Tensor, out: Tensor, rows: u32, width: u32, step: u32, limit: f32, alpha: f32 }
 }
 
-/// The numbers of an activation: its limit and its alpha.
+/// The numbers of an activation: its limit and its alpha, or its two caps.
 pub(crate) fn constants(activation: Activation) -> (f32, f32) {
     match activation {
         Activation::ClampedSilu { limit } | Activation::SiluThenClamp { limit } => (limit, 0.0),
         Activation::ClampedSwish { alpha, limit } => (limit, alpha),
+        Activation::SoftcappedSilu { gate_cap, up_cap } => (gate_cap, up_cap),
         Activation::Gated(_) | Activation::Plain(_) => (0.0, 0.0),
     }
 }

@@ -3,7 +3,7 @@
 use crate::Wgpu;
 use crate::error::Result;
 use fused_moe_core::backend::reborrow;
-use fused_moe_core::operation::{Forward, NextNorm, Residual, RoutesOut, Source};
+use fused_moe_core::operation::{Forward, NextNorm, Residual, RouterState, RoutesOut, Source};
 use fused_moe_core::{Routing, View};
 use std::ops::Range;
 
@@ -39,6 +39,8 @@ pub(crate) fn part<'s>(call: &'s mut Forward<'_, Wgpu>, tokens: Range<usize>) ->
                 weights: weights.row_range(first, count)?,
             }),
         },
+        sequences: call.sequences,
+        router_state: RouterState { previous: None, next: None },
         token_ids: call.token_ids.map(|ids| ids.columns(first, count)).transpose()?,
         residual: match &call.residual {
             Some(Residual::Of(residual)) => Some(Residual::Of(residual.row_range(first, count)?)),

@@ -140,6 +140,7 @@ impl From<Activation> for ActivationKind {
             Activation::ClampedSilu { .. } => ("FORM_CLAMPED_SILU", Function::Silu),
             Activation::ClampedSwish { .. } => ("FORM_CLAMPED_SWISH", Function::Silu),
             Activation::SiluThenClamp { .. } => ("FORM_SILU_THEN_CLAMP", Function::Silu),
+            Activation::SoftcappedSilu { .. } => ("FORM_SOFTCAPPED_SILU", Function::Silu),
             Activation::Plain(function) => ("FORM_PLAIN", function),
         };
         let function = match function {
@@ -449,6 +450,7 @@ fn activations() -> impl Iterator<Item = Activation> {
         Activation::ClampedSilu { limit },
         Activation::ClampedSwish { alpha, limit },
         Activation::SiluThenClamp { limit },
+        Activation::SoftcappedSilu { gate_cap: 1.0, up_cap: 1.0 },
     ];
     let plain = functions.into_iter().flat_map(|f| [Activation::Gated(f), Activation::Plain(f)]);
     clamped.into_iter().chain(plain)

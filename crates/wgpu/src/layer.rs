@@ -179,7 +179,7 @@ impl WgpuLayer {
         let config = &self.problem.config;
         let (hidden, rows, invariant) = (config.hidden, tokens * config.top_k, self.invariant());
         let alone = tokens == 1 && call.counts.is_none() && self.slots_are_rows(&call.source);
-        let Forward { x, source, token_ids, residual, norm, routes, counts, y } = call;
+        let Forward { x, source, token_ids, sequences: _, router_state: _, residual, norm, routes, counts, y } = call;
 
         let normed = self.gate_norm_feeds_experts();
         let by_gate = normed.is_some() && matches!(source, Source::Router);
@@ -258,6 +258,7 @@ impl WgpuLayer {
             Combine {
                 rows: if alone { SlotRows::Slots(y_rows) } else { SlotRows::Permuted { y: y_rows, slot_row } },
                 weights: (!on_input).then_some(routing.weights),
+                copies: None,
                 routed_scale: config.routed_scale,
                 shared,
                 residual: residual.map(shorten_residual),
@@ -409,6 +410,7 @@ impl WgpuLayer {
             Combine {
                 rows: SlotRows::Slots(x.row_range(0, 0)?),
                 weights: None,
+                copies: None,
                 routed_scale: 1.0,
                 shared: None,
                 residual: Some(Residual::Of(x)),

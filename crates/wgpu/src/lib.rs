@@ -213,6 +213,12 @@ impl Backend for Wgpu {
         permute::permute(self, stream, operands)
     }
 
+    fn drop_overflow(&self, _stream: &WgpuStream, operands: DropOverflow<'_, Self>) -> Result<()> {
+        operands.problem()?;
+        Err(fused_moe_core::Error::Unsupported { operation: "drop_overflow", part: "all of it", backend: "wgpu" }
+            .into())
+    }
+
     fn tile_schedule(&self, stream: &WgpuStream, operands: TileSchedule<'_, Self>) -> Result<()> {
         permute::tile_schedule(self, stream, operands)
     }

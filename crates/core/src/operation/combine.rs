@@ -8,6 +8,8 @@ pub struct Combine<'a, B: Backend> {
     pub rows: SlotRows<'a, B>,
     /// f32 `[T, K]`; absent where the weights acted on the input: every slot counts once.
     pub weights: Option<In<'a, B>>,
+    /// Slots whose part is the token itself.
+    pub copies: Option<Copies<'a, B>>,
     /// Factor on the sum over k.
     pub routed_scale: f32,
     /// The shared expert's output.
@@ -23,7 +25,16 @@ pub struct Combine<'a, B: Backend> {
 impl<'a, B: Backend> Combine<'a, B> {
     /// The weighted sum alone.
     pub fn new(rows: SlotRows<'a, B>, weights: In<'a, B>, out: Out<'a, B>) -> Self {
-        Self { rows, weights: Some(weights), routed_scale: 1.0, shared: None, residual: None, norm: None, out }
+        Self {
+            rows,
+            weights: Some(weights),
+            copies: None,
+            routed_scale: 1.0,
+            shared: None,
+            residual: None,
+            norm: None,
+            out,
+        }
     }
 }
 
@@ -38,6 +49,19 @@ pub enum SlotRows<'a, B: Backend> {
         /// u32 `[R]`.
         slot_row: In<'a, B>,
     },
+}
+
+/// Slots of experts without weights: where `experts[t,k]` lies in `first .. end`, `x[t]` stands in place of `y[t,k]`,
+/// whatever its row.
+pub struct Copies<'a, B: Backend> {
+    /// `[T, H]`.
+    pub x: In<'a, B>,
+    /// u32 `[T, K]`.
+    pub experts: In<'a, B>,
+    /// The first of them: E.
+    pub first: usize,
+    /// One past the last.
+    pub end: usize,
 }
 
 /// `scale * s[t] * y[t]`.

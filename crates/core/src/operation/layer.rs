@@ -10,6 +10,11 @@ pub struct Forward<'a, B: Backend> {
     pub source: Source<'a, B>,
     /// u32 `[T]`, where experts are chosen by token id.
     pub token_ids: Option<In<'a, B>>,
+    /// u32 `[N+1]`, ascending, where the layer has a capacity: the tokens of sequence n are `sequences[n] ..
+    /// sequences[n+1]`, those before the first belong to it, those behind the last to that. Absent, all are one sequence.
+    pub sequences: Option<In<'a, B>>,
+    /// Where the router has an MLP: its state, from block to block.
+    pub router_state: RouterState<'a, B>,
     /// What the result is added to.
     pub residual: Option<Residual<'a, B>>,
     /// RMSNorm of the finished y.
@@ -26,7 +31,18 @@ pub struct Forward<'a, B: Backend> {
 impl<'a, B: Backend> Forward<'a, B> {
     /// From x through the layer's own router.
     pub fn new(x: In<'a, B>, y: Out<'a, B>) -> Self {
-        Self { x, source: Source::Router, token_ids: None, residual: None, norm: None, routes: None, counts: None, y }
+        Self {
+            x,
+            source: Source::Router,
+            token_ids: None,
+            sequences: None,
+            router_state: RouterState { previous: None, next: None },
+            residual: None,
+            norm: None,
+            routes: None,
+            counts: None,
+            y,
+        }
     }
 }
 
@@ -46,4 +62,12 @@ pub struct RoutesOut<'a, B: Backend> {
     pub experts: Out<'a, B>,
     /// Written: f32 `[T, K]`.
     pub weights: Out<'a, B>,
+}
+
+/// What the routers of successive blocks hand on, see [`RouterMlp`](crate::config::RouterMlp).
+pub struct RouterState<'a, B: Backend> {
+    /// f32 `[T, M]`: the state of the block before; absent for the first.
+    pub previous: Option<In<'a, B>>,
+    /// Written if asked for: f32 `[T, M]`, this block's state.
+    pub next: Option<Out<'a, B>>,
 }

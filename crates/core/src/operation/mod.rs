@@ -16,12 +16,12 @@ mod permute;
 mod route;
 
 pub use activation::{Activate, ActivationOperands};
-pub use combine::{Combine, NextNorm, Residual, Shared, SlotRows};
+pub use combine::{Combine, Copies, NextNorm, Residual, Shared, SlotRows};
 pub use down::Down;
 pub use expert_loop::{Expert, ExpertLoop, expert_loop};
 pub use gate::Gate;
 pub use gate_up::{GateUp, GateUpOutput, Matrices, RowSource};
-pub use layer::{Forward, RoutesOut, Source};
+pub use layer::{Forward, RouterState, RoutesOut, Source};
 pub use linear::{Accumulate, Factor, Linear, Zero};
-pub use permute::{Permute, TileSchedule};
+pub use permute::{DropOverflow, Permute, TileSchedule};
 pub use route::{Choice, GateRoute, GatherWeights, Route, TokenTable, Witness};

@@ -1,4 +1,6 @@
 use crate::backend::{Backend, In, Out};
+use crate::config::Capacity;
+use crate::routing::Permutation;
 use std::ops::Range;
 
 /// Groups the R = T*K slots by expert: a stable counting sort, as [`Permutation`](crate::Permutation) pictures it.
@@ -29,4 +31,24 @@ pub struct TileSchedule<'a, B: Backend> {
     pub tiles: Out<'a, B>,
     /// Written: u32 `[1]`, how many tiles were written: all there are, or M where that is less.
     pub count: Out<'a, B>,
+}
+
+/// Takes the slots that overflow their expert's capacity out of the routes: `experts = NO_EXPERT`, `weights = 0`.
+///
+/// The others keep their expert; their weights are divided as [`Capacity::renormalize`] says. Slots without a row are left
+/// alone, but for that division.
+pub struct DropOverflow<'a, B: Backend> {
+    /// The rule.
+    pub capacity: Capacity,
+    /// Of the routes as they came: of all experts, whichever are here.
+    pub permutation: Permutation<'a, B>,
+    /// f32 `[T]`: tokens with more of it come first, equal ones by position; for
+    /// [`CapacityOrder::Score`](crate::config::CapacityOrder).
+    pub importance: Option<In<'a, B>>,
+    /// u32 `[N+1]`, see [`Forward::sequences`](super::Forward::sequences).
+    pub sequences: Option<In<'a, B>>,
+    /// Read, then written: u32 `[T, K]`.
+    pub experts: Out<'a, B>,
+    /// Read, then written: f32 `[T, K]`.
+    pub weights: Out<'a, B>,
 }

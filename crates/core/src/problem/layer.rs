@@ -6,7 +6,7 @@ use crate::config::{Activation, LayerConfig, Selection};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::operation::{Forward, Source};
-use crate::tensor::{HostView, Shape};
+use crate::tensor::Shape;
 use crate::weights::{ExpertMatrices, ExpertWeights, LayerWeights, Matrix};
 use std::ops::Range;
 
@@ -15,6 +15,8 @@ use std::ops::Range;
 pub struct LayerProblem {
     /// The description.
     pub config: LayerConfig,
+    /// The part of it that the stages from router to combine compute: all of it, unless there are surroundings.
+    pub core: LayerConfig,
     /// Format of the gate_up matrices.
     pub gate_up: DType,
     /// Format of the down matrices.
@@ -43,18 +45,19 @@ impl LayerProblem {
     pub fn new(config: &LayerConfig, weights: &LayerWeights<'_>, options: &Options) -> Result<Self> {
         let check = Check("layer");
         check.config(config)?;
-        let (hidden, experts) = (config.hidden, config.experts);
+        let (hidden, experts, choices) = (config.hidden, config.experts, config.choices());
         let router = match &weights.router {
             Some(view) => {
-                check.shape("router", view, "[E, H]", [experts, hidden])?;
+                check.shape("router", view, "[E, H]", [choices, config.router_width()])?;
                 Some(check.float("router", view)?)
             }
             None => None,
         };
-        vector(check, "router_bias", &weights.router_bias, "[E]", experts)?;
-        vector(check, "router_norm", &weights.router_norm, "[H]", hidden)?;
-        vector(check, "correction_bias", &weights.correction_bias, "[E]", experts)?;
-        vector(check, "expert_scale", &weights.expert_scale, "[E]", experts)?;
+        let competing = choices - config.routing.always;
+        check.optional_vector("router_bias", &weights.router_bias, "[E]", choices)?;
+        check.optional_vector("router_norm", &weights.router_norm, "[H]", config.router_width())?;
+        check.optional_vector("correction_bias", &weights.correction_bias, "[E]", competing)?;
+        check.optional_vector("expert_scale", &weights.expert_scale, "[E]", choices)?;
         if router.is_none() {
             check.absent("router_bias", &weights.router_bias, "the layer has no router")?;
         }
@@ -84,7 +87,7 @@ impl LayerProblem {
             format_args!("{} of {experts}", weights.experts.len()),
         )?;
         let [gate_up, down] =
-            experts_formats(check, &weights.experts, [config.intermediate, hidden], config.activation)?;
+            experts_formats(check, &weights.experts, [config.intermediate, config.expert_width()], config.activation)?;
         let shared = match (&config.shared, &weights.shared) {
             (None, None) => None,
             (config, weights) => {
@@ -92,12 +95,13 @@ impl LayerProblem {
                 let weights = check.present("shared", weights.as_ref(), "the layer has a shared expert")?;
                 let reasons = ["the shared expert is gated", "the shared expert is not gated"];
                 check.matches("shared.gate", &weights.gate, config.gated, reasons)?;
-                vector(check, "shared.gate", &weights.gate, "[H]", hidden)?;
+                check.optional_vector("shared.gate", &weights.gate, "[H]", hidden)?;
                 let sizes = [config.intermediate, hidden];
                 Some(expert_formats(check, &weights.matrices, sizes, config.activation, &SHARED)?)
             }
         };
-        Ok(Self { config: config.clone(), gate_up, down, router, shared, local })
+        check.around_weights(config, weights, options)?;
+        Ok(Self { config: config.clone(), core: config.core(), gate_up, down, router, shared, local })
     }
 
     /// Checks one call.
@@ -116,7 +120,7 @@ impl LayerProblem {
             }
             Source::Logits(logits) => {
                 check.float("source.logits", logits)?;
-                check.rows("source.logits", logits, "[T, E]", [tokens, config.experts])?;
+                check.rows("source.logits", logits, "[T, E]", [tokens, config.choices()])?;
             }
             Source::Routes(routing) => {
                 check.only("source.experts", &routing.experts, DType::U32)?;
@@ -131,6 +135,11 @@ impl LayerProblem {
             check.only("token_ids", ids, DType::U32)?;
             check.shape("token_ids", ids, "[T]", [tokens])?;
         }
+        if let Some(sequences) = &call.sequences {
+            check.present("capacity", config.capacity, "sequences are given")?;
+            check.sequences(sequences)?;
+        }
+        self.router_state(check, call, tokens)?;
         tail(check, call.residual.as_ref(), call.norm.as_ref(), [tokens, config.hidden])?;
         if let Some(routes) = &call.routes {
             check.only("routes.experts", &routes.experts, DType::U32)?;
@@ -143,6 +152,25 @@ impl LayerProblem {
             check.shape("counts", counts, "[E]", [config.experts])?;
         }
         Ok(ForwardProblem { tokens, x, y })
+    }
+
+    fn router_state<B: Backend>(&self, check: Check, call: &Forward<'_, B>, tokens: usize) -> Result<()> {
+        let mlp = self.config.router_mlp.filter(|_| matches!(call.source, Source::Router));
+        let (previous, next) = (&call.router_state.previous, &call.router_state.next);
+        let Some(mlp) = mlp else {
+            let reason = "no router of several layers runs in this call";
+            check.absent("router_state.previous", previous, reason)?;
+            return check.absent("router_state.next", next, reason);
+        };
+        if let Some(previous) = previous {
+            check.only("router_state.previous", previous, DType::F32)?;
+            check.rows("router_state.previous", previous, "[T, M]", [tokens, mlp.width])?;
+        }
+        if let Some(next) = next {
+            check.only("router_state.next", next, DType::F32)?;
+            check.rows("router_state.next", next, "[T, M]", [tokens, mlp.width])?;
+        }
+        Ok(())
     }
 }
 
@@ -157,19 +185,6 @@ impl ExpertWeights<'_> {
         check.value(sizes[0] > 0 && sizes[1] > 0, "up", "sizes above zero", Shape::from(sizes))?;
         experts_formats(check, self, sizes, activation)?;
         Ok(Shape::from([self.len(), sizes[0], sizes[1]]))
-    }
-}
-
-fn vector(
-    check: Check,
-    operand: &'static str,
-    view: &Option<HostView<'_>>,
-    layout: &'static str,
-    n: usize,
-) -> Result<()> {
-    match view {
-        Some(view) => check.vector(operand, view, layout, n),
-        None => Ok(()),
     }
 }
 

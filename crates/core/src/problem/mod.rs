@@ -3,6 +3,7 @@
 //! Each struct of operands has a method `problem` that checks it; a Problem holds no memory, so that a plan can be made
 //! and tested without a device.
 
+mod around;
 mod expert_loop;
 mod experts;
 mod layer;
@@ -12,7 +13,7 @@ mod rows;
 pub use expert_loop::ExpertLoopProblem;
 pub use experts::{ActivationProblem, Arrangement, DownProblem, GateUpProblem, LinearProblem};
 pub use layer::{ForwardProblem, LayerProblem};
-pub use routes::{ChoiceProblem, GateProblem, GatherWeightsProblem, PermuteProblem};
+pub use routes::{ChoiceProblem, DropOverflowProblem, GateProblem, GatherWeightsProblem, PermuteProblem};
 pub use rows::{AccumulateProblem, CombineProblem, ZeroProblem};
 
 use crate::config::{Activation, LayerConfig, Normalize, RoutingRule, Selection};
@@ -24,7 +25,9 @@ use crate::tensor::{Shape, View};
 pub const MAX_EXPERTS: usize = 4096;
 
 /// Names of the numbers in an operand `activation`.
-const ACTIVATION: [&str; 2] = ["activation.limit", "activation.alpha"];
+const ACTIVATION: [&str; 4] = ["activation.limit", "activation.alpha", "activation.gate_cap", "activation.up_cap"];
+const SHARED_ACTIVATION: [&str; 4] =
+    ["shared.activation.limit", "shared.activation.alpha", "shared.activation.gate_cap", "shared.activation.up_cap"];
 
 /// Checks of one operation's operands; every error names the operation and the operand.
 #[derive(Clone, Copy)]
@@ -153,13 +156,17 @@ impl Check {
     /// Whether a rule makes sense for E experts and K choices.
     fn rule(self, rule: &RoutingRule, experts: usize, top_k: usize) -> Result<()> {
         self.experts(experts, top_k)?;
+        let top = matches!(rule.selection, Selection::TopK { .. });
+        self.value(rule.always == 0 || top, "always", "0 but for top-K selection", rule.always)?;
+        self.value(rule.always < top_k, "always", "fewer than K", format_args!("{} of {top_k}", rule.always))?;
+        let (experts, top_k) = (experts - rule.always, top_k - rule.always);
         match rule.selection {
             Selection::TopK { groups: Some(groups), .. } => {
                 let divides = groups.count > 0 && experts.is_multiple_of(groups.count);
                 self.value(
                     divides,
                     "groups.count",
-                    "a divisor of E",
+                    "a divisor of E (less those that are always chosen)",
                     format_args!("{} for E = {experts}", groups.count),
                 )?;
                 self.value((1..=groups.count).contains(&groups.keep), "groups.keep", "1 to groups.count", groups.keep)?;
@@ -185,7 +192,8 @@ impl Check {
     fn config(self, config: &LayerConfig) -> Result<()> {
         self.value(config.hidden > 0, "H", "a size above zero", config.hidden)?;
         self.value(config.intermediate > 0, "I", "a size above zero", config.intermediate)?;
-        self.rule(&config.routing, config.experts, config.top_k)?;
+        self.value((1..=MAX_EXPERTS).contains(&config.experts), "E", "1 to 4096 experts", config.experts)?;
+        self.rule(&config.routing, config.choices(), config.top_k)?;
         self.finite("gate.scale", config.gate.scale)?;
         if let Some(norm) = config.gate.norm {
             self.not_negative("gate.norm.eps", norm.eps)?;
@@ -198,18 +206,23 @@ impl Check {
         if let Some(shared) = config.shared {
             self.value(shared.intermediate > 0, "shared.intermediate", "a size above zero", shared.intermediate)?;
             self.finite("shared.scale", shared.scale)?;
-            self.activation(["shared.activation.limit", "shared.activation.alpha"], shared.activation)?;
+            self.activation(SHARED_ACTIVATION, shared.activation)?;
         }
-        Ok(())
+        self.around(config)
     }
 
-    fn activation(self, [limit_name, alpha_name]: [&'static str; 2], activation: Activation) -> Result<()> {
+    fn activation(self, names: [&'static str; 4], activation: Activation) -> Result<()> {
+        let [limit_name, alpha_name, gate_cap_name, up_cap_name] = names;
         match activation {
             Activation::Gated(_) | Activation::Plain(_) => Ok(()),
             Activation::ClampedSilu { limit } | Activation::SiluThenClamp { limit } => self.positive(limit_name, limit),
             Activation::ClampedSwish { alpha, limit } => {
                 self.finite(alpha_name, alpha)?;
                 self.positive(limit_name, limit)
+            }
+            Activation::SoftcappedSilu { gate_cap, up_cap } => {
+                self.positive(gate_cap_name, gate_cap)?;
+                self.positive(up_cap_name, up_cap)
             }
         }
     }

@@ -1,9 +1,11 @@
 use super::{Check, MAX_EXPERTS};
 use crate::backend::Backend;
-use crate::config::{RoutingRule, Selection};
+use crate::config::{Capacity, CapacityOrder, RoutingRule, Selection};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::operation::{Choice, Gate, GateRoute, GatherWeights, Permute, Route, TileSchedule};
+use crate::operation::{Choice, DropOverflow, Gate, GateRoute, GatherWeights, Permute, Route, TileSchedule};
+use crate::routing::Permutation;
+use crate::tensor::View;
 
 /// A checked [`Gate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +65,21 @@ pub struct PermuteProblem {
     pub end: usize,
 }
 
+/// A checked [`DropOverflow`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DropOverflowProblem {
+    /// T.
+    pub tokens: usize,
+    /// K.
+    pub top_k: usize,
+    /// E.
+    pub experts: usize,
+    /// N, the number of sequences.
+    pub sequences: usize,
+    /// The rule.
+    pub capacity: Capacity,
+}
+
 impl<B: Backend> Gate<'_, B> {
     /// Checks shapes, formats and numbers.
     pub fn problem(&self) -> Result<GateProblem> {
@@ -111,9 +128,12 @@ impl<B: Backend> Choice<'_, B> {
         check.matches("correction_bias", &self.correction_bias, biased, BIAS_REASONS)?;
         let scaled = self.rule.weights.expert_scale.is_some();
         check.matches("expert_scale", &self.expert_scale, scaled, SCALE_REASONS)?;
-        for (operand, view) in [("correction_bias", &self.correction_bias), ("expert_scale", &self.expert_scale)] {
+        let competing = experts - self.rule.always;
+        for (operand, view, length) in
+            [("correction_bias", &self.correction_bias, competing), ("expert_scale", &self.expert_scale, experts)]
+        {
             if let Some(view) = view {
-                check.vector(operand, view, "[E]", experts)?;
+                check.vector(operand, view, "[E]", length)?;
             }
         }
         check.matches("table", &self.table, self.rule.selection == Selection::Table, TABLE_REASONS)?;
@@ -215,5 +235,53 @@ impl<B: Backend> TileSchedule<'_, B> {
         check.only("count", &self.count, DType::U32)?;
         check.shape("count", &self.count, "[1]", [1])?;
         Ok(experts)
+    }
+}
+
+impl<B: Backend> DropOverflow<'_, B> {
+    /// Checks shapes, formats and the rule.
+    pub fn problem(&self) -> Result<DropOverflowProblem> {
+        let check = Check("drop_overflow");
+        let (tokens, top_k) = (self.experts.rows(), self.experts.cols());
+        let slots = check.slots(tokens, top_k)?;
+        let Permutation { row_slot, slot_row, offsets } = &self.permutation;
+        let experts = offsets.cols().saturating_sub(1);
+        check.value((1..=MAX_EXPERTS).contains(&experts), "E", "1 to 4096 experts", experts)?;
+        for (operand, view, layout, length) in [
+            ("permutation.row_slot", row_slot, "[R]", slots),
+            ("permutation.slot_row", slot_row, "[R]", slots),
+            ("permutation.offsets", offsets, "[E+1]", experts + 1),
+        ] {
+            check.only(operand, view, DType::U32)?;
+            check.shape(operand, view, layout, [length])?;
+        }
+        check.only("experts", &self.experts, DType::U32)?;
+        check.only("weights", &self.weights, DType::F32)?;
+        check.rows("weights", &self.weights, "[T, K]", [tokens, top_k])?;
+        let by_score = self.capacity.order == CapacityOrder::Score;
+        check.matches("importance", &self.importance, by_score, ORDER_REASONS)?;
+        if let Some(importance) = &self.importance {
+            check.only("importance", importance, DType::F32)?;
+            check.column("importance", importance, "[T]", tokens)?;
+        }
+        if let Some(sequences) = &self.sequences {
+            check.sequences(sequences)?;
+        }
+        check.capacity(self.capacity)?;
+        let sequences = self.sequences.as_ref().map_or(1, |ends| ends.cols() - 1);
+        Ok(DropOverflowProblem { tokens, top_k, experts, sequences, capacity: self.capacity })
+    }
+}
+
+const ORDER_REASONS: [&str; 2] =
+    ["tokens come in the order of their score", "tokens come in the order of their position"];
+
+impl Check {
+    /// u32 `[N+1]`, for one sequence at least.
+    pub(super) fn sequences<S>(self, sequences: &View<S>) -> Result<()> {
+        self.only("sequences", sequences, DType::U32)?;
+        let n = sequences.cols();
+        self.value(n >= 2, "sequences", "where each begins and the last ends", sequences.shape())?;
+        self.shape("sequences", sequences, "[N+1]", [n])
     }
 }

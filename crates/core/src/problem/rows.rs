@@ -1,4 +1,4 @@
-use super::Check;
+use super::{Check, MAX_EXPERTS};
 use crate::backend::Backend;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -78,6 +78,14 @@ impl<B: Backend> Combine<'_, B> {
             check.rows("weights", weights, "[T, K]", [tokens, top_k])?;
         }
         check.finite("routed_scale", self.routed_scale)?;
+        if let Some(copies) = &self.copies {
+            check.float("copies.x", &copies.x)?;
+            check.rows("copies.x", &copies.x, "[T, H]", [tokens, hidden])?;
+            check.only("copies.experts", &copies.experts, DType::U32)?;
+            check.rows("copies.experts", &copies.experts, "[T, K]", [tokens, top_k])?;
+            let range = copies.first <= copies.end && copies.end <= MAX_EXPERTS;
+            check.value(range, "copies.end", "first to 4096", format_args!("{}..{}", copies.first, copies.end))?;
+        }
         if let Some(shared) = &self.shared {
             check.float("shared.y", &shared.y)?;
             check.rows("shared.y", &shared.y, "[T, H]", [tokens, hidden])?;

@@ -63,6 +63,7 @@ pub fn activation(
 /// | `ClampedSilu` | `silu(min(g, limit)) * clamp(u, -limit, limit)` |
 /// | `ClampedSwish` | `(clamp(u, -limit, limit) + 1) * m * sigmoid(alpha * m)`, `m = min(g, limit)` |
 /// | `SiluThenClamp` | `min(silu(g), limit) * clamp(u, -limit, limit)` |
+/// | `SoftcappedSilu` | `cap(g, gate_cap) * sigmoid(g) * cap(u, up_cap)`, `cap(x, c) = c * tanh(x / c)` |
 /// | `Plain(f)` | `f(u)` |
 ///
 /// and the functions f:
@@ -94,6 +95,9 @@ pub fn activate(activation: Activation, g: f64, u: f64) -> f64 {
             let limit = f64::from(limit);
             at_most(silu(g), limit) * clamp(u, limit)
         }
+        Activation::SoftcappedSilu { gate_cap, up_cap } => {
+            softcap(g, f64::from(gate_cap)) * sigmoid(g) * softcap(u, f64::from(up_cap))
+        }
         Activation::Plain(f) => function(f, u),
     }
 }
@@ -108,6 +112,10 @@ fn function(f: Function, x: f64) -> f64 {
         Function::ReluSquared => relu(x) * relu(x),
         Function::Identity => x,
     }
+}
+
+fn softcap(x: f64, cap: f64) -> f64 {
+    cap * (x / cap).tanh()
 }
 
 fn silu(x: f64) -> f64 {
@@ -186,7 +194,7 @@ mod tests {
     const NAN: f64 = f64::NAN;
     const INF: f64 = f64::INFINITY;
 
-    const ALL: [Activation; 16] = [
+    const ALL: [Activation; 17] = [
         Activation::Gated(Function::Silu),
         Activation::Gated(Function::GeluTanh),
         Activation::Gated(Function::GeluErf),
@@ -196,6 +204,7 @@ mod tests {
         Activation::ClampedSilu { limit: 2.0 },
         Activation::ClampedSwish { alpha: 1.5, limit: 2.0 },
         Activation::SiluThenClamp { limit: 2.0 },
+        Activation::SoftcappedSilu { gate_cap: 4.0, up_cap: 25.0 },
         Activation::Plain(Function::Silu),
         Activation::Plain(Function::GeluTanh),
         Activation::Plain(Function::GeluErf),
@@ -276,6 +285,8 @@ mod tests {
         let after = Activation::SiluThenClamp { limit: 2.0 };
         assert_eq!(activate(after, 5.0, 5.0), 4.0);
         assert_eq!(activate(after, 1.0, -5.0), s(1.0) * -2.0);
+        let capped = Activation::SoftcappedSilu { gate_cap: 4.0, up_cap: 2.0 };
+        assert_eq!(activate(capped, 5.0, -3.0), 4.0 * f64::tanh(1.25) * s(5.0) * (2.0 * f64::tanh(-1.5)));
         // the limit is on the gate before silu in one and after it in the other
         assert_ne!(activate(silu, 5.0, 1.0), activate(after, 5.0, 1.0));
     }

@@ -12,6 +12,8 @@ pub struct Combine<'a> {
     pub slot_row: Option<&'a [u32]>,
     /// `[T, K]`, or absent for ones (the weights were applied to the experts' input).
     pub weights: Option<&'a [f64]>,
+    /// Slots whose part is the token itself.
+    pub copies: Option<Copies<'a>>,
     /// Factor on the sum over the slots.
     pub routed_scale: f64,
     /// The shared expert's part.
@@ -26,6 +28,19 @@ pub struct Combine<'a> {
     pub hidden: usize,
     /// K.
     pub top_k: usize,
+}
+
+/// Slots of experts that return the token, part of [`Combine`].
+#[derive(Clone, Copy, Debug)]
+pub struct Copies<'a> {
+    /// `[T, H]`.
+    pub x: &'a [f64],
+    /// `[T, K]`.
+    pub ids: &'a [u32],
+    /// The first of them.
+    pub first: usize,
+    /// One past the last.
+    pub end: usize,
 }
 
 /// The shared expert's part of [`Combine`].
@@ -79,13 +94,14 @@ pub struct Combined {
 /// with `y[t,k] = y[slot_row[t*K + k]]` for sorted rows, and `s[t]` one, the factor, or the sigmoid of the logit. Absent
 /// parts are left out.
 ///
-/// A slot whose `slot_row` is [`NO_ROW`] contributes nothing, whatever its weight. Every other slot is multiplied as
+/// Where the slot's id lies in `copies.first .. copies.end`, `y[t,k]` is `x[t]`, whatever its row. Another
+/// slot whose `slot_row` is [`NO_ROW`] contributes nothing, whatever its weight. Every other slot is multiplied as
 /// it is: weight 0 times a y that is not finite is NaN.
 ///
 /// ```
 /// use fused_moe_core::reference::{Combine, combine};
-/// let op = Combine { y: &[1.0, 10.0], slot_row: Some(&[1, 0]), weights: Some(&[0.5, 2.0]), routed_scale: 1.0,
-///                    shared: None, residual: Some(&[100.0]), norm: None, tokens: 1, hidden: 1, top_k: 2 };
+/// let op = Combine { y: &[1.0, 10.0], slot_row: Some(&[1, 0]), weights: Some(&[0.5, 2.0]), copies: None,
+///                    routed_scale: 1.0, shared: None, residual: Some(&[100.0]), norm: None, tokens: 1, hidden: 1, top_k: 2 };
 /// assert_eq!(combine(&op).out, [107.0]);
 /// ```
 pub fn combine(op: &Combine<'_>) -> Combined {
@@ -95,10 +111,14 @@ pub fn combine(op: &Combine<'_>) -> Combined {
             let mut sum = 0.0;
             for slot in t * op.top_k..(t + 1) * op.top_k {
                 let row = op.slot_row.map_or(slot as u32, |slot_row| slot_row[slot]);
-                if row == NO_ROW {
-                    continue;
-                }
-                sum += op.weights.map_or(1.0, |weights| weights[slot]) * op.y[row as usize * op.hidden + h];
+                let copied =
+                    op.copies.filter(|copies| (copies.first..copies.end).contains(&(copies.ids[slot] as usize)));
+                let part = match copied {
+                    Some(copies) => copies.x[t * op.hidden + h],
+                    None if row == NO_ROW => continue,
+                    None => op.y[row as usize * op.hidden + h],
+                };
+                sum += op.weights.map_or(1.0, |weights| weights[slot]) * part;
             }
             let mut value = op.routed_scale * sum;
             if let Some(shared) = op.shared {
@@ -133,6 +153,7 @@ mod tests {
             y: &[1.0, 2.0, 10.0, 20.0, 100.0, 200.0, 3.0, 4.0],
             slot_row: None,
             weights: Some(&[0.5, 0.25, 2.0, 1.0]),
+            copies: None,
             routed_scale: 1.0,
             shared: None,
             residual: None,
@@ -149,6 +170,14 @@ mod tests {
         let y = [100.0, 200.0, 3.0, 4.0, 10.0, 20.0, 1.0, 2.0];
         assert_eq!(combine(&Combine { y: &y, slot_row: Some(&[3, 2, 0, 1]), ..op() }), combine(&op()));
         assert_eq!(combine(&Combine { weights: None, ..op() }).out, [11.0, 22.0, 103.0, 204.0]);
+    }
+
+    #[test]
+    fn some_slots_are_the_token_itself() {
+        // slots 1 and 3 are of experts 4 and 5; the first has no row, the second one that is not read
+        let copies = Some(Copies { x: &[7.0, 8.0, 9.0, 11.0], ids: &[0, 4, 6, 5], first: 4, end: 6 });
+        let rows = Combine { slot_row: Some(&[0, NO_ROW, 2, 3]), copies, routed_scale: 2.0, ..op() };
+        assert_eq!(combine(&rows).out, [2.0 * (0.5 + 0.25 * 7.0), 2.0 * (1.0 + 0.25 * 8.0), 418.0, 822.0]);
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The whole layer: the stages in order.
 
+use super::around::{self, RoutedSum};
 use super::{
-    Combine, Combined, Down, Gate, GateUp, Gather, Linear, Norm, Permutation, Permute, PreActivation, Route, Routes,
-    Shared, SharedGate, Table, activation, combine, down, gate, gate_up, linear, permute, rms_norm, route,
+    Combine, Copies, Down, DropOverflow, Gate, GateUp, Gather, Latent, Norm, NormVectors, Permutation, Permute,
+    PreActivation, Route, RouterMlp, Routes, SharedExpert, Table, activation, combine, down, drop_overflow, gate,
+    gate_up, permute, rms_norm, route,
 };
-use crate::config::{LayerConfig, WeightOn};
+use crate::config::{CapacityOrder, LayerConfig, RoutingRule, Score, WeightOn, ZeroOutput};
 use crate::{Statistics, Status};
 
 /// The weights of a layer. An absent bias is zeros, an absent scale or norm weight is ones.
@@ -32,21 +34,12 @@ pub struct Layer<'a> {
     pub down_bias: Option<&'a [f64]>,
     /// The expert that every token goes to; used if the configuration has one.
     pub shared: Option<SharedExpert<'a>>,
-}
-
-/// The weights of the shared expert.
-#[derive(Clone, Copy, Debug)]
-pub struct SharedExpert<'a> {
-    /// `[2S, H]`, gate rows first; `[S, H]` without gate.
-    pub gate_up: &'a [f64],
-    /// `[2S]` or `[S]`, or absent for zeros.
-    pub gate_up_bias: Option<&'a [f64]>,
-    /// `[H, S]`.
-    pub down: &'a [f64],
-    /// `[H]`, or absent for zeros.
-    pub down_bias: Option<&'a [f64]>,
-    /// `[H]`; used if the configuration says `gated`.
-    pub gate: Option<&'a [f64]>,
+    /// The projections around the experts; used if the configuration has them.
+    pub latent: Option<Latent<'a>>,
+    /// The weights of the norms.
+    pub norms: NormVectors<'a>,
+    /// What comes before the router's matrix; used if the configuration has it.
+    pub router_mlp: Option<RouterMlp<'a>>,
 }
 
 /// What goes into a layer.
@@ -56,6 +49,10 @@ pub struct Input<'a> {
     pub x: &'a [f64],
     /// `[T]`, for a table of experts.
     pub token_ids: Option<&'a [u32]>,
+    /// `[N + 1]`, for a capacity: where sequences begin.
+    pub sequences: Option<&'a [u32]>,
+    /// `[T, M]`: the state of the router before this one.
+    pub router_state: Option<&'a [f64]>,
     /// `[T, H]`, added to the result.
     pub residual: Option<&'a [f64]>,
     /// The norm that follows.
@@ -73,6 +70,8 @@ pub struct Output {
     pub normed: Option<Vec<f64>>,
     /// `[T, E]`; empty where the routes were given.
     pub logits: Vec<f64>,
+    /// `[T, M]`: the state of the router, where it has an MLP and was asked.
+    pub router_state: Option<Vec<f64>>,
     /// The routes taken. Given routes are returned as they came, without a witness.
     pub routes: Routes,
     /// The slots by expert.
@@ -86,28 +85,34 @@ pub struct Output {
 /// The layer, from x:
 ///
 /// ```text
-/// n, logits         = gate(x)
-/// experts, weights  = route(logits)
+/// n, logits         = gate(router_mlp(x))
+/// experts, weights  = route(logits), without what overflows the capacity
 /// rows              = permute(experts)
-/// a                 = activation(gate_up(s[rows]))            s = n if the gate's norm feeds the experts, else x
-/// y                 = residual + routed_scale * sum_k w[t,k] * down(a)[t,k] + shared_scale * shared_gate * Shared(s)
+/// read              = n if the gate's norm feeds the experts, else experts_in(latent_down . x)
+/// a                 = activation(gate_up(read[rows]))
+/// sum               = routed_scale * sum_k w[t,k] * expert_out(down(a)[t,k])                    copies: w[t,k] * read[t]
+/// together          = routed_out(latent_up . sum) + shared_scale * shared_gate * shared_out(Shared(shared_in(s)))
+/// y                 = residual + out(together)
 /// normed            = rmsnorm(y)
 /// ```
 ///
-/// The shared expert and its gate read `s` like the routed experts; `shared_gate = sigmoid(gate . s)` if gated, else 1.
+/// Parts that the configuration has not are left out; `s = n` if the gate's norm feeds the experts, else x, which the shared
+/// expert's gate reads too: `shared_gate = sigmoid(gate . s)` if gated, else 1.
 /// With [`WeightOn::Input`] a weight multiplies the expert's input, and the sum over the slots is plain.
 pub fn forward(config: &LayerConfig, layer: &Layer<'_>, input: &Input<'_>) -> Output {
+    let router_state = around::router_state(config, layer, input);
+    let hidden_layers = router_state.as_ref().map(|state| around::router_hidden(config, layer, state));
     let gated = gate(&Gate {
-        x: input.x,
+        x: hidden_layers.as_deref().unwrap_or(input.x),
         router: layer.router,
         bias: layer.router_bias,
         norm_weight: layer.router_norm,
         config: config.gate,
         tokens: input.tokens,
-        hidden: config.hidden,
-        experts: config.experts,
+        hidden: config.router_width(),
+        experts: config.choices(),
     });
-    forward_from_logits(config, layer, input, &gated.logits)
+    Output { router_state, ..forward_from_logits(config, layer, input, &gated.logits) }
 }
 
 /// The layer, from logits that were made elsewhere: [`forward`] without the router's product, scale, bias and softcap.
@@ -119,7 +124,7 @@ pub fn forward_from_logits(config: &LayerConfig, layer: &Layer<'_>, input: &Inpu
         (Some(experts), Some(token_ids)) => Some(Table { experts, token_ids }),
         _ => None,
     };
-    let routes = route(
+    let mut routes = route(
         logits,
         &Route {
             rule: config.routing,
@@ -127,11 +132,35 @@ pub fn forward_from_logits(config: &LayerConfig, layer: &Layer<'_>, input: &Inpu
             expert_scale: layer.expert_scale,
             table,
             tokens: input.tokens,
-            experts: config.experts,
+            experts: config.choices(),
             top_k: config.top_k,
         },
     );
+    if let Some(capacity) = config.capacity {
+        let importance = (capacity.order == CapacityOrder::Score).then(|| importance(config, logits, input.tokens));
+        let choices = config.choices();
+        let (experts, weights) = drop_overflow(&DropOverflow {
+            capacity,
+            ids: &routes.experts,
+            weights: &routes.weights,
+            slot_row: &permute(&Permute { ids: &routes.experts, experts: choices, local: 0..choices }).slot_row,
+            importance: importance.as_deref(),
+            sequences: input.sequences,
+            experts: choices,
+            tokens: input.tokens,
+            top_k: config.top_k,
+        });
+        routes = Routes { experts, weights, ..routes };
+    }
     Output { logits: logits.to_vec(), ..experts(config, layer, input, routes) }
+}
+
+/// The largest softmax of each token's logits, `[T]`.
+fn importance(config: &LayerConfig, logits: &[f64], tokens: usize) -> Vec<f64> {
+    let rule = RoutingRule { score: Score::Softmax, ..RoutingRule::default() };
+    let (experts, top_k) = (config.choices(), 1);
+    route(logits, &Route { rule, correction_bias: None, expert_scale: None, table: None, tokens, experts, top_k })
+        .weights
 }
 
 /// The layer, from routes that were made elsewhere. The weights are used as they are. A slot with id
@@ -152,91 +181,71 @@ pub fn forward_from_routes(
 
 /// Everything after the routes.
 fn experts(config: &LayerConfig, layer: &Layer<'_>, input: &Input<'_>, routes: Routes) -> Output {
-    let (hidden, intermediate, top_k) = (config.hidden, config.intermediate, config.top_k);
+    let (width, intermediate, top_k) = (config.expert_width(), config.intermediate, config.top_k);
     let normed = match config.gate.norm {
-        Some(norm) if norm.feeds_experts => Some(rms_norm(input.x, layer.router_norm, f64::from(norm.eps), hidden)),
+        Some(norm) if norm.feeds_experts => {
+            Some(rms_norm(input.x, layer.router_norm, f64::from(norm.eps), config.hidden))
+        }
         _ => None,
     };
     let x = normed.as_deref().unwrap_or(input.x);
+    let read = around::expert_input(config, layer, x);
     let rows = input.tokens * top_k;
     let (input_weights, output_weights) = match config.weight_on {
         WeightOn::Input => (Some(&routes.weights[..]), None),
         WeightOn::Output => (None, Some(&routes.weights[..])),
     };
 
-    let permutation = permute(&Permute { ids: &routes.experts, experts: config.experts, local: 0..config.experts });
+    let choices = config.choices();
+    let permutation = permute(&Permute { ids: &routes.experts, experts: choices, local: 0..config.experts });
     let pre_activation = gate_up(&GateUp {
-        x,
+        x: &read,
         gather: Some(Gather { row_slot: &permutation.row_slot, top_k }),
         input_weights,
-        offsets: &permutation.offsets,
+        offsets: &permutation.offsets[..=config.experts],
         gate_up: layer.gate_up,
         bias: layer.gate_up_bias,
         rows,
-        hidden,
+        hidden: width,
         outputs: config.gate_up_rows(),
     });
     let a = activation(config.activation, PreActivation::Halves(&pre_activation), rows, intermediate);
     let y = down(&Down {
         a: &a,
-        offsets: &permutation.offsets,
+        offsets: &permutation.offsets[..=config.experts],
         down: layer.down,
         bias: layer.down_bias,
         rows,
-        hidden,
+        hidden: width,
         intermediate,
     });
-    let shared = shared_expert(config, layer, x, input.tokens);
-    let Combined { out, normed } = combine(&Combine {
+    let y = around::normed(config.norms.expert_out, layer.norms.expert_out, y, width);
+    let copy = config.zero_experts.filter(|zero| zero.output == ZeroOutput::Copy);
+    let copies = copy.map(|_| Copies { x: &read, ids: &routes.experts, first: config.experts, end: choices });
+    let sum = combine(&Combine {
         y: &y,
         slot_row: Some(&permutation.slot_row),
         weights: output_weights,
+        copies,
         routed_scale: f64::from(config.routed_scale),
-        shared: shared.as_ref().map(SharedRows::part),
-        residual: input.residual,
-        norm: input.norm,
+        shared: None,
+        residual: None,
+        norm: None,
         tokens: input.tokens,
-        hidden,
+        hidden: width,
         top_k,
     });
+    let routed = RoutedSum(sum.out);
+    let (y, normed) = routed.finish(config, layer, x, input);
+    let counts = permutation.counts();
     Output {
-        y: out,
+        y,
         normed,
         logits: Vec::new(),
-        statistics: Statistics::from_counts(&permutation.counts()),
+        router_state: None,
+        statistics: Statistics::from_counts(&counts[..config.experts]),
         status: routes.status | permutation.status,
         routes,
         permutation,
     }
-}
-
-/// What the shared expert made of the tokens.
-struct SharedRows {
-    y: Vec<f64>,
-    gate_logits: Option<Vec<f64>>,
-    scale: f64,
-}
-
-impl SharedRows {
-    fn part(&self) -> Shared<'_> {
-        let gate = self.gate_logits.as_deref().map_or(SharedGate::None, SharedGate::Logit);
-        Shared { y: &self.y, gate, scale: self.scale }
-    }
-}
-
-fn shared_expert(config: &LayerConfig, layer: &Layer<'_>, x: &[f64], tokens: usize) -> Option<SharedRows> {
-    let (shared, weights) = (config.shared?, layer.shared?);
-    let (rows, hidden, intermediate) = (tokens, config.hidden, shared.intermediate);
-    let outputs = shared.activation.gate_up_rows(intermediate);
-    let (weight, bias) = (weights.gate_up, weights.gate_up_bias);
-    let pre_activation = linear(&Linear { x, weight, bias, rows, inputs: hidden, outputs });
-    let a = activation(shared.activation, PreActivation::Halves(&pre_activation), rows, intermediate);
-    let (weight, bias) = (weights.down, weights.down_bias);
-    let down = Linear { x: &a, weight, bias, rows, inputs: intermediate, outputs: hidden };
-    let gate = weights.gate.filter(|_| shared.gated);
-    Some(SharedRows {
-        y: linear(&down),
-        gate_logits: gate.map(|weight| linear(&Linear { x, weight, bias: None, rows, inputs: hidden, outputs: 1 })),
-        scale: f64::from(shared.scale),
-    })
 }

@@ -14,6 +14,7 @@
 //! [`Status`](crate::Status).
 
 mod activation;
+mod around;
 mod combine;
 mod down;
 mod expert_loop;
@@ -22,17 +23,20 @@ mod gate_up;
 mod layer;
 mod linear;
 mod norm;
+mod overflow;
 mod permute;
 mod route;
 
 pub use activation::{PreActivation, activate, activation, erf, erfc, sigmoid};
-pub use combine::{Combine, Combined, Norm, Shared, SharedGate, combine};
+pub use around::{Latent, NormVectors, RouterMlp, SharedExpert};
+pub use combine::{Combine, Combined, Copies, Norm, Shared, SharedGate, combine};
 pub use down::{Down, down};
 pub use expert_loop::{Expert, ExpertLoop, accumulate, expert_loop, experts_of_stack, zero};
 pub use gate::{Gate, Gated, gate};
 pub use gate_up::{GateUp, Gather, gate_up};
-pub use layer::{Input, Layer, Output, SharedExpert, forward, forward_from_logits, forward_from_routes};
+pub use layer::{Input, Layer, Output, forward, forward_from_logits, forward_from_routes};
 pub use linear::{Linear, linear};
 pub use norm::rms_norm;
+pub use overflow::{DropOverflow, drop_overflow};
 pub use permute::{Permutation, Permute, Tile, permute, tile_schedule};
 pub use route::{Candidate, GatherWeights, Route, Routes, Table, Witness, gate_route, gather_weights, route};

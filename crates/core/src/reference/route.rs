@@ -13,7 +13,7 @@ use crate::{NO_EXPERT, Status};
 pub struct Route<'a> {
     /// Score, selection, weight rule.
     pub rule: RoutingRule,
-    /// `[E]`, added to the keys if the selection says so; absent for zeros.
+    /// `[E - A]`, A experts being always chosen; added to the keys if the selection says so; absent for zeros.
     pub correction_bias: Option<&'a [f64]>,
     /// `[E]`, multiplies the weights if the weight rule says so; absent for ones.
     pub expert_scale: Option<&'a [f64]>,
@@ -53,9 +53,9 @@ pub struct Routes {
 /// number format make a near-tie, which an implementation in that format may decide the other way.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Witness {
-    /// K-th in the order of the choice.
+    /// (K-A)-th in the order of the choice, A experts being always chosen.
     pub last: Candidate,
-    /// (K+1)-th in the order of the choice; [`Candidate::NONE`] if K = E.
+    /// (K-A+1)-th in the order of the choice; [`Candidate::NONE`] if K = E.
     pub next: Candidate,
 }
 
@@ -92,6 +92,9 @@ impl Candidate {
 ///   goes to the lower group. The keys of the others become 0 ([`Masked::Zero`](crate::config::Masked)), or -inf and are
 ///   then chosen only after every expert of a kept group, even one whose key is -inf too.
 ///
+/// With [`always`](RoutingRule::always) = A only the first E - A experts take part in this, and K - A of them are chosen;
+/// the last A experts follow in the last A slots, by their number.
+///
 /// [`Selection::SparseMixer`], made for K = 2: pass 1 chooses the largest logit `m`; its weight starts as its softmax among
 /// the experts with `l[e] = m` or `m - l[e] <= 2 * jitter * max(|l[e]|, m)`. Pass 2 does the same without the first
 /// expert; its weight starts as 0 if only -inf is left. NaN counts as -inf. These weights take the place of the weight
@@ -109,7 +112,7 @@ impl Candidate {
 /// **No finite logit.** A token all of whose logits are NaN or infinite gets experts `0..K` with weights NaN, and
 /// [`Status::NO_FINITE_SCORE`], whatever the selection; a table is not read for it.
 ///
-/// **Witness**: K-th and (K+1)-th expert of the order of the choice, with keys as compared (for the sparse mixer,
+/// **Witness**: (K-A)-th and (K-A+1)-th expert of the order of the choice, with keys as compared (for the sparse mixer,
 /// logits). [`Candidate::NONE`] twice for a table and for a token without finite logit.
 ///
 /// ```
@@ -160,11 +163,14 @@ fn choose(t: usize, logits: &[f64], op: &Route<'_>) -> Choice {
         Selection::TopK { by, bias, groups } => {
             let by_logit = by == SelectBy::Logit || (!bias && groups.is_none());
             let values = if by_logit { logits } else { &scores };
-            let mut keys = select::keys(logits, values, op.correction_bias.filter(|_| bias));
+            let competing = op.experts - op.rule.always;
+            let bias = op.correction_bias.filter(|_| bias);
+            let mut keys = select::keys(&logits[..competing], &values[..competing], bias);
             if let Some(groups) = groups {
                 select::limit_to_groups(&mut keys, groups);
             }
-            let (experts, witness) = select::top_k(&keys, op.top_k);
+            let (mut experts, witness) = select::top_k(&keys, op.top_k - op.rule.always);
+            experts.extend(competing as u32..op.experts as u32);
             (experts, None, witness, Status::OK)
         }
         Selection::SparseMixer { jitter } => {

@@ -1,6 +1,6 @@
 //! The activations of `config::Activation`, from gate and up.
 
-use super::math::{normal, sigmoid};
+use super::math::{normal, sigmoid, tanh};
 use super::simd::{Simd, Task};
 use fused_moe_core::config::{Activation, Function};
 
@@ -41,8 +41,17 @@ fn apply<S: Simd>(s: S, activation: Activation, g: S::Vector, u: S::Vector) -> S
         Activation::SiluThenClamp { limit } => {
             s.mul(s.min(s.splat(limit), function(s, Function::Silu, g)), clamp(s, u, limit))
         }
+        Activation::SoftcappedSilu { gate_cap, up_cap } => {
+            s.mul(s.mul(softcap(s, g, gate_cap), sigmoid(s, g)), softcap(s, u, up_cap))
+        }
         Activation::Plain(f) => function(s, f, u),
     }
+}
+
+/// `cap * tanh(x / cap)`.
+#[inline(always)]
+fn softcap<S: Simd>(s: S, x: S::Vector, cap: f32) -> S::Vector {
+    s.mul(s.splat(cap), tanh(s, s.div(x, s.splat(cap))))
 }
 
 /// x between -limit and limit; NaN stays.

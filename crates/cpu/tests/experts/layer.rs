@@ -143,6 +143,7 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
         shared: shared.as_ref().zip(shared_gate_up.as_ref()).map(|([.., down, gate], gate_up)| {
             reference::SharedExpert { gate_up, gate_up_bias: None, down, down_bias: None, gate: Some(gate) }
         }),
+        ..reference::Layer::default()
     };
     let (xs, residuals, norm_weights) = (x.values(), residual.values(), norm_weight.values());
     let input = reference::Input {
@@ -151,6 +152,7 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
         residual: Some(&residuals),
         norm: Some(reference::Norm { weight: Some(&norm_weights), eps: 1e-3 }),
         tokens,
+        ..reference::Input::default()
     };
     let routed = match from {
         From::Router => reference::forward(&model.config, &layer, &input),

@@ -13,6 +13,7 @@ fn activations() -> Vec<Activation> {
         Activation::ClampedSilu { limit: 1.5 },
         Activation::ClampedSwish { alpha: 1.702, limit: 1.25 },
         Activation::SiluThenClamp { limit: 1.0 },
+        Activation::SoftcappedSilu { gate_cap: 1.0, up_cap: 2.0 },
     ];
     all.extend(FUNCTIONS.map(Activation::Gated));
     all.extend(FUNCTIONS.map(Activation::Plain));

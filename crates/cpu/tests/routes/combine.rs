@@ -74,6 +74,7 @@ impl Case {
                 None => SlotRows::Slots(self.y.view()),
             },
             weights: self.weights.as_ref().map(|b| b.view()),
+            copies: None,
             routed_scale: self.routed_scale,
             shared: self.shared.as_ref().map(|y| Shared {
                 y: y.view(),
@@ -107,6 +108,7 @@ impl Case {
             y: &y,
             slot_row: slot_row.as_deref(),
             weights: weights.as_deref(),
+            copies: None,
             routed_scale: f64::from(self.routed_scale),
             shared: shared.as_deref().map(|y| reference::Shared {
                 y,

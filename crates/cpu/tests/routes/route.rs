@@ -51,7 +51,7 @@ fn rule(random: &mut Random, experts: usize, k: usize) -> RoutingRule {
     let expert_scale = random.pick(&[None, Some(ExpertScale::BeforeNormalize), Some(ExpertScale::AfterNormalize)]);
     let value = random.pick(&[WeightValue::Score, WeightValue::SoftmaxOfChosen]);
     let weights = WeightRule { value, expert_scale, normalize, scale: random.pick(&[1.0, 2.5]) };
-    RoutingRule { score, selection, weights }
+    RoutingRule { score, selection, weights, always: 0 }
 }
 
 fn case(random: &mut Random, size: [usize; 3]) -> Case {
@@ -224,7 +224,11 @@ fn scores_smaller_than_f32_has_numbers_for_keep_their_ratio() {
         let rule = WeightRule { normalize: Normalize::Sum { eps: 0.0 }, ..WeightRule::default() };
         let choice = Choice {
             correction_bias: Some(bias.view()),
-            ..Choice::new(RoutingRule { score, selection, weights: rule }, experts.view_mut(), weights.view_mut())
+            ..Choice::new(
+                RoutingRule { score, selection, weights: rule, always: 0 },
+                experts.view_mut(),
+                weights.view_mut(),
+            )
         };
         cpu.route(&stream, Route { logits: logits.view(), choice }).unwrap();
         assert_eq!(experts.numbers(), [1, 2]);

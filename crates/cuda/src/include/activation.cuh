@@ -5,6 +5,7 @@
 #define FORM_CLAMPED_SWISH 2
 #define FORM_SILU_THEN_CLAMP 3
 #define FORM_PLAIN 4
+#define FORM_SOFTCAPPED_SILU 5
 #define FUNCTION_SILU 0
 #define FUNCTION_GELU_TANH 1
 #define FUNCTION_GELU_ERF 2
@@ -15,6 +16,7 @@
 __device__ __forceinline__ f32 at_most(f32 x, f32 limit) { return x > limit ? limit : x; }
 __device__ __forceinline__ f32 clamp(f32 x, f32 limit) { return x < -limit ? -limit : at_most(x, limit); }
 __device__ __forceinline__ f32 silu(f32 x) { return x * sigmoid(x); }
+__device__ __forceinline__ f32 softcap(f32 x, f32 cap) { return cap * tanhf(x / cap); }
 __device__ __forceinline__ f32 relu(f32 x) { return x <= 0.0f ? 0.0f : x; }
 
 template <int F> __device__ __forceinline__ f32 function(f32 x) {
@@ -27,6 +29,7 @@ template <int F> __device__ __forceinline__ f32 function(f32 x) {
     return x;
 }
 
+// `limit` and `alpha` are the two caps of the softcapped form.
 template <int A, int F> __device__ __forceinline__ f32 activate(f32 g, f32 u, f32 limit, f32 alpha) {
     if (A == FORM_GATED) return function<F>(g) * u;
     if (A == FORM_CLAMPED_SILU) return silu(at_most(g, limit)) * clamp(u, limit);
@@ -35,5 +38,6 @@ template <int A, int F> __device__ __forceinline__ f32 activate(f32 g, f32 u, f3
         return (clamp(u, limit) + 1.0f) * (m * sigmoid(alpha * m));
     }
     if (A == FORM_SILU_THEN_CLAMP) return at_most(silu(g), limit) * clamp(u, limit);
+    if (A == FORM_SOFTCAPPED_SILU) return softcap(g, limit) * sigmoid(g) * softcap(u, alpha);
     return function<F>(u);
 }

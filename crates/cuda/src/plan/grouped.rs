@@ -169,6 +169,7 @@ pub(crate) fn all() -> Vec<GroupedKernel> {
         Activation::ClampedSilu { limit },
         Activation::ClampedSwish { alpha: 1.0, limit },
         Activation::SiluThenClamp { limit },
+        Activation::SoftcappedSilu { gate_cap: 1.0, up_cap: 1.0 },
     ];
     for function in [Function::GeluTanh, Function::GeluErf, Function::Relu, Function::ReluSquared, Function::Identity] {
         activations.push(Activation::Gated(function));

@@ -66,6 +66,7 @@ const RULE: RoutingRule = RoutingRule {
         normalize: Normalize::Sum { eps: 0.0 },
         scale: 1.0,
     },
+    always: 0,
 };
 
 impl Router {

@@ -96,6 +96,9 @@ pub(super) fn activation(activation: Activation) -> String {
             let gate = format!("min(gate, {limit})");
             format!("(clamp(up, -{limit}, {limit}) + 1) * {gate} * sigmoid({alpha} * {gate})")
         }
+        Activation::SoftcappedSilu { gate_cap, up_cap } => {
+            format!("cap(gate, {gate_cap}) * sigmoid(gate) * cap(up, {up_cap}), cap(x, c) = c * tanh(x / c)")
+        }
         Activation::SiluThenClamp { limit } => format!("min(silu(gate), {limit}) * clamp(up, -{limit}, {limit})"),
         Activation::Plain(function) => applied(function, "up"),
     }

@@ -159,7 +159,7 @@ fn routing(config: &ModelConfig, routing: &Routing, layer: usize) -> Result<Rout
     };
     let scale = config.number(routing.scale, layer)?;
     let weights = WeightRule { value: routing.value, normalize, scale, ..WeightRule::default() };
-    Ok(RoutingRule { score: *config.case(routing.score, layer)?, selection, weights })
+    Ok(RoutingRule { score: *config.case(routing.score, layer)?, selection, weights, always: 0 })
 }
 
 fn groups(config: &ModelConfig, fields: GroupFields, layer: usize) -> Result<Option<Groups>> {

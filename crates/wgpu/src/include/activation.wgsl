@@ -6,6 +6,7 @@ const FORM_CLAMPED_SILU = 1u;
 const FORM_CLAMPED_SWISH = 2u;
 const FORM_SILU_THEN_CLAMP = 3u;
 const FORM_PLAIN = 4u;
+const FORM_SOFTCAPPED_SILU = 5u;
 const FUNCTION_SILU = 0u;
 const FUNCTION_GELU_TANH = 1u;
 const FUNCTION_GELU_ERF = 2u;
@@ -16,6 +17,7 @@ const FUNCTION_IDENTITY = 5u;
 fn at_most(x: f32, limit: f32) -> f32 { return unless_nan(x, select(x, limit, x > limit)); }
 fn within(x: f32, limit: f32) -> f32 { return unless_nan(x, select(at_most(x, limit), -limit, x < -limit)); }
 fn silu(x: f32) -> f32 { return x * sigmoid(x); }
+fn softcap(x: f32, cap: f32) -> f32 { return unless_nan(x, cap * tanh_of(x / cap)); }
 fn relu(x: f32) -> f32 { return unless_nan(x, select(x, 0.0, x <= 0.0)); }
 
 fn activation_function(x: f32) -> f32 {
@@ -30,6 +32,7 @@ fn activation_function(x: f32) -> f32 {
     }
 }
 
+// `limit` and `alpha` are the two caps of the softcapped form.
 fn activate(g: f32, u: f32, limit: f32, alpha: f32) -> f32 {
     switch (FORM) {
         case FORM_GATED: { return activation_function(g) * u; }
@@ -39,6 +42,7 @@ fn activate(g: f32, u: f32, limit: f32, alpha: f32) -> f32 {
             return (within(u, limit) + 1.0) * (m * sigmoid(alpha * m));
         }
         case FORM_SILU_THEN_CLAMP: { return at_most(silu(g), limit) * within(u, limit); }
+        case FORM_SOFTCAPPED_SILU: { return softcap(g, limit) * sigmoid(g) * softcap(u, alpha); }
         default: { return activation_function(u); }
     }
 }

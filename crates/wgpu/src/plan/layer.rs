@@ -67,6 +67,7 @@ mod tests {
         let shared = SharedConfig { intermediate: shared, activation: Default::default(), gated: false, scale: 1.0 };
         let config = LayerConfig { shared: Some(shared), ..LayerConfig::new(hidden, intermediate, 128, top_k) };
         LayerProblem {
+            core: config.core(),
             config,
             gate_up: DType::BF16,
             down: DType::BF16,

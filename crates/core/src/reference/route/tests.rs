@@ -40,7 +40,7 @@ fn softmax_then_top_k() {
 #[test]
 fn softmax_of_the_chosen_is_the_normalised_softmax() {
     let weights = weights(WeightValue::SoftmaxOfChosen, Normalize::None);
-    let rule = RoutingRule { score: Score::Logit, selection: top_k(SelectBy::Logit, false), weights };
+    let rule = RoutingRule { score: Score::Logit, selection: top_k(SelectBy::Logit, false), weights, always: 0 };
     let routes = route(&[1f64.ln(), 4f64.ln(), 2f64.ln(), 3f64.ln()], &op(rule, 4, 2));
     assert_eq!(routes.experts, [1, 3]);
     close(&routes.weights, &[4.0 / 7.0, 3.0 / 7.0]);
@@ -77,7 +77,7 @@ fn groups_read_scores() {
     let groups = Groups { count: 2, keep: 1, score: GroupScore::SumOfBestTwo, masked: Masked::NegInfinity };
     let selection = Selection::TopK { by: SelectBy::Score, bias: true, groups: Some(groups) };
     let weights = WeightRule { normalize: Normalize::Sum { eps: 1e-20 }, scale: 2.5, ..Default::default() };
-    let rule = RoutingRule { score: Score::Sigmoid, selection, weights };
+    let rule = RoutingRule { score: Score::Sigmoid, selection, weights, always: 0 };
     // best two of the groups: 0.5 + 0.5 and 1 + 0
     let logits = [0.0, 0.0, INF, -INF];
     let biased = route(&logits, &Route { correction_bias: Some(&[0.1, 0.0, 0.0, 0.0]), ..op(rule, 4, 2) });
@@ -127,12 +127,33 @@ fn sparse_mixer_uses_its_own_values_and_the_rest_of_the_rule() {
 }
 
 #[test]
+fn some_are_always_chosen_and_normalised_with_the_others() {
+    let rule = RoutingRule {
+        score: Score::Sigmoid,
+        selection: top_k(SelectBy::Score, true),
+        weights: weights(WeightValue::Score, Normalize::Sum { eps: 0.0 }),
+        always: 2,
+    };
+    let logits = [0.0, INF, 0.0, 0.0, INF];
+    let routes = route(&logits, &Route { correction_bias: Some(&[5.0, 0.0, 1.0]), ..op(rule, 5, 3) });
+    assert_eq!(routes.experts, [0, 3, 4]);
+    close(&routes.weights, &[0.25, 0.25, 0.5]);
+    assert_eq!(routes.witness[0].last, Candidate { expert: 0, key: 5.5 });
+    assert_eq!(routes.witness[0].next.expert, 2);
+    // groups are of those that compete
+    let groups = Groups { count: 3, keep: 1, score: GroupScore::Best, masked: Masked::NegInfinity };
+    let selection = Selection::TopK { by: SelectBy::Score, bias: false, groups: Some(groups) };
+    assert_eq!(route(&logits, &op(RoutingRule { selection, ..rule }, 5, 3)).experts, [1, 3, 4]);
+}
+
+#[test]
 fn table() {
     let experts = [2, 0, 1, 1, 7, 2];
     let rule = RoutingRule {
         score: Score::Sigmoid,
         selection: Selection::Table,
         weights: weights(WeightValue::Score, Normalize::Sum { eps: 0.0 }),
+        always: 0,
     };
     let logits = [0.0, INF, 0.0].repeat(4);
     let table = Some(Table { experts: &experts, token_ids: &[0, 1, 2, 3] });

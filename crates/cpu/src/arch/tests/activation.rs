@@ -11,6 +11,7 @@ fn activations() -> Vec<Activation> {
         Activation::ClampedSilu { limit: 7.0 },
         Activation::ClampedSwish { alpha: 1.702, limit: 7.0 },
         Activation::SiluThenClamp { limit: 2.5 },
+        Activation::SoftcappedSilu { gate_cap: 4.0, up_cap: 25.0 },
     ];
     gated.into_iter().chain(plain).chain(clamped).collect()
 }
@@ -61,6 +62,10 @@ fn exact(activation: Activation, g: f64, u: f64) -> f64 {
         Activation::SiluThenClamp { limit } => {
             let limit = f64::from(limit);
             silu(g).min(limit) * u.clamp(-limit, limit)
+        }
+        Activation::SoftcappedSilu { gate_cap, up_cap } => {
+            let softcap = |x: f64, cap: f32| f64::from(cap) * (x / f64::from(cap)).tanh();
+            softcap(g, gate_cap) * sigmoid(g) * softcap(u, up_cap)
         }
     }
 }
