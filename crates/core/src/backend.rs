@@ -26,7 +26,7 @@ pub trait Backend: Sized {
     /// Memory that operations write.
     type Mut<'a>: Storage;
     /// A buffer: owned, or a handle to one that the host program owns.
-    type Memory: Send;
+    type Memory: Send + Sync;
     /// Where work is enqueued in order.
     type Stream: Stream<Error = Self::Error>;
     /// Scratch of a layer.

@@ -16,6 +16,7 @@ pub mod reference;
 mod routing;
 mod statistics;
 mod status;
+pub mod surroundings;
 mod tensor;
 pub mod weights;
 
