@@ -2,7 +2,7 @@
 
 const SQUARES = false;
 
-fn weighted(x: Eight, h: u32) -> Eight { return x; }
+fn weighted(x: mat2x4<f32>, h: u32) -> mat2x4<f32> { return x; }
 
 @compute @workgroup_size(256)
 fn linear_tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {

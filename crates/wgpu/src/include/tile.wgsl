@@ -33,18 +33,18 @@ fn multiply_tile(thread: u32, first_row: u32, first_column: u32) -> Sums {
     for (var k = 0u; k < p.width; k += TILE_K) {
         var now = next;
         if (of_x) {
-            if (SQUARES) { squares = fma(now.b, now.b, fma(now.a, now.a, squares)); }
+            if (SQUARES) { squares = fma(now[1], now[1], fma(now[0], now[0], squares)); }
             now = weighted(now, k + c);
         }
         workgroupBarrier();
         if (of_x) {
             let place = c / 4u * X_PITCH + r;
-            tile_x[place] = now.a;
-            tile_x[place + X_PITCH] = now.b;
+            tile_x[place] = now[0];
+            tile_x[place + X_PITCH] = now[1];
         } else {
             let place = c / 4u * WEIGHT_PITCH + r % 4u * WEIGHT_PART + r / 4u;
-            tile_weight[place] = now.a;
-            tile_weight[place + WEIGHT_PITCH] = now.b;
+            tile_weight[place] = now[0];
+            tile_weight[place + WEIGHT_PITCH] = now[1];
         }
         workgroupBarrier();
         next = eight_at(of_x, first_row + r, first_column + r, k + TILE_K + c);
@@ -85,10 +85,15 @@ fn plus_row(sum: vec4<f32>, x: vec4<f32>, w: mat4x4<f32>) -> vec4<f32> {
 fn squares_of(r: u32) -> f32 { return tile_squares[2u * r] + tile_squares[2u * r + 1u]; }
 
 // Eight neighbours of a row of x or of the weight, zeros outside.
-fn eight_at(of_x: bool, row: u32, column: u32, h: u32) -> Eight {
-    if (h >= p.width || (of_x && row >= p.rows) || (!of_x && column >= p.columns)) { return Eight(); }
-    var eight: Eight;
-    if (of_x) { eight = load8_x(at(p.x, row, h)); } else { eight = load8_weight(at(p.weight, column, h)); }
-    if (h + 8u > p.width) { eight = first_of(eight, p.width - h); }
+fn eight_at(of_x: bool, row: u32, column: u32, h: u32) -> mat2x4<f32> {
+    if (h >= p.width || (of_x && row >= p.rows) || (!of_x && column >= p.columns)) { return mat2x4<f32>(); }
+    let count = p.width - h;
+    var eight: mat2x4<f32>;
+    if (of_x) {
+        eight = widen8_x(read8_x(at(p.x, row, h), count));
+    } else {
+        eight = widen8_weight(read8_weight(at(p.weight, column, h), count));
+    }
+    if (count < 8u) { eight = first_of(eight, count); }
     return eight;
 }
