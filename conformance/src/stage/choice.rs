@@ -15,6 +15,8 @@ pub struct Choice {
     pub dtype: DType,
     /// Whether all correction biases are the same.
     pub flat_bias: bool,
+    /// Whether every third expert's scale is NaN.
+    pub nan_scale: bool,
     /// Whether the table holds ids that do not exist, and token ids lie outside of it.
     pub bad_table: bool,
     /// Whether the witness is asked for.
@@ -24,7 +26,7 @@ pub struct Choice {
 impl Choice {
     /// By this rule.
     pub fn new(rule: RoutingRule) -> Self {
-        Self { rule, dtype: DType::F32, flat_bias: false, bad_table: false, witness: false }
+        Self { rule, dtype: DType::F32, flat_bias: false, nan_scale: false, bad_table: false, witness: false }
     }
 
     /// Adds the operands of the choice to a case.
@@ -35,7 +37,10 @@ impl Choice {
             prepared.input("correction_bias", if self.flat_bias { flat } else { bias });
         }
         if self.rule.weights.expert_scale.is_some() {
-            prepared.input("expert_scale", data.of("expert_scale").between(self.dtype, [experts], 0.25, 2.0));
+            let scale = data.of("expert_scale").between(self.dtype, [experts], 0.25, 2.0);
+            let with_nan = scale.as_floats().iter().enumerate().map(|(e, &s)| if e % 3 == 1 { f64::NAN } else { s });
+            let with_nan = Tensor::floats(self.dtype, [experts], with_nan);
+            prepared.input("expert_scale", if self.nan_scale { with_nan } else { scale });
         }
         if self.rule.selection == Selection::Table {
             let vocabulary = 13;

@@ -217,6 +217,25 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
             }
         }
     }
+    let normalizers = [
+        Normalize::None,
+        Normalize::Sum { eps: 0.5 },
+        Normalize::SumAtLeast { min: 0.25 },
+        Normalize::SumAtLeast { min: 8.0 },
+        Normalize::Lp { p: 2.0 },
+    ];
+    for (normalize, when) in
+        normalizers.into_iter().flat_map(|n| [(n, ExpertScale::BeforeNormalize), (n, ExpertScale::AfterNormalize)])
+    {
+        let weights = WeightRule { normalize, expert_scale: Some(when), ..WeightRule::default() };
+        let rule = RoutingRule { score: Score::Sigmoid, weights, ..RoutingRule::default() };
+        for dtype in FLOATS {
+            // tokens with such an expert among theirs and tokens without
+            let case = route([24, 9, 2], DType::F32, normal, rule);
+            let choice = Choice { dtype, nan_scale: true, ..case.choice.clone() };
+            push(&format!("nan scale {normalize:?} {when:?}"), Route { choice, ..case }, false);
+        }
+    }
     let lp = WeightRule { normalize: Normalize::Sum { eps: 0.0 }, ..WeightRule::default() };
     let positive = RoutingRule { score: Score::Logit, weights: lp, ..RoutingRule::default() };
     push("logit score renormalised", route([5, 24, 4], DType::F32, Logits::Positive, positive), false);

@@ -25,24 +25,22 @@ pub(crate) fn constants(activation: Activation) -> (f32, f32) {
     }
 }
 
-/// Gate, up and out; where gate and up share a buffer, it is both.
+/// Gate, up and out; gate and up are left out where they are out, since what is written can be bound but once.
 fn bind<'a>(
     device: &Device,
     operands: &'a ActivationOperands<'_, Wgpu>,
     rows: Range<usize>,
 ) -> Result<[Option<Operand<'a>>; 3]> {
     use ActivationOperands::*;
-    let read = |view: &'a View<Ref<'_>>| Operand::rows(device, "activation", view, rows.clone());
-    let write = |view: &'a View<Mut<'_>>| Operand::rows(device, "activation", view, rows.clone());
-    let [gate, up, out] = match operands {
+    let read = |view: &'a View<Ref<'_>>| Operand::rows(device, "activation", view, rows.clone()).map(Some);
+    let write = |view: &'a View<Mut<'_>>| Operand::rows(device, "activation", view, rows.clone()).map(Some);
+    Ok(match operands {
         Separate { gate, up, out } => [read(gate)?, read(up)?, write(out)?],
-        SeparateInPlace { gate, up } => [write(gate)?, read(up)?, write(gate)?],
+        SeparateInPlace { gate, up } => [None, read(up)?, write(gate)?],
         Halves { gate_up: both, out } | Interleaved { gate_up: both, out } => [read(both)?, read(both)?, write(out)?],
-        HalvesInPlace { gate_up: all } => [write(all)?, write(all)?, write(all)?],
-        Plain { up, out } => return Ok([None, Some(read(up)?), Some(write(out)?)]),
-        PlainInPlace { up } => return Ok([None, Some(write(up)?), Some(write(up)?)]),
-    };
-    Ok([Some(gate), Some(up), Some(out)])
+        Plain { up, out } => [None, read(up)?, write(out)?],
+        HalvesInPlace { gate_up: all } | PlainInPlace { up: all } => [None, None, write(all)?],
+    })
 }
 
 /// Bytes from row to row, of the operand where that is most.
@@ -71,7 +69,7 @@ pub(crate) fn activation(wgpu: &Wgpu, stream: &WgpuStream, operands: Activate<'_
     for rows in pieces(wgpu, problem.rows, row_bytes(&operands.operands)) {
         let count = rows.len() as u32;
         let bound = bind(wgpu.device(), &operands.operands, rows)?;
-        let [gate, mut up, out] = bound.map(|operand| tensor(&operand));
+        let [gate, mut up, out] = bound.map(|operand| tensor(&operand.or(bound[2])));
         up.offset += ahead;
         let width = problem.intermediate as u32;
         let params = ActivationParams { gate, up, out, rows: count, width, step, limit, alpha };

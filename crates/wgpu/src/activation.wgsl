@@ -1,4 +1,5 @@
-// out = act(g) * u; gate, up and out may be the same memory: an element is read before it is written, by one thread.
+// out = act(g) * u. What is not bound lies in out: no memory is bound twice. An element is read before it is written, by one
+// thread.
 
 @compute @workgroup_size(256)
 fn activation(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -14,7 +15,16 @@ fn activation(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 }
 
 fn activated(row: u32, i: u32) -> f32 {
-    var g = 0.0;
-    if (has_gate) { g = load_gate(at(p.gate, row, i * p.step)); }
-    return activate(g, load_up(at(p.up, row, i * p.step)), p.limit, p.alpha);
+    return activate(gate_of(at(p.gate, row, i * p.step)), up_of(at(p.up, row, i * p.step)), p.limit, p.alpha);
+}
+
+fn gate_of(i: u32) -> f32 {
+    if (FORM == FORM_PLAIN) { return 0.0; }
+    if (has_gate) { return load_gate(i); }
+    return load_out(i);
+}
+
+fn up_of(i: u32) -> f32 {
+    if (has_up) { return load_up(i); }
+    return load_out(i);
 }

@@ -77,12 +77,16 @@ fn keep(fault: &Mutex<Option<String>>, message: String) {
     fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
 }
 
-/// Every adapter, GPUs before processors.
+/// Every adapter, GPUs before processors. wgpu would fall back on the compiler FXC where there is no DXC: it refuses
+/// barriers that follow a choice by what was read from memory, as the kernels have them, and knows no subgroups.
 pub(crate) fn adapters() -> Vec<wgpu::Adapter> {
     let flags = wgpu::InstanceFlags::empty().with_env();
+    let shader_compiler = wgpu::Dx12Compiler::default_dynamic_dxc().with_env();
+    let dx12 = wgpu::Dx12BackendOptions { shader_compiler, ..Default::default() };
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: wgpu::Backends::PRIMARY,
         flags,
+        backend_options: wgpu::BackendOptions { dx12, ..Default::default() },
         ..wgpu::InstanceDescriptor::new_without_display_handle()
     });
     let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));

@@ -10,7 +10,8 @@ pub enum Error {
     Contract(#[from] fused_moe_core::Error),
     /// No graphics driver offers an adapter.
     #[error(
-        "no GPU was found through Vulkan, Metal or DX12: install the graphics driver (on Linux, its Vulkan loader too)"
+        "no GPU was found through Vulkan, Metal or DX12: install the graphics driver (on Linux, its Vulkan loader too; on \
+         Windows, DX12 needs dxcompiler.dll)"
     )]
     NoAdapter,
     /// There is no adapter of this number.

@@ -7,6 +7,8 @@ fn gate(here: Here) {
     let n = number(here.group);
     let thread = thread_of(here);
     let first = n / blocks * TOKENS;
+    // a workgroup past the end, of the last line
+    if (first >= p.rows) { return; }
     let expert = n % blocks * teams + thread / TEAM;
     let d = dots(here, first, min(expert, p.columns - 1u));
     let i = thread % TEAM;

@@ -5,6 +5,8 @@ fn gate_tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     let across = (p.columns + TILE - 1u) / TILE;
     let n = number(group);
     let first_row = n / across * TILE;
+    // a workgroup past the end, of the last line
+    if (first_row >= p.rows) { return; }
     let first_column = n % across * TILE;
     let sums = multiply_tile(thread, first_row, first_column);
     let r = thread / 16u * 4u;

@@ -57,7 +57,6 @@ pub(crate) enum GroupedKernel {
     Tiled { product: Product, find: Find, tile: u32 },
 }
 
-const EIGHT: &str = include_str!("include/eight.wgsl");
 const GROUPED: &str = include_str!("include/grouped.wgsl");
 
 impl GroupedKernel {
@@ -78,7 +77,7 @@ impl GroupedKernel {
     }
 
     /// The parts of its text that follow the functions of activations.
-    pub(crate) fn parts(self) -> [&'static str; 4] {
+    pub(crate) fn parts(self) -> [&'static str; 3] {
         let (form, entry) = match (self.product().0.stage, self) {
             (Stage::GateUp, Self::Dot { .. }) => {
                 (include_str!("include/grouped_dot.wgsl"), include_str!("gate_up_dot.wgsl"))
@@ -93,7 +92,7 @@ impl GroupedKernel {
                 (include_str!("include/grouped_tiled.wgsl"), include_str!("down.wgsl"))
             }
         };
-        [EIGHT, GROUPED, form, entry]
+        [GROUPED, form, entry]
     }
 
     /// Constants that its text reads.

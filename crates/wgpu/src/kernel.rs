@@ -72,8 +72,7 @@ pub(crate) struct CombineKernel {
 }
 
 /// An operand as a kernel's text knows it: `load_<name>(i)` and, where it is written, `store_<name>(i, value)` take the
-/// number of an element in the binding; `has_<name>` says whether it is there. `load8_<name>(i)` are the eight elements from
-/// there, `i` a multiple of those that 16 bytes hold where the operand is read by 16 bytes.
+/// number of an element in the binding; `has_<name>` says whether it is there. Eight elements at once are in `eight`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Binding {
     pub(crate) name: &'static str,
@@ -191,6 +190,8 @@ const ACTIVATION: &str = include_str!("include/activation.wgsl");
 const REDUCE: &str = include_str!("include/reduce.wgsl");
 const REDUCE_SUBGROUP: &str = include_str!("include/reduce_subgroup.wgsl");
 const REDUCE_MEMORY: &str = include_str!("include/reduce_memory.wgsl");
+/// Eight elements of an operand.
+const EIGHT: &str = include_str!("include/eight.wgsl");
 const DOT: &str = include_str!("include/dot.wgsl");
 const TILE: &str = include_str!("include/tile.wgsl");
 const GATE: &str = include_str!("include/gate.wgsl");
@@ -339,12 +340,12 @@ impl Kernel {
             Self::Accumulate => vec![include_str!("accumulate.wgsl")],
             Self::Copy => vec![include_str!("copy.wgsl")],
             Self::Counts => vec![include_str!("counts.wgsl")],
-            Self::ReadAll => vec![include_str!("read_all.wgsl")],
-            Self::Gate { .. } => vec![MATH, REDUCE, DOT, GATE, include_str!("gate.wgsl")],
-            Self::GateTiled { .. } => vec![MATH, TILE, GATE, include_str!("gate_tiled.wgsl")],
-            Self::Linear { .. } => vec![REDUCE, DOT, include_str!("linear.wgsl")],
-            Self::LinearTiled => vec![TILE, include_str!("linear_tiled.wgsl")],
-            Self::Grouped(kernel) => [MATH, ACTIVATION].into_iter().chain(kernel.parts()).collect(),
+            Self::ReadAll => vec![EIGHT, include_str!("read_all.wgsl")],
+            Self::Gate { .. } => vec![MATH, REDUCE, EIGHT, DOT, GATE, include_str!("gate.wgsl")],
+            Self::GateTiled { .. } => vec![MATH, EIGHT, TILE, GATE, include_str!("gate_tiled.wgsl")],
+            Self::Linear { .. } => vec![REDUCE, EIGHT, DOT, include_str!("linear.wgsl")],
+            Self::LinearTiled => vec![EIGHT, TILE, include_str!("linear_tiled.wgsl")],
+            Self::Grouped(kernel) => [MATH, ACTIVATION, EIGHT].into_iter().chain(kernel.parts()).collect(),
         }
     }
 
@@ -417,7 +418,7 @@ impl Variant {
         let parts = self.kernel.parts();
         for (index, (binding, slot)) in self.kernel.bindings().iter().zip(self.slots).enumerate() {
             operand::declare(&mut text, index, binding, slot);
-            if let Some(slot) = slot.filter(|_| eight::wanted(binding.name, &parts)) {
+            if eight::wanted(binding.name, &parts) {
                 eight::declare(&mut text, binding.name, slot);
             }
         }

@@ -167,17 +167,25 @@ impl<'a> Operand<'a> {
     }
 
     /// The same from a later row on.
-    pub(crate) fn after(self, rows: u32) -> Self {
+    ///
+    /// Errors: `Binding` when that begins where no element number reaches.
+    pub(crate) fn after(self, device: &Device, operation: &'static str, rows: u32) -> Result<Self> {
         let Tensor { offset, stride } = self.tensor;
-        Self { tensor: Tensor { offset: offset + rows * stride, stride }, ..self }
+        let elements = u64::from(offset).saturating_add(u64::from(rows).saturating_mul(stride.into()));
+        let offset = u32::try_from(elements).map_err(|_| {
+            let bytes = elements.saturating_mul(self.format.size() as u64);
+            Error::Binding { operation, bytes, limit: device.numbers.binding_bytes }
+        })?;
+        Ok(Self { tensor: Tensor { offset, stride }, ..self })
     }
 
     /// Every second row, from the first and from the second on.
-    pub(crate) fn alternate(self) -> [Self; 2] {
-        [self, self.after(1)].map(|rows| {
-            let Tensor { offset, stride } = rows.tensor;
-            Self { tensor: Tensor { offset, stride: 2 * stride }, ..rows }
-        })
+    ///
+    /// Errors: as [`after`](Self::after).
+    pub(crate) fn alternate(self, device: &Device, operation: &'static str) -> Result<[Self; 2]> {
+        let (second, third) = (self.after(device, operation, 1)?, self.after(device, operation, 2)?);
+        let stride = third.tensor.offset - self.tensor.offset;
+        Ok([self, second].map(|rows| Self { tensor: Tensor { stride, ..rows.tensor }, ..rows }))
     }
 }
 

@@ -68,7 +68,8 @@ pub struct Wgpu {
     recorder: Option<Arc<Recorder>>,
 }
 
-/// All adapters, usable or not, in the order of their numbers: GPUs before processors that play one.
+/// All adapters, usable or not, in the order of their numbers: GPUs before processors that play one. Those of DX12 are there
+/// where `dxcompiler.dll` is, or the compiler that `WGPU_DX12_COMPILER` names (`staticdxc` in a program that links it).
 pub fn adapters() -> Vec<DeviceNumbers> {
     let numbers =
         |adapter: &wgpu::Adapter| DeviceNumbers::new(adapter.get_info(), adapter.features(), &adapter.limits());
@@ -89,7 +90,8 @@ impl Wgpu {
     }
 
     /// A device of the host program's. It needs the feature `IMMEDIATES` with 128 bytes, and uses `SUBGROUP` and
-    /// timestamps where it has them.
+    /// timestamps where it has them. On DX12 the instance must have been made with the compiler DXC: not all kernels
+    /// compile with FXC.
     ///
     /// Errors: `Unsupported`, `Limit`.
     pub fn from_device(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {

@@ -2,7 +2,7 @@
 
 const SQUARES = false;
 
-fn weighted(x: Eight, h: u32) -> Eight { return x; }
+fn weighted(x: mat2x4<f32>, h: u32) -> mat2x4<f32> { return x; }
 
 @compute @workgroup_size(256)
 fn linear(here: Here) {
@@ -11,6 +11,8 @@ fn linear(here: Here) {
     let n = number(here.group);
     let thread = thread_of(here);
     let first = n / blocks * TOKENS;
+    // a workgroup past the end, of the last line
+    if (first >= p.rows) { return; }
     let column = n % blocks * teams + thread / TEAM;
     let sum = dots(here, first, min(column, p.columns - 1u)).sum;
     let i = thread % TEAM;

@@ -2,13 +2,15 @@
 
 const SQUARES = false;
 
-fn weighted(x: Eight, h: u32) -> Eight { return x; }
+fn weighted(x: mat2x4<f32>, h: u32) -> mat2x4<f32> { return x; }
 
 @compute @workgroup_size(256)
 fn linear_tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let across = (p.columns + TILE - 1u) / TILE;
     let n = number(group);
     let first_row = n / across * TILE;
+    // a workgroup past the end, of the last line
+    if (first_row >= p.rows) { return; }
     let first_column = n % across * TILE;
     let sums = multiply_tile(thread, first_row, first_column);
     let row = first_row + thread / 16u * 4u;

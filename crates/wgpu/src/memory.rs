@@ -23,7 +23,8 @@ impl Memory {
         Self { buffer, bytes }
     }
 
-    /// A buffer that stands for `bytes` bytes while kernels are found and not launched.
+    /// A buffer that stands for `bytes` bytes of operands that no kernel is bound to, or while kernels are found and not
+    /// launched.
     pub(crate) fn placeholder(buffer: &wgpu::Buffer, bytes: usize) -> Self {
         Self { buffer: buffer.clone(), bytes }
     }

@@ -194,7 +194,11 @@ impl Stored {
         for (window, buffer) in &self.pieces {
             let rows = Operand::matrix(device, operation, buffer, (form.format, stride))?.widened();
             let [one, two] = form.rows(&window.pairs);
-            let [gate, up] = if form.gated { [rows, rows.after(one.len() as u32)] } else { rows.alternate() };
+            let [gate, up] = if form.gated {
+                [rows, rows.after(device, operation, one.len() as u32)?]
+            } else {
+                rows.alternate(device, operation)?
+            };
             let Range { start, end } = window.experts;
             pieces.push(Piece {
                 experts: first + start..first + end,
@@ -263,7 +267,7 @@ impl<'a> Table<'a> {
                 Operand::rows(device, operation, view, all)
             };
             let [one, two] = form.rows(&pairs);
-            let [gate, up] = if gated { [bind(one)?, bind(two)?] } else { bind(one)?.alternate() };
+            let [gate, up] = if gated { [bind(one)?, bind(two)?] } else { bind(one)?.alternate(device, operation)? };
             let expert_stride = (height * stride) as u32;
             let wide =
                 expert_stride.is_multiple_of(8) && [gate, up].map(|rows| widest(rows, inner).is_wide()) == [true; 2];

@@ -44,9 +44,10 @@ impl SharedExpert {
         invariant: bool,
     ) -> Result<Shared<'s, Wgpu>> {
         let (tokens, hidden, width) = (x.rows(), x.cols(), self.config.intermediate);
-        // two numbers that nobody reads: all rows are the one expert's
-        let slots = scratch.slots.view(U32, [tokens])?;
-        let offsets = scratch.ends.view(U32, [2])?;
+        // a permutation that nobody reads: all rows are the one expert's
+        let unread = Memory::placeholder(scratch.y.buffer(), 4 * tokens.max(2));
+        let slots = View::new(unread.read(), U32, 0, [tokens])?;
+        let offsets = View::new(unread.read(), U32, 0, [2])?;
         gate_up_of(
             wgpu,
             stream,

@@ -86,16 +86,12 @@ pub(crate) struct SharedScratch<'a> {
     pub(crate) y: Buffer<'a>,
     /// f32 `[T]`.
     pub(crate) logit: Buffer<'a>,
-    /// u32 `[T]`, which nobody reads: the rows of the shared expert are the tokens.
-    pub(crate) slots: Buffer<'a>,
-    /// u32 `[2]`, likewise.
-    pub(crate) ends: Buffer<'a>,
 }
 
 /// Rows of the smallest tiles.
 pub(crate) const TILE_ROWS: usize = 32;
 
-const BUFFERS: usize = 16;
+const BUFFERS: usize = 14;
 
 impl Workspace {
     /// Errors: `Workspace`, `Usage`, `OutOfMemory`, `DeviceLost`.
@@ -149,7 +145,7 @@ impl Workspace {
             tokens: buffer(),
             a: buffer(),
             y: buffer(),
-            shared: SharedScratch { a: buffer(), y: buffer(), logit: buffer(), slots: buffer(), ends: buffer() },
+            shared: SharedScratch { a: buffer(), y: buffer(), logit: buffer() },
         })
     }
 }
@@ -160,7 +156,7 @@ pub(crate) fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUF
     let (hidden, experts) = (config.hidden, config.experts);
     let rows = tokens.checked_mul(config.top_k)?;
     let tiles = rows / TILE_ROWS + rows.min(experts);
-    let shared = config.shared.map_or([0; 4], |shared| [shared.intermediate, hidden, 1, 1]);
+    let shared = config.shared.map_or([0; 3], |shared| [shared.intermediate, hidden, 1]);
     let elements = [
         tokens.checked_mul(experts)?,
         rows,
@@ -176,8 +172,6 @@ pub(crate) fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUF
         tokens.checked_mul(shared[0])?,
         tokens.checked_mul(shared[1])?,
         tokens.checked_mul(shared[2])?,
-        tokens.checked_mul(shared[3])?,
-        2,
     ];
     let mut bytes = [0; BUFFERS];
     for (bytes, elements) in bytes.iter_mut().zip(elements) {

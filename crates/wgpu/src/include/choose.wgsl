@@ -50,7 +50,7 @@ fn limit_to_groups(thread: u32) {
         workgroupBarrier();
         for (var i = 0u; i < KEYS; i++) {
             let e = thread + i * THREADS;
-            if (e >= base && e - base < CAPACITY) { board[e - base].x = words[i]; }
+            if (e >= base && e - base < CAPACITY) { board[e - base] = vec2(words[i], 0u); }
         }
         workgroupBarrier();
         for (var i = 0u; i < KEYS; i++) {

@@ -45,18 +45,18 @@ fn dots(here: Here, first: u32, column: u32) -> Dots {
 
 fn total(x: vec4<f32>) -> f32 { return (x.x + x.y) + (x.z + x.w); }
 
-fn weight_at(row: u32, h: u32) -> Eight {
-    if (h + 8u <= p.width) { return load8_weight(row + h); }
-    if (h >= p.width) { return Eight(); }
-    return first_of(load8_weight(row + h), p.width - h);
+fn weight_at(row: u32, h: u32) -> mat2x4<f32> {
+    if (h + 8u <= p.width) { return widen8_weight(read8_weight(row + h, 8u)); }
+    if (h >= p.width) { return mat2x4<f32>(); }
+    return first_of(widen8_weight(read8_weight(row + h, p.width - h)), p.width - h);
 }
 
-fn plus(share: Share, row: u32, h: u32, w: Eight) -> Share {
+fn plus(share: Share, row: u32, h: u32, w: mat2x4<f32>) -> Share {
     if (h >= p.width) { return share; }
-    var x = load8_x(row + h);
+    var x = widen8_x(read8_x(row + h, p.width - h));
     if (h + 8u > p.width) { x = first_of(x, p.width - h); }
     var squares = share.squares;
-    if (SQUARES) { squares = fma(x.b, x.b, fma(x.a, x.a, squares)); }
+    if (SQUARES) { squares = fma(x[1], x[1], fma(x[0], x[0], squares)); }
     x = weighted(x, h);
-    return Share(fma(x.b, w.b, fma(x.a, w.a, share.sum)), squares);
+    return Share(fma(x[1], w[1], fma(x[0], w[0], share.sum)), squares);
 }

@@ -1,10 +1,11 @@
 // What x is before the router, and what becomes of a router sum.
 
-fn weighted(x: Eight, h: u32) -> Eight {
+fn weighted(x: mat2x4<f32>, h: u32) -> mat2x4<f32> {
     if (!has_norm_weight) { return x; }
-    var w = load8_norm_weight(at(p.norm_weight, 0u, h));
-    if (h + 8u > p.width) { w = first_of(w, p.width - min(h, p.width)); }
-    return Eight(x.a * w.a, x.b * w.b);
+    let count = p.width - min(h, p.width);
+    var w = widen8_norm_weight(read8_norm_weight(at(p.norm_weight, 0u, h), count));
+    if (count < 8u) { w = first_of(w, count); }
+    return mat2x4<f32>(x[0] * w[0], x[1] * w[1]);
 }
 
 // 1 where there is no norm

@@ -10,13 +10,16 @@
 const THREADS = 2u * TILE;
 const PAIRS = 32u;
 const STEP = 16u;
-// fours of a column of a tile, one more so that columns begin in different banks
-const X_FOURS = TILE / 4u + 1u;
-const W_FOURS = 17u;
+// A vector is four neighbouring columns of a row, written by one thread: vectors that several threads write parts of are
+// not for Metal and D3D. Between four columns and the next lie two more vectors than there are, and so that neighbours read
+// neighbours, the gate rows of even pairs lie together, those of odd ones, and the up rows of either, each two more: stores
+// and loads meet no bank twice.
+const X_PITCH = TILE + 2u;
+const W_PART = PAIRS / 2u + 2u;
+const W_PITCH = 4u * W_PART + 2u;
 
-// [column][row]; a four of weights is gate, gate, up, up of two neighbouring pairs
-var<workgroup> x_tile: array<vec4<f32>, STEP * X_FOURS>;
-var<workgroup> w_tile: array<vec4<f32>, STEP * W_FOURS>;
+var<workgroup> x_tile: array<vec4<f32>, STEP / 4u * X_PITCH>;
+var<workgroup> w_tile: array<vec4<f32>, STEP / 4u * W_PITCH>;
 var<workgroup> scan: array<u32, THREADS>;
 var<workgroup> found: vec4<u32>;
 
@@ -78,30 +81,16 @@ fn find(group: vec3<u32>, thread: u32) -> Tile {
 
 // Row r of x, eight columns from c on.
 fn put_x(r: u32, c: u32, v: mat2x4<f32>) {
-    let to = c * X_FOURS + r / 4u;
-    let i = r % 4u;
-    x_tile[to][i] = v[0].x;
-    x_tile[to + X_FOURS][i] = v[0].y;
-    x_tile[to + 2u * X_FOURS][i] = v[0].z;
-    x_tile[to + 3u * X_FOURS][i] = v[0].w;
-    x_tile[to + 4u * X_FOURS][i] = v[1].x;
-    x_tile[to + 5u * X_FOURS][i] = v[1].y;
-    x_tile[to + 6u * X_FOURS][i] = v[1].z;
-    x_tile[to + 7u * X_FOURS][i] = v[1].w;
+    let to = c / 4u * X_PITCH + r;
+    x_tile[to] = v[0];
+    x_tile[to + X_PITCH] = v[1];
 }
 
 // Pair `j` of the tile, its gate row (half 0) or its up row (half 1).
 fn put_w(j: u32, half: u32, c: u32, v: mat2x4<f32>) {
-    let to = c * W_FOURS + j / 2u;
-    let i = half * 2u + j % 2u;
-    w_tile[to][i] = v[0].x;
-    w_tile[to + W_FOURS][i] = v[0].y;
-    w_tile[to + 2u * W_FOURS][i] = v[0].z;
-    w_tile[to + 3u * W_FOURS][i] = v[0].w;
-    w_tile[to + 4u * W_FOURS][i] = v[1].x;
-    w_tile[to + 5u * W_FOURS][i] = v[1].y;
-    w_tile[to + 6u * W_FOURS][i] = v[1].z;
-    w_tile[to + 7u * W_FOURS][i] = v[1].w;
+    let to = c / 4u * W_PITCH + (half * 2u + j % 2u) * W_PART + j / 2u;
+    w_tile[to] = v[0];
+    w_tile[to + W_PITCH] = v[1];
 }
 
 // By row, not an array, so that they surely stay in registers.
@@ -109,21 +98,28 @@ struct Sums {
     r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32>, r4: vec4<f32>, r5: vec4<f32>, r6: vec4<f32>, r7: vec4<f32>,
 }
 
-// The sums and the products of column i, of eight rows from a four of x on, and of a four of weights.
-fn plus_column(s: Sums, i: u32, x: u32, w: u32) -> Sums {
-    let low = x_tile[i * X_FOURS + x];
-    let high = x_tile[i * X_FOURS + x + 1u];
-    let v = w_tile[i * W_FOURS + w];
+// The sums and the products of four columns, of eight rows from row `r` of the tile on, and of two neighbouring pairs: gate,
+// gate, up, up.
+fn plus_columns(s: Sums, four: u32, r: u32, pairs: u32) -> Sums {
+    let x = four * X_PITCH + r;
+    let w = four * W_PITCH + pairs;
+    let rows = mat4x4<f32>(w_tile[w], w_tile[w + W_PART], w_tile[w + 2u * W_PART], w_tile[w + 3u * W_PART]);
+    let columns = transpose(rows);
     return Sums(
-        fma(vec4<f32>(low.x), v, s.r0),
-        fma(vec4<f32>(low.y), v, s.r1),
-        fma(vec4<f32>(low.z), v, s.r2),
-        fma(vec4<f32>(low.w), v, s.r3),
-        fma(vec4<f32>(high.x), v, s.r4),
-        fma(vec4<f32>(high.y), v, s.r5),
-        fma(vec4<f32>(high.z), v, s.r6),
-        fma(vec4<f32>(high.w), v, s.r7),
+        plus_row(s.r0, x_tile[x], columns),
+        plus_row(s.r1, x_tile[x + 1u], columns),
+        plus_row(s.r2, x_tile[x + 2u], columns),
+        plus_row(s.r3, x_tile[x + 3u], columns),
+        plus_row(s.r4, x_tile[x + 4u], columns),
+        plus_row(s.r5, x_tile[x + 5u], columns),
+        plus_row(s.r6, x_tile[x + 6u], columns),
+        plus_row(s.r7, x_tile[x + 7u], columns),
     );
+}
+
+// One column after the other.
+fn plus_row(sum: vec4<f32>, x: vec4<f32>, w: mat4x4<f32>) -> vec4<f32> {
+    return fma(vec4(x.w), w[3], fma(vec4(x.z), w[2], fma(vec4(x.y), w[1], fma(vec4(x.x), w[0], sum))));
 }
 
 fn grouped_tiled(group: vec3<u32>, thread: u32) {
@@ -143,7 +139,7 @@ fn grouped_tiled(group: vec3<u32>, thread: u32) {
     let up = at(p.up, pair, tile.expert * p.expert_stride);
 
     var sums = Sums();
-    let my_rows = thread / 16u * 2u;
+    let first = thread / 16u * 8u;
     let my_pairs = thread % 16u;
     // columns that are left for this thread: it brings zeros beyond them
     var k = c;
@@ -171,14 +167,8 @@ fn grouped_tiled(group: vec3<u32>, thread: u32) {
             g = Raw_gate();
             u = Raw_up();
         }
-        for (var i = 0u; i < STEP; i += 4u) {
-            sums = plus_column(sums, i, my_rows, my_pairs);
-            sums = plus_column(sums, i + 1u, my_rows, my_pairs);
-            sums = plus_column(sums, i + 2u, my_rows, my_pairs);
-            sums = plus_column(sums, i + 3u, my_rows, my_pairs);
-        }
+        for (var four = 0u; four < STEP / 4u; four++) { sums = plus_columns(sums, four, first, my_pairs); }
     }
-    let first = my_rows * 4u;
     let j0 = tile.pair + my_pairs * 2u;
     let row = tile.row + first;
     if (first + 0u < tile.rows) { store_pairs(row, tile.expert, j0, sums.r0); }

@@ -22,11 +22,12 @@ fn largest(thread: u32, x: vec2<u32>) -> vec2<u32> {
 }
 
 fn total(thread: u32, x: f32) -> f32 {
-    board[thread].x = bitcast<u32>(x);
+    board[thread] = vec2(bitcast<u32>(x), 0u);
     for (var half = THREADS / 2u; half > 0u; half >>= 1u) {
         workgroupBarrier();
         if (thread < half) {
-            board[thread].x = bitcast<u32>(bitcast<f32>(board[thread].x) + bitcast<f32>(board[thread + half].x));
+            let sum = bitcast<f32>(board[thread].x) + bitcast<f32>(board[thread + half].x);
+            board[thread] = vec2(bitcast<u32>(sum), 0u);
         }
     }
     return bitcast<f32>(workgroupUniformLoad(&board[0]).x);

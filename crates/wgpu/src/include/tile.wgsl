@@ -7,12 +7,15 @@
 
 const TILE = 64u;
 const TILE_K = 16u;
-// Vectors from one k to the next; one more than there are keeps stores of neighbours in different banks.
-const PITCH = TILE / 4u + 1u;
+// A vector is four neighbouring columns of a row, written by one thread: vectors that several threads write parts of are
+// not for Metal and D3D. Between four columns and the next lie two more vectors than there are, and so that neighbours read
+// neighbours, the rows 4m + j of the weight lie together for each j, and one more: stores and loads meet no bank twice.
+const X_PITCH = TILE + 2u;
+const WEIGHT_PART = TILE / 4u + 1u;
+const WEIGHT_PITCH = 4u * WEIGHT_PART + 2u;
 
-// [k][row / 4], a component a row
-var<workgroup> tile_x: array<vec4<f32>, TILE_K * PITCH>;
-var<workgroup> tile_weight: array<vec4<f32>, TILE_K * PITCH>;
+var<workgroup> tile_x: array<vec4<f32>, TILE_K / 4u * X_PITCH>;
+var<workgroup> tile_weight: array<vec4<f32>, TILE_K / 4u * WEIGHT_PITCH>;
 // Two parts a row of x.
 var<workgroup> tile_squares: array<f32, 2u * TILE>;
 
@@ -30,20 +33,22 @@ fn multiply_tile(thread: u32, first_row: u32, first_column: u32) -> Sums {
     for (var k = 0u; k < p.width; k += TILE_K) {
         var now = next;
         if (of_x) {
-            if (SQUARES) { squares = fma(now.b, now.b, fma(now.a, now.a, squares)); }
+            if (SQUARES) { squares = fma(now[1], now[1], fma(now[0], now[0], squares)); }
             now = weighted(now, k + c);
         }
         workgroupBarrier();
-        let place = c * PITCH + r / 4u;
-        if (of_x) { store_x(place, r % 4u, now); } else { store_weight(place, r % 4u, now); }
+        if (of_x) {
+            let place = c / 4u * X_PITCH + r;
+            tile_x[place] = now[0];
+            tile_x[place + X_PITCH] = now[1];
+        } else {
+            let place = c / 4u * WEIGHT_PITCH + r % 4u * WEIGHT_PART + r / 4u;
+            tile_weight[place] = now[0];
+            tile_weight[place + WEIGHT_PITCH] = now[1];
+        }
         workgroupBarrier();
         next = eight_at(of_x, first_row + r, first_column + r, k + TILE_K + c);
-        for (var i = 0u; i < TILE_K; i += 4u) {
-            sums = plus_column(sums, thread, i);
-            sums = plus_column(sums, thread, i + 1u);
-            sums = plus_column(sums, thread, i + 2u);
-            sums = plus_column(sums, thread, i + 3u);
-        }
+        for (var four = 0u; four < TILE_K / 4u; four++) { sums = plus_columns(sums, thread, four); }
     }
     if (SQUARES) {
         if (of_x) { tile_squares[thread] = (squares.x + squares.y) + (squares.z + squares.w); }
@@ -52,47 +57,43 @@ fn multiply_tile(thread: u32, first_row: u32, first_column: u32) -> Sums {
     return sums;
 }
 
-fn plus_column(sums: Sums, thread: u32, k: u32) -> Sums {
-    let x = tile_x[k * PITCH + thread / 16u];
-    let w = tile_weight[k * PITCH + thread % 16u];
+// The sums and the products of four columns.
+fn plus_columns(sums: Sums, thread: u32, four: u32) -> Sums {
+    let x = four * X_PITCH + thread / 16u * 4u;
+    let w = four * WEIGHT_PITCH + thread % 16u;
+    let rows = mat4x4<f32>(
+        tile_weight[w],
+        tile_weight[w + WEIGHT_PART],
+        tile_weight[w + 2u * WEIGHT_PART],
+        tile_weight[w + 3u * WEIGHT_PART],
+    );
+    let columns = transpose(rows);
     return Sums(
-        fma(vec4(x.x), w, sums.r0),
-        fma(vec4(x.y), w, sums.r1),
-        fma(vec4(x.z), w, sums.r2),
-        fma(vec4(x.w), w, sums.r3),
+        plus_row(sums.r0, tile_x[x], columns),
+        plus_row(sums.r1, tile_x[x + 1u], columns),
+        plus_row(sums.r2, tile_x[x + 2u], columns),
+        plus_row(sums.r3, tile_x[x + 3u], columns),
     );
 }
 
-fn store_x(place: u32, i: u32, x: Eight) {
-    tile_x[place][i] = x.a.x;
-    tile_x[place + PITCH][i] = x.a.y;
-    tile_x[place + 2u * PITCH][i] = x.a.z;
-    tile_x[place + 3u * PITCH][i] = x.a.w;
-    tile_x[place + 4u * PITCH][i] = x.b.x;
-    tile_x[place + 5u * PITCH][i] = x.b.y;
-    tile_x[place + 6u * PITCH][i] = x.b.z;
-    tile_x[place + 7u * PITCH][i] = x.b.w;
-}
-
-fn store_weight(place: u32, i: u32, w: Eight) {
-    tile_weight[place][i] = w.a.x;
-    tile_weight[place + PITCH][i] = w.a.y;
-    tile_weight[place + 2u * PITCH][i] = w.a.z;
-    tile_weight[place + 3u * PITCH][i] = w.a.w;
-    tile_weight[place + 4u * PITCH][i] = w.b.x;
-    tile_weight[place + 5u * PITCH][i] = w.b.y;
-    tile_weight[place + 6u * PITCH][i] = w.b.z;
-    tile_weight[place + 7u * PITCH][i] = w.b.w;
+// One column after the other.
+fn plus_row(sum: vec4<f32>, x: vec4<f32>, w: mat4x4<f32>) -> vec4<f32> {
+    return fma(vec4(x.w), w[3], fma(vec4(x.z), w[2], fma(vec4(x.y), w[1], fma(vec4(x.x), w[0], sum))));
 }
 
 // The sum of the squares of row `first_row + r`, once the product is done.
 fn squares_of(r: u32) -> f32 { return tile_squares[2u * r] + tile_squares[2u * r + 1u]; }
 
 // Eight neighbours of a row of x or of the weight, zeros outside.
-fn eight_at(of_x: bool, row: u32, column: u32, h: u32) -> Eight {
-    if (h >= p.width || (of_x && row >= p.rows) || (!of_x && column >= p.columns)) { return Eight(); }
-    var eight: Eight;
-    if (of_x) { eight = load8_x(at(p.x, row, h)); } else { eight = load8_weight(at(p.weight, column, h)); }
-    if (h + 8u > p.width) { eight = first_of(eight, p.width - h); }
+fn eight_at(of_x: bool, row: u32, column: u32, h: u32) -> mat2x4<f32> {
+    if (h >= p.width || (of_x && row >= p.rows) || (!of_x && column >= p.columns)) { return mat2x4<f32>(); }
+    let count = p.width - h;
+    var eight: mat2x4<f32>;
+    if (of_x) {
+        eight = widen8_x(read8_x(at(p.x, row, h), count));
+    } else {
+        eight = widen8_weight(read8_weight(at(p.weight, column, h), count));
+    }
+    if (count < 8u) { eight = first_of(eight, count); }
     return eight;
 }

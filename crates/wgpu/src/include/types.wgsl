@@ -39,29 +39,3 @@ fn f32_of_f16(word: u32, i: u32) -> f32 {
     let both = unpack2x16float(word);
     return select(both.x, both.y, (i & 1u) == 1u);
 }
-
-// Eight neighbouring elements.
-struct Eight { a: vec4<f32>, b: vec4<f32> }
-
-fn eight_of_f32(a: vec4<u32>, b: vec4<u32>) -> Eight { return Eight(bitcast<vec4<f32>>(a), bitcast<vec4<f32>>(b)); }
-
-fn eight_of_bf16(words: vec4<u32>) -> Eight {
-    let even = bitcast<vec4<f32>>(words << vec4(16u));
-    let odd = bitcast<vec4<f32>>(words & vec4(0xffff0000u));
-    return Eight(vec4(even.x, odd.x, even.y, odd.y), vec4(even.z, odd.z, even.w, odd.w));
-}
-
-fn eight_of_f16(words: vec4<u32>) -> Eight {
-    return Eight(
-        vec4(unpack2x16float(words.x), unpack2x16float(words.y)),
-        vec4(unpack2x16float(words.z), unpack2x16float(words.w)),
-    );
-}
-
-// The first n of them, zeros for the others, whatever these are.
-fn first_of(x: Eight, n: u32) -> Eight {
-    return Eight(
-        select(vec4(0.0), x.a, vec4(0u, 1u, 2u, 3u) < vec4(n)),
-        select(vec4(0.0), x.b, vec4(4u, 5u, 6u, 7u) < vec4(n)),
-    );
-}

@@ -13,8 +13,18 @@ pub(super) fn wanted(name: &str, parts: &[&str]) -> bool {
 /// `read8_<name>(i, count)` reads eight elements from element i on, of which the first `count` are there and the others
 /// are to be zeros; `widen8_<name>` makes them f32. What lies between, `Raw_<name>`, is small and waits for nothing.
 ///
-/// A wide operand is read by 16 bytes from an i that is a multiple of 8, whatever `count` is: its rows must be whole eights.
-pub(super) fn declare(text: &mut String, name: &str, Slot { format, wide, .. }: Slot) {
+/// A wide operand is read by 16 bytes, from an i that is a multiple of the elements in them, whatever `count` is: where its
+/// rows are not whole eights, what is read beyond `count` may be anything. An operand that is left out is zeros.
+pub(super) fn declare(text: &mut String, name: &str, slot: Option<Slot>) {
+    let Some(Slot { format, wide, .. }) = slot else {
+        let _ = writeln!(
+            text,
+            "alias Raw_{name} = mat2x4<f32>;\n\
+             fn read8_{name}(i: u32, count: u32) -> mat2x4<f32> {{ return mat2x4<f32>(); }}\n\
+             fn widen8_{name}(raw: mat2x4<f32>) -> mat2x4<f32> {{ return raw; }}"
+        );
+        return;
+    };
     let elements = |from: &str| -> String {
         let four = |n: u32| (n..n + 4).map(|j| from.replace('J', &j.to_string())).collect::<Vec<_>>().join(", ");
         format!("mat2x4<f32>(vec4<f32>({}), vec4<f32>({}))", four(0), four(4))

@@ -11,9 +11,6 @@ pub(super) fn declare(text: &mut String, index: usize, binding: &Binding, slot: 
     let Some(Slot { format, shared, wide }) = slot else {
         let _ =
             writeln!(text, "const has_{name} = false;\nfn load_{name}(i: u32) -> {element} {{ return {element}(0); }}");
-        if kind == Kind::Float {
-            let _ = writeln!(text, "fn load8_{name}(i: u32) -> Eight {{ return Eight(); }}");
-        }
         if written {
             let _ = writeln!(
                 text,
@@ -51,20 +48,6 @@ pub(super) fn declare(text: &mut String, index: usize, binding: &Binding, slot: 
         _ => format!("bitcast<f32>({})", word.replace('W', "i")),
     };
     let _ = writeln!(text, "fn load_{name}(i: u32) -> {element} {{ return {load}; }}");
-    if kind == Kind::Float {
-        let eight = match format {
-            _ if !wide => {
-                let [a, b] =
-                    [0, 4].map(|first| (first..first + 4).map(|j| format!("load_{name}(i + {j}u), ")).collect());
-                let (a, b): (String, String) = (a, b);
-                format!("Eight(vec4({a}), vec4({b}))")
-            }
-            DType::F16 => format!("eight_of_f16({name}_words[i >> 3u])"),
-            DType::BF16 => format!("eight_of_bf16({name}_words[i >> 3u])"),
-            _ => format!("eight_of_f32({name}_words[i >> 2u], {name}_words[(i >> 2u) + 1u])"),
-        };
-        let _ = writeln!(text, "fn load8_{name}(i: u32) -> Eight {{ return {eight}; }}");
-    }
     if !written {
         return;
     }

@@ -6,8 +6,8 @@ use super::{Binding, Kernel, Kind, OPERANDS, Slot, Variant};
 use crate::device::{BINDINGS, PARAMETER_BYTES};
 use fused_moe_core::DType;
 use naga::back::{hlsl, msl, spv};
-use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
-use naga::{AddressSpace, Module};
+use naga::valid::{Capabilities, FunctionInfo, ModuleInfo, ValidationFlags, Validator};
+use naga::{AddressSpace, Block, Function, Module, Statement, TypeInner};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Debug;
 
@@ -121,6 +121,36 @@ fn needs(module: &Module) -> Needs {
     }
 }
 
+/// The statements of a block, those of the blocks in it among them.
+fn statements<'m>(block: &'m Block) -> Vec<&'m Statement> {
+    let inside = |statement: &'m Statement| match statement {
+        Statement::Block(block) => vec![block],
+        Statement::If { accept, reject, .. } => vec![accept, reject],
+        Statement::Switch { cases, .. } => cases.iter().map(|case| &case.body).collect(),
+        Statement::Loop { body, continuing, .. } => vec![body, continuing],
+        _ => vec![],
+    };
+    let and_inside = |statement| std::iter::once(statement).chain(inside(statement).into_iter().flat_map(statements));
+    block.iter().flat_map(and_inside).collect()
+}
+
+/// Whether a kernel writes a component of a vector that several threads see. Metal and D3D may make it a write of the whole
+/// vector, which undoes what other threads write to the other components.
+fn writes_components(module: &Module, info: &ModuleInfo) -> bool {
+    let is_one = |statement: &Statement, of: &FunctionInfo| match statement {
+        Statement::Store { pointer, .. } => match of[*pointer].ty.inner_with(&module.types) {
+            TypeInner::ValuePointer { size: None, space, .. } => {
+                matches!(space, AddressSpace::WorkGroup | AddressSpace::Storage { .. })
+            }
+            _ => false,
+        },
+        _ => false,
+    };
+    let does = |function: &Function, of: &FunctionInfo| statements(&function.body).into_iter().any(|s| is_one(s, of));
+    module.functions.iter().any(|(handle, function)| does(function, &info[handle]))
+        || module.entry_points.iter().enumerate().any(|(i, entry)| does(&entry.function, info.get_entry_point(i)))
+}
+
 fn to_spirv(variant: &Variant, module: &Module, info: &ModuleInfo) {
     // subgroups are Vulkan 1.1's
     let options = spv::Options { lang_version: (1, 3), ..Default::default() };
@@ -194,6 +224,7 @@ fn examined(kernel: Kernel) -> Needs {
                 && needs.parameter_bytes <= PARAMETER_BYTES as u32;
             assert!(within, "{variant:?}: {needs:?}");
             assert_eq!(needs.parameter_bytes, kernel.params().1, "{variant:?}: one struct in Rust and in WGSL");
+            assert!(!writes_components(&module, &info), "{variant:?}: a component of a vector is written by itself");
             to_spirv(&variant, &module, &info);
             to_msl(&variant, &module, &info);
             to_hlsl(&variant, &module, &info, subgroups);
@@ -240,4 +271,21 @@ fn kernels_are_valid_in_every_language_and_keep_to_the_limits() {
 fn operands_that_a_text_asks_about() {
     assert!(asks("if (has_bias) {", "bias") && asks("has_bias", "bias"));
     assert!(!asks("has_bias_rows", "bias") && !asks("load_bias(i)", "bias"));
+}
+
+#[test]
+fn components_that_are_written_by_themselves() {
+    let found = |statement: &str| {
+        let text = format!(
+            "var<workgroup> vectors: array<vec4<f32>, 8>;\nvar<workgroup> numbers: array<f32, 8>;\n\
+             @group(0) @binding(0) var<storage, read_write> out: array<vec2<u32>>;\n\
+             fn write(i: u32) {{ var own: vec4<f32>; loop {{ if (i > 1u) {{ {statement} }} break; }} }}\n\
+             @compute @workgroup_size(8) fn entry(@builtin(local_invocation_index) i: u32) {{ write(i); }}"
+        );
+        let module = naga::front::wgsl::parse_str(&text).unwrap();
+        let info = Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(&module).unwrap();
+        writes_components(&module, &info)
+    };
+    assert!(found("vectors[1].x = 1.0;") && found("vectors[1][i] = 1.0;") && found("out[i].y = 1u;"));
+    assert!(!found("vectors[i] = vec4(1.0);") && !found("numbers[i] = vectors[1].y;") && !found("own[i] = 1.0;"));
 }
