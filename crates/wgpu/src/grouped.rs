@@ -53,11 +53,11 @@ pub(crate) enum Find {
 /// A kernel of the grouped product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum GroupedKernel {
-    Dot { product: Product, find: Find, unroll: u32, rows: u32 },
+    Dot { product: Product, find: Find, rows: u32 },
     Tiled { product: Product, find: Find, tile: u32 },
 }
 
-const EIGHT: &str = include_str!("include/eight.wgsl");
+pub(crate) const EIGHT: &str = include_str!("include/eight.wgsl");
 const GROUPED: &str = include_str!("include/grouped.wgsl");
 
 impl GroupedKernel {
@@ -116,9 +116,7 @@ impl GroupedKernel {
             ("FIND", find.to_owned()),
         ];
         match self {
-            Self::Dot { unroll, rows, .. } => {
-                constants.extend([("UNROLL", format!("{unroll}u")), ("ROWS", format!("{rows}u"))]);
-            }
+            Self::Dot { rows, .. } => constants.push(("ROWS", format!("{rows}u"))),
             Self::Tiled { tile, .. } => constants.push(("TILE", format!("{tile}u"))),
         }
         constants
@@ -179,14 +177,8 @@ pub(crate) fn grouped(wgpu: &Wgpu, stream: &WgpuStream, operands: &Grouped<'_>) 
             None => (plan::Grouping::Offsets, Some(offsets), row_slot),
         },
     };
-    let sizes = plan::Sizes {
-        product: *product,
-        rows,
-        experts: table.experts,
-        inner: table.inner,
-        grouping,
-        invariant: operands.invariant,
-    };
+    let sizes =
+        plan::Sizes { product: *product, rows, experts: table.experts, grouping, invariant: operands.invariant };
     let plan = plan::grouped(&sizes);
     if let Some(recorder) = wgpu.recorder() {
         recorder.explain(plan.why);
