@@ -97,7 +97,7 @@ fn some(
 }
 
 /// The operands of some of the tokens, in the order of the bindings; the gate is a factor or a logit.
-fn bind<'a>(
+pub(crate) fn bind<'a>(
     wgpu: &Wgpu,
     operands: &'a Combine<'_, Wgpu>,
     top_k: usize,

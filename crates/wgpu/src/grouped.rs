@@ -53,7 +53,7 @@ pub(crate) enum Find {
 /// A kernel of the grouped product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum GroupedKernel {
-    Dot { product: Product, find: Find, unroll: u32, rows: u32 },
+    Dot { product: Product, find: Find, rows: u32 },
     Tiled { product: Product, find: Find, tile: u32 },
 }
 
@@ -115,9 +115,7 @@ impl GroupedKernel {
             ("FIND", find.to_owned()),
         ];
         match self {
-            Self::Dot { unroll, rows, .. } => {
-                constants.extend([("UNROLL", format!("{unroll}u")), ("ROWS", format!("{rows}u"))]);
-            }
+            Self::Dot { rows, .. } => constants.push(("ROWS", format!("{rows}u"))),
             Self::Tiled { tile, .. } => constants.push(("TILE", format!("{tile}u"))),
         }
         constants
@@ -178,14 +176,8 @@ pub(crate) fn grouped(wgpu: &Wgpu, stream: &WgpuStream, operands: &Grouped<'_>) 
             None => (plan::Grouping::Offsets, Some(offsets), row_slot),
         },
     };
-    let sizes = plan::Sizes {
-        product: *product,
-        rows,
-        experts: table.experts,
-        inner: table.inner,
-        grouping,
-        invariant: operands.invariant,
-    };
+    let sizes =
+        plan::Sizes { product: *product, rows, experts: table.experts, grouping, invariant: operands.invariant };
     let plan = plan::grouped(&sizes);
     if let Some(recorder) = wgpu.recorder() {
         recorder.explain(plan.why);

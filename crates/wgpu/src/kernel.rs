@@ -8,7 +8,7 @@ mod tests;
 use crate::grouped::{GroupedKernel, GroupedParams};
 use crate::launch::Params;
 use crate::route::RuleKind;
-use crate::{accumulate, activation, combine, copy, gate, linear, measure, permute, route};
+use crate::{accumulate, activation, combine, copy, down_combine, gate, linear, measure, permute, route};
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 use std::fmt::Write;
@@ -20,6 +20,11 @@ pub(crate) enum Kernel {
         activation: ActivationKind,
     },
     Combine(CombineKernel),
+    /// Slots at once.
+    DownCombine {
+        slots: u32,
+        in_place: bool,
+    },
     /// Threads a token, and keys a thread.
     Route {
         rule: RuleKind,
@@ -180,6 +185,17 @@ const PERMUTE_SLOTS: &[Binding] = &[
     writes_integers("offsets"),
     STATUS,
 ];
+const DOWN_COMBINE: &[Binding] = &[
+    reads("a"),
+    reads("down"),
+    reads("bias"),
+    reads_integers("experts"),
+    reads("weights"),
+    reads("shared_y"),
+    reads("gate"),
+    reads("residual"),
+    writes("out"),
+];
 const TILE_SCHEDULE: &[Binding] =
     &[reads_integers("offsets"), writes_integers("tiles"), writes_integers("count"), writes_integers("arguments")];
 
@@ -207,6 +223,7 @@ impl Kernel {
         match self {
             Self::Activation { .. } => "activation",
             Self::Combine(_) => "combine",
+            Self::DownCombine { .. } => "down_combine",
             Self::Route { .. } => "route",
             Self::GatherWeights => "gather_weights",
             Self::Permute => "permute",
@@ -235,6 +252,7 @@ impl Kernel {
         match self {
             Self::Activation { .. } => of::<activation::ActivationParams>(),
             Self::Combine(_) => of::<combine::CombineParams>(),
+            Self::DownCombine { .. } => of::<down_combine::DownCombineParams>(),
             Self::Route { .. } => of::<route::RouteParams>(),
             Self::GatherWeights => of::<route::GatherWeightsParams>(),
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter => {
@@ -271,6 +289,7 @@ impl Kernel {
                     ]
                 }
             }
+            Self::DownCombine { .. } => DOWN_COMBINE,
             Self::Route { rule, .. } if rule.by_table() => ROUTE_BY_TABLE,
             Self::Route { .. } => ROUTE_BY_KEY,
             Self::GatherWeights => {
@@ -321,6 +340,7 @@ impl Kernel {
         match self {
             Self::Activation { .. } => vec![MATH, ACTIVATION, include_str!("activation.wgsl")],
             Self::Combine(_) => vec![MATH, REDUCE, include_str!("combine.wgsl")],
+            Self::DownCombine { .. } => vec![MATH, REDUCE, EIGHT, include_str!("down_combine.wgsl")],
             Self::Route { rule, .. } => {
                 let mut parts = vec![MATH, ROUTE, SCORE, include_str!("route.wgsl")];
                 if rule.by_table() {
@@ -345,6 +365,9 @@ impl Kernel {
             Self::GateTiled { .. } => vec![MATH, EIGHT, TILE, GATE, include_str!("gate_tiled.wgsl")],
             Self::Linear { .. } => vec![REDUCE, EIGHT, DOT, include_str!("linear.wgsl")],
             Self::LinearTiled => vec![EIGHT, TILE, include_str!("linear_tiled.wgsl")],
+            Self::Grouped(kernel @ GroupedKernel::Dot { .. }) => {
+                [MATH, ACTIVATION, REDUCE, EIGHT].into_iter().chain(kernel.parts()).collect()
+            }
             Self::Grouped(kernel) => [MATH, ACTIVATION, EIGHT].into_iter().chain(kernel.parts()).collect(),
         }
     }
@@ -357,6 +380,9 @@ impl Kernel {
             }
             Self::Combine(CombineKernel { norm, in_place, stash }) => {
                 vec![("NORM", norm.to_string()), ("IN_PLACE", in_place.to_string()), ("STASH", format!("{stash}u"))]
+            }
+            Self::DownCombine { slots, in_place } => {
+                vec![("SLOTS", format!("{slots}u")), ("IN_PLACE", in_place.to_string())]
             }
             Self::Gate { dots, norm } => {
                 let mut constants = dots.constants();
@@ -393,6 +419,9 @@ impl Kernel {
         all.extend(activations().map(|activation| Self::Activation { activation: activation.into() }));
         for (norm, in_place, stash) in [(false, false, 0), (false, true, 0), (true, false, 0), (true, true, 2048)] {
             all.push(Self::Combine(CombineKernel { norm, in_place, stash }));
+        }
+        for (slots, in_place) in [(1, false), (4, true), (8, false)] {
+            all.push(Self::DownCombine { slots, in_place });
         }
         for dots in [Dots { tokens: 1, team: 32 }, Dots { tokens: 4, team: 256 }] {
             all.extend([Self::Linear { dots }, Self::Gate { dots, norm: false }, Self::Gate { dots, norm: true }]);

@@ -266,8 +266,7 @@ pub(crate) fn launch<P: Params>(
     // a buffer may be another device's
     let descriptor = wgpu::BindGroupDescriptor { label: Some(during), layout: &pipeline.layout, entries: &entries };
     let group = wgpu.device().checked(during, || wgpu.device().device.create_bind_group(&descriptor))?;
-    stream.record(|encoder| {
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+    stream.dispatch(|pass| {
         pass.set_pipeline(&pipeline.pipeline);
         pass.set_bind_group(0, &group, &[]);
         pass.set_immediates(0, bytemuck::bytes_of(params));

@@ -1,4 +1,5 @@
 use crate::down::down_of;
+use crate::down_combine::down_combine;
 use crate::error::Result;
 use crate::forward::{part, token_bytes};
 use crate::gate;
@@ -235,37 +236,30 @@ impl WgpuLayer {
             groups(Stage::GateUp),
             invariant,
         )?;
-        down_of(
-            wgpu,
-            stream,
-            &Down {
-                a: scratch.a.view(BETWEEN, [rows, config.intermediate])?,
-                offsets,
-                matrices: Matrices::Packed(&self.experts),
-                bias: None,
-                out: scratch.y.view_mut(BETWEEN, [rows, hidden])?,
-            },
-            groups(Stage::Down),
-            invariant,
-        )?;
         let shared = match &self.shared {
             Some(shared) => Some(shared.run(wgpu, stream, x, &mut scratch.shared, invariant)?),
             None => None,
         };
-        let y_rows = scratch.y.view(BETWEEN, [rows, hidden])?;
-        wgpu.combine(
-            stream,
-            Combine {
-                rows: if alone { SlotRows::Slots(y_rows) } else { SlotRows::Permuted { y: y_rows, slot_row } },
-                weights: (!on_input).then_some(routing.weights),
-                copies: None,
-                routed_scale: config.routed_scale,
-                shared,
-                residual: residual.map(shorten_residual),
-                norm: norm.map(shorten_norm),
-                out: y,
-            },
-        )?;
+        let a = scratch.a.view(BETWEEN, [rows, config.intermediate])?;
+        let mut combine = Combine {
+            rows: SlotRows::Slots(a),
+            weights: (!on_input).then_some(routing.weights),
+            copies: None,
+            routed_scale: config.routed_scale,
+            shared,
+            residual: residual.map(shorten_residual),
+            norm: norm.map(shorten_norm),
+            out: y,
+        };
+        let table = self.experts.down(wgpu)?;
+        if !alone || !down_combine(wgpu, stream, &combine, &routing.experts, &table)? {
+            let out = scratch.y.view_mut(BETWEEN, [rows, hidden])?;
+            let matrices = Matrices::Packed(&self.experts);
+            down_of(wgpu, stream, &Down { a, offsets, matrices, bias: None, out }, groups(Stage::Down), invariant)?;
+            let y = scratch.y.view(BETWEEN, [rows, hidden])?;
+            combine.rows = if alone { SlotRows::Slots(y) } else { SlotRows::Permuted { y, slot_row } };
+            wgpu.combine(stream, combine)?;
+        }
         if let Some(RoutesOut { experts, weights }) = routes {
             copy::copy(wgpu, stream, routing.experts, experts)?;
             copy::copy(wgpu, stream, routing.weights, weights)?;

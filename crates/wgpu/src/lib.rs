@@ -11,6 +11,7 @@ mod combine;
 mod copy;
 mod device;
 mod down;
+mod down_combine;
 mod error;
 mod forward;
 mod gate;

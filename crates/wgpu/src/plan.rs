@@ -6,7 +6,7 @@ mod layer;
 mod route;
 pub(crate) mod windows;
 
-pub(crate) use combine::{CombineStep, combine};
+pub(crate) use combine::{CombineStep, combine, down_combine};
 pub(crate) use layer::{piece, schedule, tiles, tokens_at_once};
 pub(crate) use route::{permute, route};
 
@@ -59,8 +59,11 @@ impl Product {
     }
 }
 
-/// Rows up to which dot products read the weight fast enough.
+/// Rows up to which dot products read the weight fast enough, however many tiles there were.
 const FEW_ROWS: usize = 16;
+/// Tiles that are too few to keep a large GPU busy: the router of 128 experts and 2048 columns takes an H200 130 us in up to
+/// 16 tiles (512 tokens), dot products 9 us for 32 tokens and 90 us for 512; at 64 tiles the others win.
+const FEW_TILES: usize = 64;
 /// Rows that share one read of the weight.
 const SHARING: u32 = 4;
 /// Threads of a workgroup.
@@ -71,7 +74,7 @@ const BUSY: usize = 512;
 const TILE: usize = 64;
 
 const ONE: &str = "one row: a team of threads a column streams the weight once";
-const FEW: &str = "few rows: a team of threads a column, four rows share what it reads";
+const FEW: &str = "few rows or few tiles: a team of threads a column, four rows share what it reads";
 const SAME: &str = "the same bits for any number of rows: dot products, a team of threads a column";
 const MANY: &str = "many rows: 64 x 64 tiles share what they read";
 
@@ -90,7 +93,8 @@ pub(crate) fn linear(sizes: [usize; 3], invariant: bool) -> Product {
 }
 
 fn product([rows, width, columns]: [usize; 3], invariant: bool, kernel: impl Fn(Option<Dots>) -> Kernel) -> Product {
-    if rows > FEW_ROWS && !invariant {
+    let tiles = rows.div_ceil(TILE) * columns.div_ceil(TILE);
+    if rows > FEW_ROWS && tiles >= FEW_TILES && !invariant {
         return Product { kernel: kernel(None), block: [TILE; 2], why: MANY };
     }
     let dots = Dots { tokens: if rows == 1 { 1 } else { SHARING }, team: team(width, columns) };
@@ -133,11 +137,15 @@ pub(crate) mod tests {
 
     #[test]
     fn few_rows_are_dot_products_and_many_are_tiles() {
+        let dots = Dots { tokens: 4, team: 256 };
         assert_eq!(linear([1, 4096, 512], false).kernel, Kernel::Linear { dots: Dots { tokens: 1, team: 256 } });
-        assert_eq!(linear([2, 4096, 512], false).kernel, Kernel::Linear { dots: Dots { tokens: 4, team: 256 } });
-        assert_eq!(linear([17, 4096, 512], false).kernel, Kernel::LinearTiled);
-        assert_eq!(gate([17, 4096, 512], true, false).kernel, Kernel::GateTiled { norm: true });
-        assert_eq!(gate([65, 48, 64], false, false).groups(65, 64), 2);
+        assert_eq!(linear([2, 4096, 512], false).kernel, Kernel::Linear { dots });
+        assert_eq!(linear([16, 4096, 65536], false).kernel, Kernel::Linear { dots: Dots { tokens: 4, team: 32 } });
+        assert_eq!(linear([17, 4096, 4096], false).kernel, Kernel::LinearTiled);
+        assert_eq!(linear([448, 4096, 512], false).kernel, Kernel::Linear { dots });
+        assert_eq!(linear([449, 4096, 512], false).kernel, Kernel::LinearTiled);
+        assert_eq!(gate([4096, 4096, 64], true, false).kernel, Kernel::GateTiled { norm: true });
+        assert_eq!(gate([4096, 48, 64], false, false).groups(4096, 64), 64);
         assert_eq!(gate([0, 48, 64], false, false).groups(0, 64), 0);
     }
 

@@ -33,6 +33,8 @@ impl Idle {
 enum Rehearsed {
     Router,
     PlainLogits,
+    /// With a norm, which one token's launch of down and combine cannot have.
+    NormedLogits,
     /// With a norm and counts.
     Logits,
     /// Which are written out.
@@ -59,8 +61,9 @@ impl WgpuLayer {
         let (wgpu, recorder) = self.wgpu.recording();
         let (mut tokens, max_tokens) = (1, max_tokens.min(self.tokens_at_once()));
         while tokens <= max_tokens {
-            for source in [Rehearsed::Router, Rehearsed::PlainLogits, Rehearsed::Logits, Rehearsed::Routes] {
-                if self.router.is_some() || !matches!(source, Rehearsed::Router) {
+            use Rehearsed::{Logits, NormedLogits, PlainLogits, Router, Routes};
+            for source in [Router, PlainLogits, NormedLogits, Logits, Routes] {
+                if self.router.is_some() || !matches!(source, Router) {
                     self.rehearse(&wgpu, tokens, source)?;
                 }
             }
@@ -90,9 +93,11 @@ impl WgpuLayer {
             Rehearsed::PlainLogits => {
                 call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
             }
-            Rehearsed::Logits => {
+            Rehearsed::NormedLogits | Rehearsed::Logits => {
                 call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
-                call.counts = Some(View::new(counts.write(), U32, 0, [experts])?);
+                if matches!(source, Rehearsed::Logits) {
+                    call.counts = Some(View::new(counts.write(), U32, 0, [experts])?);
+                }
                 let out = View::new(norm.write(), dtype, 0, [tokens, hidden])?;
                 call.norm = Some(NextNorm { weight: None, eps: 0.0, out });
             }

@@ -3,7 +3,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use fused_moe_core::{Status, Stream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use wgpu::{BufferUsages, CommandEncoder};
+use wgpu::{BufferUsages, CommandEncoder, ComputePass};
 
 /// Commands in order, and a status word on the device.
 ///
@@ -16,10 +16,19 @@ use wgpu::{BufferUsages, CommandEncoder};
 #[derive(Debug)]
 pub struct WgpuStream {
     device: Arc<Device>,
-    encoder: Mutex<Option<CommandEncoder>>,
+    recording: Mutex<Option<Recording>>,
     status: wgpu::Buffer,
     /// Where the host reads the status.
     mapped: Mutex<wgpu::Buffer>,
+}
+
+/// An encoder, and the compute pass that is open in it: launches that follow each other share one, since every pass is a
+/// command buffer of its own, before which a GPU stops.
+#[derive(Debug)]
+struct Recording {
+    /// Dropped, and thereby ended, before its encoder is used.
+    pass: Option<ComputePass<'static>>,
+    encoder: CommandEncoder,
 }
 
 impl WgpuStream {
@@ -27,7 +36,7 @@ impl WgpuStream {
         let device = Arc::clone(wgpu.device());
         let status = device.buffer(4, Device::USAGES)?;
         let mapped = device.buffer(4, BufferUsages::MAP_READ | BufferUsages::COPY_DST)?;
-        Ok(Self { device, encoder: Mutex::default(), status, mapped: Mutex::new(mapped) })
+        Ok(Self { device, recording: Mutex::default(), status, mapped: Mutex::new(mapped) })
     }
 
     /// Records into this encoder from now on. What was recorded before is submitted.
@@ -35,13 +44,16 @@ impl WgpuStream {
     /// Errors: `DeviceLost`, `Device`.
     pub fn lend(&self, encoder: CommandEncoder) -> Result<()> {
         self.submit()?;
-        *self.lock() = Some(encoder);
+        *self.lock() = Some(Recording { pass: None, encoder });
         Ok(())
     }
 
     /// The encoder with what was recorded so far, for the host program to go on with and to submit; none, if nothing was.
     pub fn take(&self) -> Option<CommandEncoder> {
-        self.lock().take()
+        self.lock().take().map(|Recording { pass, encoder }| {
+            drop(pass);
+            encoder
+        })
     }
 
     /// Submits what was recorded so far.
@@ -54,9 +66,24 @@ impl WgpuStream {
 
     /// Records with the encoder.
     pub(crate) fn record(&self, work: impl FnOnce(&mut CommandEncoder)) -> Result<()> {
-        let mut encoder = self.lock();
-        work(encoder.get_or_insert_with(|| self.device.device.create_command_encoder(&Default::default())));
+        let mut recording = self.lock();
+        let Recording { pass, encoder } = recording.get_or_insert_with(|| self.begin());
+        *pass = None;
+        work(encoder);
         Ok(())
+    }
+
+    /// Records in a compute pass.
+    pub(crate) fn dispatch(&self, work: impl FnOnce(&mut ComputePass<'_>)) -> Result<()> {
+        let mut recording = self.lock();
+        let Recording { pass, encoder } = recording.get_or_insert_with(|| self.begin());
+        let begin = || encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()).forget_lifetime();
+        work(pass.get_or_insert_with(begin));
+        Ok(())
+    }
+
+    fn begin(&self) -> Recording {
+        Recording { pass: None, encoder: self.device.device.create_command_encoder(&Default::default()) }
     }
 
     /// The status word.
@@ -64,8 +91,8 @@ impl WgpuStream {
         &self.status
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<CommandEncoder>> {
-        self.encoder.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Option<Recording>> {
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

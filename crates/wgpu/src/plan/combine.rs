@@ -52,6 +52,26 @@ pub(crate) fn combine(
     }
 }
 
+/// A launch of down and combine together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DownCombinePlan {
+    /// Slots that go side by side.
+    pub(crate) slots: u32,
+    pub(crate) groups: u64,
+    pub(crate) why: &'static str,
+}
+
+/// One token's, of H, K; none where a norm needs all of the row, or `operands` are more than a kernel can have.
+pub(crate) fn down_combine([hidden, top_k]: [usize; 2], norm: bool, operands: usize) -> Option<DownCombinePlan> {
+    if norm || operands > BINDINGS {
+        return None;
+    }
+    let slots = top_k.next_power_of_two().clamp(1, 8);
+    let groups = hidden.div_ceil(4 * 8 / slots) as u64;
+    let why = "one token: each expert's part of an output is added up where it is formed, which saves a launch";
+    Some(DownCombinePlan { slots: slots as u32, groups, why })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -82,6 +102,15 @@ mod tests {
     fn a_row_is_kept_where_it_fits() {
         let stash = |hidden, bytes| steps(hidden, (true, false, 8), bytes)[0].1.stash;
         assert_eq!([stash(3072, 16384), stash(3073, 16384), stash(7168, 32768)], [3072, 0, 7168]);
+    }
+
+    #[test]
+    fn one_tokens_slots_go_side_by_side_where_one_launch_can_do_it() {
+        let plan = |hidden, top_k| down_combine([hidden, top_k], false, 8).map(|plan| (plan.slots, plan.groups));
+        assert_eq!([plan(2048, 8), plan(2048, 9)], [Some((8, 512)); 2]);
+        assert_eq!([plan(2048, 1), plan(2049, 1)], [Some((1, 64)), Some((1, 65))]);
+        assert_eq!([plan(5, 3), plan(0, 8)], [Some((4, 1)), Some((8, 0))]);
+        assert_eq!([down_combine([2048, 8], true, 5), down_combine([2048, 8], false, 9)], [None; 2]);
     }
 
     #[test]

@@ -3,15 +3,16 @@
 use crate::kernel::Kernel;
 use fused_moe_core::problem::{ChoiceProblem, PermuteProblem};
 
-/// A workgroup a token, and why it is of so many threads: barriers cost less among fewer.
+/// A workgroup a token, and why it is of so many threads: for one token its time is that of what each thread does in turn,
+/// and of its barriers, which cost more among more. On an H200 128 experts take 2.5 us less with one key a thread than with
+/// four, 256 take 1.3 us less with two than with one and 0.9 less than with four.
 pub(crate) fn route(problem: &ChoiceProblem) -> (Kernel, &'static str) {
-    let threads = problem.experts.div_ceil(4).next_power_of_two().clamp(32, 256);
-    let keys = problem.experts.div_ceil(threads).next_power_of_two();
-    let why = if keys > 4 {
-        "very many experts: a workgroup of 256 a token"
+    let (threads, why) = if problem.experts > 512 {
+        (256, "very many experts: a workgroup of 256 a token")
     } else {
-        "a workgroup a token, of as few threads as hold its keys by fours"
+        (problem.experts.next_power_of_two().clamp(32, 128), "a workgroup a token, of up to 128 threads")
     };
+    let keys = problem.experts.div_ceil(threads).next_power_of_two();
     (Kernel::Route { rule: (&problem.rule).into(), threads: threads as u32, keys: keys as u32 }, why)
 }
 

@@ -287,12 +287,12 @@ pub(super) fn many_tiles_are_listed_on_the_device() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn one_token_takes_a_launch_a_stage() -> Result<()> {
+pub(super) fn one_token_takes_few_launches() -> Result<()> {
     let wgpu = Wgpu::new(0)?;
     let text = prepare(&wgpu, Numerics::Fast, 0).unwrap().explain(1);
     let entries: Vec<&str> = text.lines().skip(1).filter_map(|line| line.split(':').next()).collect();
-    // with the shared expert's and its gate's
-    let expected = ["gate", "route", "gate_up_dot", "down_dot", "gate_up_dot", "down_dot", "linear", "combine"];
+    // the shared expert's, its gate's, and what the experts' down and combine are together
+    let expected = ["gate", "route", "gate_up_dot", "gate_up_dot", "down_dot", "linear", "down_combine"];
     assert_eq!(entries, expected, "{text}");
     Ok(())
 }

@@ -26,7 +26,7 @@ const TESTS: &[Test] = &[
     ("many_tokens_go_in_pieces", layer::many_tokens_go_in_pieces),
     ("a_token_alone_has_the_bits_it_has_in_a_batch", layer::a_token_alone_has_the_bits_it_has_in_a_batch),
     ("many_tiles_are_listed_on_the_device", layer::many_tiles_are_listed_on_the_device),
-    ("one_token_takes_a_launch_a_stage", layer::one_token_takes_a_launch_a_stage),
+    ("one_token_takes_few_launches", layer::one_token_takes_few_launches),
     ("too_small_a_workspace_says_how_much", layer::too_small_a_workspace_says_how_much),
     ("several_threads_ask_for_the_status", layer::several_threads_ask_for_the_status),
     ("operands_that_cannot_be_bound_are_errors", layer::operands_that_cannot_be_bound_are_errors),
