@@ -1,4 +1,5 @@
-// out[t] = residual[t] + routed_scale * sum_k w[t,k] * y[t,k] + shared, slots in order; then its norm.
+// out[t] = residual[t] + routed_scale * sum_k w[t,k] * y[t,k] + shared, slots in order; then its norm. A slot whose expert is
+// among p.first .. p.end copies: its part is the token itself.
 //
 // Without NORM a row is cut into pieces of 512 for several workgroups. With it a workgroup has the row: it sums the
 // squares, keeping the values if they fit in STASH (else they are formed again), and then writes. A thread writes only
@@ -13,13 +14,18 @@ fn value_of(row: Row, h: u32) -> vec2<f32> {
     let next = min(h + 1u, p.hidden - 1u);
     var value = vec2<f32>(0.0);
     for (var k = 0u; k < p.top_k; k++) {
+        var w = 1.0;
+        if (has_weights) { w = load_weights(at(p.weights, row.t, k)); }
+        if (has_experts && copies(load_experts(at(p.experts, row.t, k)))) {
+            let x = at(p.x, row.t, 0u);
+            value += w * vec2<f32>(load_x(x + h), load_x(x + next));
+            continue;
+        }
         var source = row.t * p.top_k + k;
         if (has_slot_row) {
             source = load_slot_row(p.slot_row.offset + source);
             if (source >= p.rows) { continue; }
         }
-        var w = 1.0;
-        if (has_weights) { w = load_weights(at(p.weights, row.t, k)); }
         let y = at(p.y, source, 0u);
         value += w * vec2<f32>(load_y(y + h), load_y(y + next));
     }
@@ -38,6 +44,8 @@ fn value_of(row: Row, h: u32) -> vec2<f32> {
     }
     return value;
 }
+
+fn copies(expert: u32) -> bool { return expert >= p.first && expert < p.end; }
 
 fn row_of(t: u32) -> Row {
     var factor = p.shared_scale;

@@ -23,7 +23,9 @@ pub(crate) fn token_bytes(call: &Forward<'_, Wgpu>) -> usize {
     };
     let norm = call.norm.as_ref().map_or(0, |norm| bytes(&norm.out));
     let routes = call.routes.as_ref().map_or(0, |routes| bytes(&routes.experts).max(bytes(&routes.weights)));
-    [bytes(&call.x), bytes(&call.y), source, residual, norm, routes].into_iter().fold(0, usize::max)
+    let RouterState { previous, next } = &call.router_state;
+    let state = previous.as_ref().map_or(0, bytes).max(next.as_ref().map_or(0, bytes));
+    [bytes(&call.x), bytes(&call.y), source, residual, norm, routes, state].into_iter().fold(0, usize::max)
 }
 
 /// The same call of some of its tokens.
@@ -40,7 +42,13 @@ pub(crate) fn part<'s>(call: &'s mut Forward<'_, Wgpu>, tokens: Range<usize>) ->
             }),
         },
         sequences: call.sequences,
-        router_state: RouterState { previous: None, next: None },
+        router_state: RouterState {
+            previous: call.router_state.previous.map(|state| state.row_range(first, count)).transpose()?,
+            next: match &mut call.router_state.next {
+                Some(next) => Some(reborrow::<Wgpu>(next).row_range(first, count)?),
+                None => None,
+            },
+        },
         token_ids: call.token_ids.map(|ids| ids.columns(first, count)).transpose()?,
         residual: match &call.residual {
             Some(Residual::Of(residual)) => Some(Residual::Of(residual.row_range(first, count)?)),

@@ -1,5 +1,6 @@
 //! Every kernel, what it is specialised by, and the text it is compiled from.
 
+mod bindings;
 mod eight;
 mod operand;
 #[cfg(test)]
@@ -8,7 +9,10 @@ mod tests;
 use crate::grouped::{GroupedKernel, GroupedParams};
 use crate::launch::Params;
 use crate::route::RuleKind;
-use crate::{accumulate, activation, combine, copy, down_combine, gate, linear, measure, permute, route};
+use crate::{
+    accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, route,
+};
+use bindings::*;
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 use std::fmt::Write;
@@ -32,6 +36,7 @@ pub(crate) enum Kernel {
         keys: u32,
     },
     GatherWeights,
+    DropOverflow,
     Permute,
     PermuteCount,
     PermuteScan,
@@ -111,7 +116,7 @@ pub(crate) const fn writes_integers(name: &'static str) -> Binding {
 pub(crate) const STATUS: Binding = Binding { name: "status", written: true, kind: Kind::Status };
 
 /// Operands of a kernel, of which at most [`BINDINGS`] are there.
-pub(crate) const OPERANDS: usize = 9;
+pub(crate) const OPERANDS: usize = 11;
 
 /// How an operand of a launch is bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -159,46 +164,6 @@ impl From<Activation> for ActivationKind {
     }
 }
 
-const ROUTE_BY_KEY: &[Binding] = &[
-    reads("logits"),
-    reads("bias"),
-    reads("scale"),
-    writes_integers("experts"),
-    writes("weights"),
-    writes("keys"),
-    writes_integers("witness"),
-    STATUS,
-];
-const ROUTE_BY_TABLE: &[Binding] = &[
-    reads("logits"),
-    reads_integers("token_ids"),
-    reads_integers("table"),
-    reads("scale"),
-    writes_integers("experts"),
-    writes("weights"),
-    STATUS,
-];
-const PERMUTE_SLOTS: &[Binding] = &[
-    reads_integers("experts"),
-    writes_integers("row_slot"),
-    writes_integers("slot_row"),
-    writes_integers("offsets"),
-    STATUS,
-];
-const DOWN_COMBINE: &[Binding] = &[
-    reads("a"),
-    reads("down"),
-    reads("bias"),
-    reads_integers("experts"),
-    reads("weights"),
-    reads("shared_y"),
-    reads("gate"),
-    reads("residual"),
-    writes("out"),
-];
-const TILE_SCHEDULE: &[Binding] =
-    &[reads_integers("offsets"), writes_integers("tiles"), writes_integers("count"), writes_integers("arguments")];
-
 const TYPES: &str = include_str!("include/types.wgsl");
 const MATH: &str = include_str!("include/math.wgsl");
 const ACTIVATION: &str = include_str!("include/activation.wgsl");
@@ -211,6 +176,8 @@ const EIGHT: &str = include_str!("include/eight.wgsl");
 const DOT: &str = include_str!("include/dot.wgsl");
 const TILE: &str = include_str!("include/tile.wgsl");
 const GATE: &str = include_str!("include/gate.wgsl");
+/// Numbers as words that sort.
+const WORDS: &str = include_str!("include/words.wgsl");
 const ROUTE: &str = include_str!("include/route.wgsl");
 const SCORE: &str = include_str!("include/score.wgsl");
 const CHOOSE: &str = include_str!("include/choose.wgsl");
@@ -226,6 +193,7 @@ impl Kernel {
             Self::DownCombine { .. } => "down_combine",
             Self::Route { .. } => "route",
             Self::GatherWeights => "gather_weights",
+            Self::DropOverflow => "drop_overflow",
             Self::Permute => "permute",
             Self::PermuteCount => "permute_count",
             Self::PermuteScan => "permute_scan",
@@ -255,6 +223,7 @@ impl Kernel {
             Self::DownCombine { .. } => of::<down_combine::DownCombineParams>(),
             Self::Route { .. } => of::<route::RouteParams>(),
             Self::GatherWeights => of::<route::GatherWeightsParams>(),
+            Self::DropOverflow => of::<drop_overflow::DropOverflowParams>(),
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter => {
                 of::<permute::PermuteParams>()
             }
@@ -274,22 +243,9 @@ impl Kernel {
     pub(crate) fn bindings(self) -> &'static [Binding] {
         match self {
             Self::Activation { .. } => const { &[reads("gate"), reads("up"), writes("out")] },
-            Self::Combine(_) => {
-                const {
-                    &[
-                        reads("y"),
-                        reads_integers("slot_row"),
-                        reads("weights"),
-                        reads("shared_y"),
-                        reads("gate"),
-                        reads("residual"),
-                        reads("norm_weight"),
-                        writes("normed"),
-                        writes("out"),
-                    ]
-                }
-            }
+            Self::Combine(_) => COMBINE,
             Self::DownCombine { .. } => DOWN_COMBINE,
+            Self::DropOverflow => DROP_OVERFLOW,
             Self::Route { rule, .. } if rule.by_table() => ROUTE_BY_TABLE,
             Self::Route { .. } => ROUTE_BY_KEY,
             Self::GatherWeights => {
@@ -342,7 +298,7 @@ impl Kernel {
             Self::Combine(_) => vec![MATH, REDUCE, include_str!("combine.wgsl")],
             Self::DownCombine { .. } => vec![MATH, REDUCE, EIGHT, include_str!("down_combine.wgsl")],
             Self::Route { rule, .. } => {
-                let mut parts = vec![MATH, ROUTE, SCORE, include_str!("route.wgsl")];
+                let mut parts = vec![MATH, ROUTE, WORDS, SCORE, include_str!("route.wgsl")];
                 if rule.by_table() {
                     parts.push(include_str!("route_by_table.wgsl"));
                 } else {
@@ -351,6 +307,7 @@ impl Kernel {
                 parts
             }
             Self::GatherWeights => vec![ROUTE, include_str!("gather_weights.wgsl")],
+            Self::DropOverflow => vec![ROUTE, WORDS, include_str!("drop_overflow.wgsl")],
             Self::Permute => vec![SCAN, PERMUTE, include_str!("permute.wgsl")],
             Self::PermuteCount => vec![SCAN, PERMUTE, include_str!("permute_count.wgsl")],
             Self::PermuteScan => vec![SCAN, include_str!("permute_scan.wgsl")],
@@ -398,7 +355,7 @@ impl Kernel {
                 constants.extend(sizes.map(|(name, size)| (name, format!("{size}u"))));
                 constants
             }
-            Self::GatherWeights => vec![("THREADS", "32u".into()), ("CAPACITY", "32u".into())],
+            Self::GatherWeights | Self::DropOverflow => vec![("THREADS", "32u".into()), ("CAPACITY", "32u".into())],
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter | Self::TileSchedule => {
                 vec![]
             }
@@ -412,7 +369,7 @@ impl Kernel {
         let mut all = vec![Self::Zero, Self::Accumulate, Self::Copy, Self::Counts, Self::ReadAll];
         all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
         all.extend([Self::Permute, Self::PermuteCount, Self::PermuteScan, Self::PermuteScatter]);
-        all.extend([Self::GatherWeights, Self::TileSchedule]);
+        all.extend([Self::GatherWeights, Self::DropOverflow, Self::TileSchedule]);
         let sizes = [(32, 1), (32, 4), (128, 4), (256, 16)].into_iter().cycle();
         let routes = RuleKind::all().into_iter().zip(sizes);
         all.extend(routes.map(|(rule, (threads, keys))| Self::Route { rule, threads, keys }));

@@ -2,27 +2,29 @@ use crate::down::down_of;
 use crate::down_combine::down_combine;
 use crate::error::Result;
 use crate::forward::{part, token_bytes};
-use crate::gate;
 use crate::gate_up::gate_up_of;
 use crate::grouped::{Groups, Schedule, Stage};
 use crate::launch::Operand;
 use crate::memory::{Memory, Mut, Ref};
+use crate::norm::{ExpertNorm, norm};
 use crate::pack::{Experts, floats};
 use crate::plan::grouped::column_tiles;
 use crate::rehearse::Idle;
+use crate::routes::Choosing;
 use crate::shared::SharedExpert;
-use crate::workspace::{Buffer, PermutationScratch, RoutingScratch, ScheduleScratch, Workspace};
+use crate::workspace::{ScheduleScratch, Scratch, Workspace};
 use crate::{Wgpu, WgpuStream, copy, permute, plan};
 use fused_moe_core::DType::{F32, U32};
 use fused_moe_core::backend::{shorten, shorten_mut};
-use fused_moe_core::config::{GateNorm, LayerConfig, Selection, WeightOn};
+use fused_moe_core::config::{GateNorm, LayerConfig, Selection, WeightOn, ZeroOutput};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
+use fused_moe_core::surroundings::{On, Reads, Surroundings};
 use fused_moe_core::weights::LayerWeights;
 use fused_moe_core::{Backend, DType, HostView, Layer, Numerics, Options, Permutation, Routing, View};
 
 pub(crate) type In<'a> = View<Ref<'a>>;
-type Out<'a> = View<Mut<'a>>;
+pub(crate) type Out<'a> = View<Mut<'a>>;
 
 /// The format of what lies between the stages.
 pub(crate) const BETWEEN: DType = F32;
@@ -30,7 +32,7 @@ pub(crate) const BETWEEN: DType = F32;
 /// A layer prepared for this backend: its weights, copied once in the format that they came in.
 ///
 /// A call records on its stream and does nothing else. What lies between the stages is f32. More tokens than a binding or
-/// the workspace's buffer has room for go through the layer in pieces. What a call with x in the weights' format needs is
+/// the workspace's buffer has room for go through the layer in pieces, unless it has a capacity, which refuses them. What a call with x in the weights' format needs is
 /// compiled when a workspace is made, anything else when it is first called for.
 #[derive(Debug)]
 pub struct WgpuLayer {
@@ -38,22 +40,25 @@ pub struct WgpuLayer {
     pub(crate) problem: LayerProblem,
     numerics: Numerics,
     pub(crate) router: Option<Router>,
-    router_norm: Option<Memory>,
-    correction_bias: Option<Memory>,
-    expert_scale: Option<Memory>,
-    table: Option<(Memory, usize)>,
+    pub(crate) router_norm: Option<Memory>,
+    pub(crate) correction_bias: Option<Memory>,
+    pub(crate) expert_scale: Option<Memory>,
+    pub(crate) table: Option<(Memory, usize)>,
     experts: Experts,
+    expert_out: Option<ExpertNorm>,
+    /// Where nothing else stands around the experts.
     shared: Option<SharedExpert>,
+    surroundings: Option<Surroundings<Wgpu>>,
     /// For calls that are explained and not run.
     pub(crate) idle: Idle,
 }
 
-/// `[E, H]` as it came, and f32 `[E]`.
+/// `[E, H]` as it came, and f32 `[E]`; experts without weights are among the E.
 #[derive(Debug)]
 pub(crate) struct Router {
-    matrix: Memory,
-    dtype: DType,
-    bias: Option<Memory>,
+    pub(crate) matrix: Memory,
+    pub(crate) dtype: DType,
+    pub(crate) bias: Option<Memory>,
 }
 
 impl WgpuLayer {
@@ -66,10 +71,11 @@ impl WgpuLayer {
         let problem = LayerProblem::new(config, weights, options)?;
         let router = weights.router.map(|view| Router::new(wgpu, view, weights.router_bias)).transpose()?;
         let experts: Vec<_> = weights.experts.iter().collect();
-        let shared = match (config.shared, &weights.shared) {
+        let shared = match (problem.core.shared, &weights.shared) {
             (Some(config), Some(weights)) => Some(SharedExpert::new(wgpu, config, weights)?),
             _ => None,
         };
+        let surroundings = config.has_surroundings().then(|| Surroundings::new(wgpu, config, weights));
         let table = weights.table.as_ref().map(|table| {
             Ok::<_, crate::Error>((upload(wgpu, bytemuck::cast_slice(&table.experts))?, table.vocabulary))
         });
@@ -82,13 +88,15 @@ impl WgpuLayer {
             expert_scale: vector_of(wgpu, weights.expert_scale)?,
             table: table.transpose()?,
             experts: Experts::local(wgpu, &experts, problem.local.clone())?,
+            expert_out: ExpertNorm::of(wgpu, config.norms.expert_out, weights.norms.expert_out)?,
             shared,
+            surroundings: surroundings.transpose()?,
             idle: Idle::new(wgpu)?,
             problem,
         })
     }
 
-    fn invariant(&self) -> bool {
+    pub(crate) fn invariant(&self) -> bool {
         self.numerics == Numerics::BatchInvariant
     }
 }
@@ -116,7 +124,9 @@ impl Layer<Wgpu> for WgpuLayer {
         let vectors = [&self.router_norm, &self.correction_bias, &self.expert_scale].map(bytes);
         let table = self.table.as_ref().map_or(0, |(table, _)| table.bytes());
         let shared = self.shared.as_ref().map_or(0, SharedExpert::bytes);
-        router + vectors.iter().sum::<usize>() + table + self.experts.bytes() + shared
+        let around = self.surroundings.as_ref().map_or(0, Surroundings::weight_bytes);
+        let norm = self.expert_out.as_ref().map_or(0, ExpertNorm::bytes);
+        router + vectors.iter().sum::<usize>() + table + self.experts.bytes() + norm + shared + around
     }
 
     fn workspace_bytes(&self, max_tokens: usize) -> Result<usize> {
@@ -159,15 +169,29 @@ impl WgpuLayer {
         // even where the pieces of this call would do with less
         workspace.carve("forward", &self.problem, tokens.min(self.tokens_at_once()))?;
         let piece = plan::piece(self.tokens_at_once(), token_bytes(&call), wgpu.numbers());
+        if !matches!(call.source, Source::Routes(_)) {
+            self.undivided(tokens, piece)?;
+        }
         for first in (0..tokens.max(1)).step_by(piece) {
             let call = part(&mut call, first..tokens.min(first + piece))?;
-            self.stages(wgpu, stream, call, workspace, first > 0)?;
+            self.run_piece(wgpu, stream, call, workspace, first > 0)?;
         }
         Ok(())
     }
 
-    /// The stages in order, of as many tokens as go through at once. Counts are added to those that went before.
-    fn stages(
+    /// Whether so many tokens may go through so many at a time: of a capacity, all of them share.
+    ///
+    /// Errors: `Unsupported`.
+    pub(crate) fn undivided(&self, tokens: usize, at_once: usize) -> Result<()> {
+        if tokens <= at_once || self.problem.config.capacity.is_none() {
+            return Ok(());
+        }
+        let part = "a capacity of more tokens than a binding or a buffer has room for";
+        Err(fused_moe_core::Error::Unsupported { operation: "forward", part, backend: "wgpu" }.into())
+    }
+
+    /// As many tokens as go through at once. Counts are added to those that went before.
+    fn run_piece(
         &self,
         wgpu: &Wgpu,
         stream: &WgpuStream,
@@ -175,28 +199,52 @@ impl WgpuLayer {
         workspace: &mut Workspace,
         add: bool,
     ) -> Result<()> {
-        let (device, tokens) = (wgpu.device(), call.x.rows());
-        let mut scratch = workspace.carve("forward", &self.problem, tokens)?;
-        let config = &self.problem.config;
+        let (mut scratch, around) = workspace.carve("forward", &self.problem, call.x.rows())?;
+        let Some(surroundings) = &self.surroundings else {
+            let reads = Reads { router: call.x, experts: call.x };
+            return self.stages(wgpu, stream, (call, reads), &mut scratch, add);
+        };
+        // up to so many, a product is of one kind
+        let rows_at_once = if self.invariant() { plan::FEW_ROWS } else { usize::MAX };
+        let on = On { backend: wgpu, stream, between: BETWEEN, rows_at_once };
+        surroundings
+            .run(&on, call, around.views()?, |call, reads| self.stages(wgpu, stream, (call, reads), &mut scratch, add))
+    }
+
+    /// The stages in order, from router to combine.
+    fn stages(
+        &self,
+        wgpu: &Wgpu,
+        stream: &WgpuStream,
+        (call, reads): (Forward<'_, Wgpu>, Reads<'_, Wgpu>),
+        scratch: &mut Scratch<'_>,
+        add: bool,
+    ) -> Result<()> {
+        let (device, tokens, config) = (wgpu.device(), call.x.rows(), &self.problem.core);
         let (hidden, rows, invariant) = (config.hidden, tokens * config.top_k, self.invariant());
         let alone = tokens == 1 && call.counts.is_none() && self.slots_are_rows(&call.source);
-        let Forward { x, source, token_ids, sequences: _, router_state: _, residual, norm, routes, counts, y } = call;
+        let Forward { source, token_ids, sequences, residual, norm: next_norm, routes, counts, y, .. } = call;
 
-        let normed = self.gate_norm_feeds_experts();
-        let by_gate = normed.is_some() && matches!(source, Source::Router);
-        let routing = match source {
-            Source::Routes(Routing { experts, weights }) => Routing { experts, weights },
-            Source::Logits(logits) => self.route(wgpu, stream, logits, token_ids, &mut scratch.routing)?,
-            Source::Router => {
-                let shape = [tokens, hidden];
-                let normed = by_gate.then(|| scratch.tokens.view_mut(BETWEEN, shape)).transpose()?;
-                self.gate_route(wgpu, stream, (x, token_ids), normed, &mut scratch.routing)?
+        let gate_norm = self.gate_norm_feeds_experts();
+        let by_gate = gate_norm.is_some() && matches!(source, Source::Router);
+        let (given, logits) = match source {
+            Source::Routes(routing) => (Some(routing), None),
+            Source::Logits(logits) => (None, Some(logits)),
+            Source::Router => (None, None),
+        };
+        let routing = match given {
+            Some(Routing { experts, weights }) => Routing { experts, weights },
+            None => {
+                self.choose(wgpu, stream, &Choosing { x: reads.router, logits, token_ids, sequences }, scratch)?;
+                scratch.routing.views([tokens, config.top_k])?
             }
         };
         if !alone {
-            self.permute(wgpu, stream, routing.experts, &mut scratch.permutation)?;
+            let local = self.problem.local.clone();
+            self.permute(wgpu, stream, routing.experts, local, &mut scratch.permutation)?;
         }
-        let Permutation { row_slot, slot_row, offsets } = scratch.permutation.views(rows, config.experts)?;
+        let Permutation { row_slot, slot_row, offsets } = scratch.permutation.views(rows, config.choices())?;
+        let offsets = offsets.columns(0, config.experts + 1)?;
         let arguments = scratch.schedule.arguments.buffer();
         let listed = if alone { None } else { self.list_tiles(wgpu, stream, offsets, rows, &mut scratch.schedule)? };
         let slot_experts = Operand::of(device, "forward", &routing.experts)?;
@@ -214,10 +262,19 @@ impl WgpuLayer {
             });
             Groups::Offsets { offsets: first_rows, row_slot: Some(row_slots), schedule }
         };
-        if let (Some(norm), false) = (normed, by_gate) {
-            self.norm(wgpu, stream, x, norm, [&mut scratch.tokens, &mut scratch.y])?;
-        }
-        let x = if normed.is_some() { scratch.tokens.view(BETWEEN, [tokens, hidden])? } else { x };
+        let x = match gate_norm {
+            Some(GateNorm { eps, .. }) => {
+                let shape = [tokens, hidden];
+                if !by_gate {
+                    let out = scratch.tokens.view_mut(BETWEEN, shape)?;
+                    let next = NextNorm { weight: vector(&self.router_norm, hidden)?, eps, out };
+                    let (rows, spare) = (Residual::Of(reads.experts), scratch.y.view_mut(BETWEEN, shape)?);
+                    norm(wgpu, stream, reads.experts, (rows, next), spare)?;
+                }
+                scratch.tokens.view(BETWEEN, shape)?
+            }
+            None => reads.experts,
+        };
         let on_input = config.weight_on == WeightOn::Input;
         gate_up_of(
             wgpu,
@@ -244,19 +301,28 @@ impl WgpuLayer {
         let mut combine = Combine {
             rows: SlotRows::Slots(a),
             weights: (!on_input).then_some(routing.weights),
-            copies: None,
+            copies: self.copies(x, routing.experts),
             routed_scale: config.routed_scale,
             shared,
             residual: residual.map(shorten_residual),
-            norm: norm.map(shorten_norm),
+            norm: next_norm.map(shorten_norm),
             out: y,
         };
         let table = self.experts.down(wgpu)?;
-        if !alone || !down_combine(wgpu, stream, &combine, &routing.experts, &table)? {
+        let plain = alone && self.expert_out.is_none();
+        if !plain || !down_combine(wgpu, stream, &combine, &routing.experts, &table)? {
             let out = scratch.y.view_mut(BETWEEN, [rows, hidden])?;
             let matrices = Matrices::Packed(&self.experts);
             down_of(wgpu, stream, &Down { a, offsets, matrices, bias: None, out }, groups(Stage::Down), invariant)?;
-            let y = scratch.y.view(BETWEEN, [rows, hidden])?;
+            let y = match &self.expert_out {
+                Some(expert_out) => {
+                    let next = expert_out.next(scratch.normed.view_mut(BETWEEN, [rows, hidden])?)?;
+                    let y = scratch.y.view_mut(BETWEEN, [rows, hidden])?;
+                    norm(wgpu, stream, x, (Residual::InPlace, next), y)?;
+                    scratch.normed.view(BETWEEN, [rows, hidden])?
+                }
+                None => scratch.y.view(BETWEEN, [rows, hidden])?,
+            };
             combine.rows = if alone { SlotRows::Slots(y) } else { SlotRows::Permuted { y, slot_row } };
             wgpu.combine(stream, combine)?;
         }
@@ -274,89 +340,16 @@ impl WgpuLayer {
     fn slots_are_rows(&self, source: &Source<'_, Wgpu>) -> bool {
         let LayerProblem { config, local, .. } = &self.problem;
         let ours = !matches!(source, Source::Routes(_)) && config.routing.selection != Selection::Table;
-        ours && *local == (0..config.experts) && !self.invariant()
+        let all = *local == (0..config.experts) && config.zero_experts.is_none() && config.capacity.is_none();
+        ours && all && !self.invariant()
     }
 
-    /// The routes that the layer's rule makes of logits.
-    fn route<'s>(
-        &self,
-        wgpu: &Wgpu,
-        stream: &WgpuStream,
-        logits: In<'_>,
-        token_ids: Option<In<'_>>,
-        scratch: &'s mut RoutingScratch<'_>,
-    ) -> Result<Routing<'s, Wgpu>> {
-        let (slots, RoutingScratch { experts, weights, .. }) = ([logits.rows(), self.problem.config.top_k], scratch);
-        let choice = self.choice(token_ids, experts.view_mut(U32, slots)?, weights.view_mut(F32, slots)?)?;
-        wgpu.route(stream, Route { logits, choice })?;
-        Ok(Routing { experts: experts.view(U32, slots)?, weights: weights.view(F32, slots)? })
-    }
-
-    /// The routes that the layer's router makes of tokens, and the norm of x.
-    fn gate_route<'s>(
-        &self,
-        wgpu: &Wgpu,
-        stream: &WgpuStream,
-        (x, token_ids): (In<'_>, Option<In<'_>>),
-        normed: Option<Out<'_>>,
-        scratch: &'s mut RoutingScratch<'_>,
-    ) -> Result<Routing<'s, Wgpu>> {
-        let (config, tokens) = (&self.problem.config, x.rows());
-        let (slots, all) = ([tokens, config.top_k], [tokens, config.experts]);
-        let RoutingScratch { logits, experts, weights } = scratch;
-        if let Some(router) = &self.router {
-            let gate = Gate {
-                x,
-                router: View::new(router.matrix.read(), router.dtype, 0, [config.experts, config.hidden])?,
-                bias: vector(&router.bias, config.experts)?,
-                norm_weight: vector(&self.router_norm, config.hidden)?,
-                config: config.gate,
-                normed,
-                logits: logits.view_mut(F32, all)?,
-            };
-            let choice = self.choice(token_ids, experts.view_mut(U32, slots)?, weights.view_mut(F32, slots)?)?;
-            gate::gate_route(wgpu, stream, GateRoute { gate, choice }, self.invariant())?;
-        }
-        Ok(Routing { experts: experts.view(U32, slots)?, weights: weights.view(F32, slots)? })
-    }
-
-    fn choice<'s>(&'s self, token_ids: Option<In<'s>>, experts: Out<'s>, weights: Out<'s>) -> Result<Choice<'s, Wgpu>> {
-        let config = &self.problem.config;
-        let table = match (&self.table, token_ids) {
-            (Some((table, vocabulary)), Some(token_ids)) => {
-                Some(TokenTable { token_ids, experts: View::new(table.read(), U32, 0, [*vocabulary, config.top_k])? })
-            }
-            _ => None,
-        };
-        Ok(Choice {
-            rule: config.routing,
-            correction_bias: vector(&self.correction_bias, config.experts)?,
-            expert_scale: vector(&self.expert_scale, config.experts)?,
-            table,
-            experts,
-            weights,
-            witness: None,
-        })
-    }
-
-    /// The slots of the experts that are here, by expert.
-    fn permute(
-        &self,
-        wgpu: &Wgpu,
-        stream: &WgpuStream,
-        experts: In<'_>,
-        scratch: &mut PermutationScratch<'_>,
-    ) -> Result<()> {
-        let (slots, experts_total) = (experts.rows() * experts.cols(), self.problem.config.experts);
-        let operands = Permute {
-            experts,
-            experts_total,
-            local: self.problem.local.clone(),
-            row_slot: scratch.row_slot.view_mut(U32, [slots])?,
-            slot_row: scratch.slot_row.view_mut(U32, [slots])?,
-            offsets: scratch.offsets.view_mut(U32, [experts_total + 1])?,
-        };
-        wgpu.permute(stream, operands)
+    /// The slots of experts that copy the token, which are those's who have the last of the others.
+    fn copies<'s>(&self, x: In<'s>, experts: In<'s>) -> Option<Copies<'s, Wgpu>> {
+        let LayerProblem { config, local, .. } = &self.problem;
+        let copying = config.zero_experts.is_some_and(|zero| zero.output == ZeroOutput::Copy);
+        let copies = Copies { x, experts, first: config.experts, end: config.choices() };
+        (copying && local.end == config.experts).then_some(copies)
     }
 
     /// The tiles of the experts' rows `[M, 3]` and the most rows of one, where there are so many that a list is worth it;
@@ -371,7 +364,7 @@ impl WgpuLayer {
     ) -> Result<Option<(In<'s>, u32)>> {
         let columns = self.experts.pairs().map(column_tiles);
         let Some(tile_rows) = plan::schedule(&self.problem, rows, self.invariant(), columns) else { return Ok(None) };
-        let shape = [plan::tiles(rows, self.problem.config.experts, tile_rows), 3];
+        let shape = [plan::tiles(rows, self.problem.core.experts, tile_rows), 3];
         let operands = TileSchedule {
             offsets,
             tile_rows: tile_rows as usize,
@@ -384,49 +377,13 @@ impl WgpuLayer {
     }
 
     /// The gate's norm, where the experts read what it makes of x.
-    fn gate_norm_feeds_experts(&self) -> Option<GateNorm> {
+    pub(crate) fn gate_norm_feeds_experts(&self) -> Option<GateNorm> {
         self.problem.config.gate.norm.filter(|norm| norm.feeds_experts)
-    }
-
-    /// The norm of x, which is that of x plus no rows at all. `spare` is used up to `[T, H]`.
-    fn norm(
-        &self,
-        wgpu: &Wgpu,
-        stream: &WgpuStream,
-        x: In<'_>,
-        norm: GateNorm,
-        [normed, spare]: [&mut Buffer<'_>; 2],
-    ) -> Result<()> {
-        let shape = [x.rows(), x.cols()];
-        let weight = vector(&self.router_norm, self.problem.config.hidden)?;
-        wgpu.combine(
-            stream,
-            Combine {
-                rows: SlotRows::Slots(x.row_range(0, 0)?),
-                weights: None,
-                copies: None,
-                routed_scale: 1.0,
-                shared: None,
-                residual: Some(Residual::Of(x)),
-                norm: Some(NextNorm { weight, eps: norm.eps, out: normed.view_mut(BETWEEN, shape)? }),
-                out: spare.view_mut(BETWEEN, shape)?,
-            },
-        )
-    }
-}
-
-impl PermutationScratch<'_> {
-    fn views(&self, slots: usize, experts: usize) -> Result<Permutation<'_, Wgpu>> {
-        Ok(Permutation {
-            row_slot: self.row_slot.view(U32, [slots])?,
-            slot_row: self.slot_row.view(U32, [slots])?,
-            offsets: self.offsets.view(U32, [experts + 1])?,
-        })
     }
 }
 
 /// The same for a shorter while.
-fn shorten_residual<'short, 'long: 'short>(residual: Residual<'long, Wgpu>) -> Residual<'short, Wgpu> {
+pub(crate) fn shorten_residual<'short, 'long: 'short>(residual: Residual<'long, Wgpu>) -> Residual<'short, Wgpu> {
     match residual {
         Residual::Of(view) => Residual::Of(shorten::<Wgpu>(view)),
         Residual::InPlace => Residual::InPlace,
@@ -434,12 +391,12 @@ fn shorten_residual<'short, 'long: 'short>(residual: Residual<'long, Wgpu>) -> R
 }
 
 /// The same for a shorter while.
-fn shorten_norm<'short, 'long: 'short>(norm: NextNorm<'long, Wgpu>) -> NextNorm<'short, Wgpu> {
+pub(crate) fn shorten_norm<'short, 'long: 'short>(norm: NextNorm<'long, Wgpu>) -> NextNorm<'short, Wgpu> {
     let NextNorm { weight, eps, out } = norm;
     NextNorm { weight: weight.map(shorten::<Wgpu>), eps, out: shorten_mut::<Wgpu>(out) }
 }
 
-fn upload(wgpu: &Wgpu, bytes: &[u8]) -> Result<Memory> {
+pub(crate) fn upload(wgpu: &Wgpu, bytes: &[u8]) -> Result<Memory> {
     let mut memory = wgpu.allocate(bytes.len())?;
     wgpu.upload(bytes, &mut memory)?;
     Ok(memory)
@@ -450,6 +407,6 @@ pub(crate) fn vector_of(wgpu: &Wgpu, view: Option<HostView<'_>>) -> Result<Optio
     view.map(|view| upload(wgpu, bytemuck::cast_slice(&floats(view)?))).transpose()
 }
 
-fn vector(memory: &Option<Memory>, length: usize) -> Result<Option<In<'_>>> {
+pub(crate) fn vector(memory: &Option<Memory>, length: usize) -> Result<Option<In<'_>>> {
     Ok(memory.as_ref().map(|memory| View::new(memory.read(), F32, 0, [length])).transpose()?)
 }

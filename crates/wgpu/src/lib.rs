@@ -12,6 +12,7 @@ mod copy;
 mod device;
 mod down;
 mod down_combine;
+mod drop_overflow;
 mod error;
 mod forward;
 mod gate;
@@ -23,6 +24,7 @@ mod layer;
 mod linear;
 mod measure;
 mod memory;
+mod norm;
 mod pack;
 mod permute;
 mod pipeline;
@@ -30,6 +32,7 @@ mod plan;
 mod record;
 mod rehearse;
 mod route;
+mod routes;
 mod shared;
 mod stream;
 mod upload;
@@ -216,10 +219,8 @@ impl Backend for Wgpu {
         permute::permute(self, stream, operands)
     }
 
-    fn drop_overflow(&self, _stream: &WgpuStream, operands: DropOverflow<'_, Self>) -> Result<()> {
-        operands.problem()?;
-        Err(fused_moe_core::Error::Unsupported { operation: "drop_overflow", part: "all of it", backend: "wgpu" }
-            .into())
+    fn drop_overflow(&self, stream: &WgpuStream, operands: DropOverflow<'_, Self>) -> Result<()> {
+        drop_overflow::drop_overflow(self, stream, operands)
     }
 
     fn tile_schedule(&self, stream: &WgpuStream, operands: TileSchedule<'_, Self>) -> Result<()> {

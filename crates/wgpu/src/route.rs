@@ -13,8 +13,8 @@ use fused_moe_core::problem::ChoiceProblem;
 params! {
     RouteParams {
         logits: Tensor, bias: Tensor, scale: Tensor, experts: Tensor, weights: Tensor, keys: Tensor, witness: Tensor,
-        token_ids: Tensor, table: Tensor, tokens: u32, experts_total: u32, top_k: u32, vocabulary: u32,
-        groups: u32, groups_kept: u32, jitter: f32, normalize_by: f32, weight_scale: f32, not_a_number: f32,
+        token_ids: Tensor, table: Tensor, tokens: u32, experts_total: u32, top_k: u32, always: u32,
+        vocabulary: u32, groups: u32, groups_kept: u32, jitter: f32, normalize_by: f32, weight_scale: f32, not_a_number: f32,
     }
 }
 
@@ -144,6 +144,7 @@ impl RouteParams {
         Self {
             experts_total: problem.experts as u32,
             top_k: problem.top_k as u32,
+            always: rule.always as u32,
             vocabulary: u32::try_from(problem.vocabulary).unwrap_or(u32::MAX),
             groups,
             groups_kept,

@@ -118,6 +118,9 @@ fn start_sparse_mixer(token: u32, thread: u32) {
     }
 }
 
+// The slot of a place: those that are always chosen have the first places and the last slots.
+fn slot_of(place: u32) -> u32 { return select(place - p.always, place + p.top_k - p.always, place < p.always); }
+
 // Values become weights.
 fn weigh(token: u32, thread: u32) {
     var sum = 0.0;
@@ -144,7 +147,8 @@ fn weigh(token: u32, thread: u32) {
             if (SCALE_WHEN == SCALE_AFTER) { weight *= load_scale(p.scale.offset + chosen[i]); }
             weight *= p.weight_scale;
         }
-        store_experts(at(p.experts, token, places[i]), chosen[i]);
-        store_weights(at(p.weights, token, places[i]), weight);
+        let slot = slot_of(places[i]);
+        store_experts(at(p.experts, token, slot), chosen[i]);
+        store_weights(at(p.weights, token, slot), weight);
     }
 }

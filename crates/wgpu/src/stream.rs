@@ -20,6 +20,8 @@ pub struct WgpuStream {
     status: wgpu::Buffer,
     /// Where the host reads the status.
     mapped: Mutex<wgpu::Buffer>,
+    /// What lies between two launches of one operation.
+    scratch: Mutex<wgpu::Buffer>,
 }
 
 /// An encoder, and the compute pass that is open in it: launches that follow each other share one, since every pass is a
@@ -31,12 +33,17 @@ struct Recording {
     encoder: CommandEncoder,
 }
 
+/// Numbers in f32 that the scratch of a stream has room for.
+pub(crate) const SCRATCH: usize = 1 << 16;
+
 impl WgpuStream {
     pub(crate) fn new(wgpu: &Wgpu) -> Result<Self> {
         let device = Arc::clone(wgpu.device());
         let status = device.buffer(4, Device::USAGES)?;
         let mapped = device.buffer(4, BufferUsages::MAP_READ | BufferUsages::COPY_DST)?;
-        Ok(Self { device, recording: Mutex::default(), status, mapped: Mutex::new(mapped) })
+        let scratch = device.buffer(4 * SCRATCH as u64, BufferUsages::STORAGE)?;
+        let (mapped, scratch) = (Mutex::new(mapped), Mutex::new(scratch));
+        Ok(Self { device, recording: Mutex::default(), status, mapped, scratch })
     }
 
     /// Records into this encoder from now on. What was recorded before is submitted.
@@ -89,6 +96,11 @@ impl WgpuStream {
     /// The status word.
     pub(crate) fn status_buffer(&self) -> &wgpu::Buffer {
         &self.status
+    }
+
+    /// The scratch, for one operation at a time to record its launches.
+    pub(crate) fn scratch(&self) -> MutexGuard<'_, wgpu::Buffer> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Recording>> {

@@ -3,7 +3,7 @@ use crate::error::{Error, Result};
 use crate::memory::{Memory, Mut, Ref};
 use crate::plan::tokens_at_once;
 use fused_moe_core::problem::LayerProblem;
-use fused_moe_core::{DType, Error as Contract, Shape, View};
+use fused_moe_core::{DType, Error as Contract, Shape, Storage, View, surroundings};
 use wgpu::BufferUsages;
 
 /// Scratch of a layer: one buffer, divided anew in each call, and a small one for the sizes of launches.
@@ -49,11 +49,27 @@ pub(crate) struct Scratch<'a> {
     pub(crate) a: Buffer<'a>,
     /// `[R, H]`.
     pub(crate) y: Buffer<'a>,
+    /// `[R, H]`: the experts' outputs after their norm.
+    pub(crate) normed: Buffer<'a>,
     pub(crate) shared: SharedScratch<'a>,
 }
 
+/// What the surroundings of the experts take.
+pub(crate) struct Around<'a>([Buffer<'a>; surroundings::BUFFERS]);
+
+impl<'a> Around<'a> {
+    /// As room for elements of any format.
+    pub(crate) fn views(self) -> Result<[View<Mut<'a>>; surroundings::BUFFERS]> {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.0.map(|Buffer(storage)| {
+            let elements = storage.bytes() / 4;
+            View::new(storage, DType::F32, 0, [elements])
+        });
+        Ok([a?, b?, c?, d?, e?, f?, g?, h?, i?, j?, k?, l?, m?, n?, o?, p?])
+    }
+}
+
 pub(crate) struct RoutingScratch<'a> {
-    /// f32 `[T, E]`.
+    /// f32 `[T, E]`, experts without weights among the E.
     pub(crate) logits: Buffer<'a>,
     /// u32 `[T, K]`.
     pub(crate) experts: Buffer<'a>,
@@ -66,7 +82,7 @@ pub(crate) struct PermutationScratch<'a> {
     pub(crate) row_slot: Buffer<'a>,
     /// u32 `[R]`.
     pub(crate) slot_row: Buffer<'a>,
-    /// u32 `[E+1]`.
+    /// u32 `[E+1]`, experts without weights among the E.
     pub(crate) offsets: Buffer<'a>,
 }
 
@@ -91,7 +107,7 @@ pub(crate) struct SharedScratch<'a> {
 /// Rows of the smallest tiles.
 pub(crate) const TILE_ROWS: usize = 32;
 
-const BUFFERS: usize = 14;
+const BUFFERS: usize = 15 + surroundings::BUFFERS;
 
 impl Workspace {
     /// Errors: `Workspace`, `Usage`, `OutOfMemory`, `DeviceLost`.
@@ -130,7 +146,7 @@ impl Workspace {
         operation: &'static str,
         layer: &LayerProblem,
         tokens: usize,
-    ) -> Result<Scratch<'_>> {
+    ) -> Result<(Scratch<'_>, Around<'_>)> {
         let (expected, actual) = (Self::bytes(layer, tokens)?, self.memory.bytes());
         let sizes = buffers(layer, tokens).filter(|_| expected <= actual);
         let sizes = sizes.ok_or(Contract::Workspace { operation, tokens, expected, actual })?;
@@ -138,43 +154,48 @@ impl Workspace {
         let mut rest = self.memory.write();
         let mut buffer = || Buffer(rest.split_off_front(sizes.next().unwrap_or(0)));
         let arguments = Buffer(self.arguments.write());
-        Ok(Scratch {
+        let stages = Scratch {
             routing: RoutingScratch { logits: buffer(), experts: buffer(), weights: buffer() },
             permutation: PermutationScratch { row_slot: buffer(), slot_row: buffer(), offsets: buffer() },
             schedule: ScheduleScratch { tiles: buffer(), count: buffer(), arguments },
             tokens: buffer(),
             a: buffer(),
             y: buffer(),
+            normed: buffer(),
             shared: SharedScratch { a: buffer(), y: buffer(), logit: buffer() },
-        })
+        };
+        Ok((stages, Around(std::array::from_fn(|_| buffer()))))
     }
 }
 
 /// Bytes of the buffers, in the order that `carve` hands them out in.
 pub(crate) fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUFFERS]> {
-    let config = &layer.config;
-    let (hidden, experts) = (config.hidden, config.experts);
+    let config = &layer.core;
+    let (hidden, experts, choices) = (config.hidden, config.experts, config.choices());
     let rows = tokens.checked_mul(config.top_k)?;
     let tiles = rows / TILE_ROWS + rows.min(experts);
     let shared = config.shared.map_or([0; 3], |shared| [shared.intermediate, hidden, 1]);
-    let elements = [
-        tokens.checked_mul(experts)?,
+    let normed = if config.norms.expert_out.is_some() { hidden } else { 0 };
+    let stages = [
+        tokens.checked_mul(choices)?,
         rows,
         rows,
         rows,
         rows,
-        experts + 1,
+        choices + 1,
         tiles.checked_mul(3)?,
         1,
         tokens.checked_mul(hidden)?,
         rows.checked_mul(config.intermediate)?,
         rows.checked_mul(hidden)?,
+        rows.checked_mul(normed)?,
         tokens.checked_mul(shared[0])?,
         tokens.checked_mul(shared[1])?,
         tokens.checked_mul(shared[2])?,
     ];
     let mut bytes = [0; BUFFERS];
-    for (bytes, elements) in bytes.iter_mut().zip(elements) {
+    let around = surroundings::buffers(&layer.config, tokens)?;
+    for (bytes, elements) in bytes.iter_mut().zip(stages.into_iter().chain(around)) {
         *bytes = elements.checked_mul(4)?.checked_next_multiple_of(ALIGNMENT)?;
     }
     Some(bytes)

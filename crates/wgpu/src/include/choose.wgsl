@@ -5,6 +5,8 @@
 //   the keys of these are the candidates: the place of each is how many of them go before it
 //
 // So the number of barriers does not grow with K.
+//
+// The last p.always experts are chosen whatever their logits: their keys go before all others.
 
 const NOWHERE = 0xffffffffu;
 
@@ -26,11 +28,18 @@ fn ahead_of(own: vec2<u32>, n: u32) -> u32 {
     return ahead;
 }
 
+// The experts before this one compete for places.
+fn competing() -> u32 { return p.experts_total - p.always; }
+
 fn make_keys(thread: u32, whole: Softmax) {
     for (var i = 0u; i < KEYS; i++) {
         let e = thread + i * THREADS;
         words[i] = ABSENT;
         if (e >= p.experts_total) { continue; }
+        if (e >= competing()) {
+            words[i] = ALWAYS;
+            continue;
+        }
         var key = logits[i];
         if (!BY_LOGIT) { key = score(key, whole); }
         if (has_bias) { key += load_bias(p.bias.offset + e); }
@@ -41,12 +50,12 @@ fn make_keys(thread: u32, whole: Softmax) {
 
 // Masks the keys of all groups but the best.
 fn limit_to_groups(thread: u32) {
-    let size = p.experts_total / p.groups;
+    let size = competing() / p.groups;
     var best: array<u32, KEYS>;
     var second: array<u32, KEYS>;
     var ahead: array<u32, KEYS>;
     if (thread < (THREADS * KEYS + 31u) / 32u) { atomicStore(&kept[thread], 0u); }
-    for (var base = 0u; base < p.experts_total; base += CAPACITY) {
+    for (var base = 0u; base < competing(); base += CAPACITY) {
         workgroupBarrier();
         for (var i = 0u; i < KEYS; i++) {
             let e = thread + i * THREADS;
@@ -92,7 +101,7 @@ fn limit_to_groups(thread: u32) {
     for (var i = 0u; i < KEYS; i++) {
         let e = thread + i * THREADS;
         let g = e / size;
-        if (e >= p.experts_total || ((atomicLoad(&kept[g / 32u]) >> (g % 32u)) & 1u) == 1u) { continue; }
+        if (e >= competing() || ((atomicLoad(&kept[g / 32u]) >> (g % 32u)) & 1u) == 1u) { continue; }
         words[i] = select(MASKED, word_of(0.0), MASKED_TO_ZERO);
     }
 }

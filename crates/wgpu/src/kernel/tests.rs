@@ -64,8 +64,9 @@ fn variants(kernel: Kernel) -> Vec<Variant> {
         variants.push(of(&mixed, (false, true), &absent));
         variants.push(of(&mixed, (true, true), &absent));
     }
-    for &left_out in &optional {
-        variants.push(of(&|i| FORMATS[(i + left_out) % 3], (false, false), &|i| i == left_out));
+    for (turn, &first) in optional.iter().enumerate() {
+        let left_out: Vec<_> = optional.iter().cycle().skip(turn).take(too_many.max(1)).collect();
+        variants.push(of(&|i| FORMATS[(i + first) % 3], (false, false), &|i| left_out.contains(&&i)));
     }
     variants.push(of(&|_| DType::F32, (false, false), &|i| optional.contains(&i)));
     let mut seen = HashSet::new();

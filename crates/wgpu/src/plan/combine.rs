@@ -11,6 +11,23 @@ pub(crate) enum CombineStep {
     SumAndNorm,
     /// The norm alone, while out still holds what the sum is added to.
     Norm,
+    /// The sum over the slots alone, into scratch.
+    Rows,
+    /// What is added to the sums in scratch, and the norm.
+    Rest,
+}
+
+/// How many operands a call of combine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CombineParts {
+    /// Of the sum over the slots, at most 5.
+    pub(crate) rows: usize,
+    /// Of what is added to it, at most 3.
+    pub(crate) beside: usize,
+    /// Of the norm, at most 2; 0: there is none.
+    pub(crate) norm: usize,
+    /// Whether out is the residual.
+    pub(crate) in_place: bool,
 }
 
 /// A launch of combine.
@@ -18,36 +35,52 @@ pub(crate) enum CombineStep {
 pub(crate) struct CombinePlan {
     pub(crate) step: CombineStep,
     pub(crate) kernel: CombineKernel,
-    pub(crate) groups: Groups<'static>,
     pub(crate) why: &'static str,
 }
 
-/// One launch, or two where `operands` are more than a kernel can have.
+impl CombinePlan {
+    /// Workgroups of so many tokens.
+    pub(crate) fn groups(&self, tokens: usize, hidden: usize) -> Groups<'static> {
+        match self.kernel.norm {
+            true if hidden == 0 => Groups::Line(0),
+            true => Groups::Line(tokens as u64),
+            false => pairs(tokens as u32, hidden),
+        }
+    }
+}
+
+/// One launch, or two where the operands are more than a kernel can have.
 pub(crate) fn combine(
     problem: &CombineProblem,
-    (norm, in_place, operands): (bool, bool, usize),
+    parts: &CombineParts,
     device: &DeviceNumbers,
 ) -> [Option<CombinePlan>; 2] {
-    let &CombineProblem { tokens, hidden, .. } = problem;
-    let stash = hidden.next_multiple_of(1024);
+    let &CombineParts { rows, beside, norm, in_place } = parts;
+    let stash = problem.hidden.next_multiple_of(1024);
     let fits = 4 * stash + 1024 <= device.workgroup_bytes as usize;
     let stash = if fits { stash as u32 } else { 0 };
-    let rows = |step, why| {
+    let whole_rows = |step, why| {
         let kernel = CombineKernel { norm: true, in_place: in_place && step != CombineStep::Norm, stash };
-        let groups = if hidden == 0 { 0 } else { tokens as u64 };
-        Some(CombinePlan { step, kernel, groups: Groups::Line(groups), why })
+        Some(CombinePlan { step, kernel, why })
     };
-    let sum = CombinePlan {
-        step: CombineStep::Sum,
-        kernel: CombineKernel { norm: false, in_place, stash: 0 },
-        groups: pairs(tokens as u32, hidden),
-        why: "tokens and pieces of them in parallel",
+    let cut_rows = |step, why| {
+        let kernel = CombineKernel { norm: false, in_place: in_place && step != CombineStep::Rows, stash: 0 };
+        Some(CombinePlan { step, kernel, why })
     };
-    match (norm, operands > BINDINGS) {
-        (false, _) => [Some(sum), None],
-        (true, false) => [rows(CombineStep::SumAndNorm, "a workgroup a token: its norm needs all of it"), None],
-        (true, true) => {
-            [rows(CombineStep::Norm, "more operands than a kernel can have: the norm on its own"), Some(sum)]
+    let sum = cut_rows(CombineStep::Sum, "tokens and pieces of them in parallel");
+    let (of_sum, of_norm) = (rows + beside + 1, rows + beside + norm + usize::from(in_place));
+    match norm > 0 {
+        false if of_sum <= BINDINGS => [sum, None],
+        true if of_sum + norm <= BINDINGS => {
+            [whole_rows(CombineStep::SumAndNorm, "a workgroup a token: its norm needs all of it"), None]
+        }
+        true if of_sum.max(of_norm) <= BINDINGS => {
+            [whole_rows(CombineStep::Norm, "more operands than a kernel can have: the norm on its own"), sum]
+        }
+        normed => {
+            let rest = "what the sums over the slots are added to";
+            let rest = if normed { whole_rows(CombineStep::Rest, rest) } else { cut_rows(CombineStep::Rest, rest) };
+            [cut_rows(CombineStep::Rows, "more operands than a kernel can have: the sums over the slots first"), rest]
         }
     }
 }
@@ -78,29 +111,61 @@ mod tests {
     use crate::plan::tests::device;
     use fused_moe_core::DType;
 
-    fn steps(
-        hidden: usize,
-        parts: (bool, bool, usize),
-        workgroup_bytes: u32,
-    ) -> Vec<(CombineStep, CombineKernel, u64)> {
+    fn parts(rows: usize, beside: usize, norm: usize, in_place: bool) -> CombineParts {
+        CombineParts { rows, beside, norm, in_place }
+    }
+
+    fn steps(hidden: usize, parts: CombineParts, workgroup_bytes: u32) -> Vec<(CombineStep, CombineKernel, u64)> {
         let problem = CombineProblem { tokens: 3, top_k: 2, hidden, y: DType::BF16, out: DType::BF16 };
-        let plans = combine(&problem, parts, &DeviceNumbers { workgroup_bytes, ..device() });
+        let plans = combine(&problem, &parts, &DeviceNumbers { workgroup_bytes, ..device() });
         let groups = |groups| if let Groups::Line(n) = groups { n } else { 0 };
-        plans.into_iter().flatten().map(|plan| (plan.step, plan.kernel, groups(plan.groups))).collect()
+        plans.into_iter().flatten().map(|plan| (plan.step, plan.kernel, groups(plan.groups(3, hidden)))).collect()
     }
 
     #[test]
     fn the_norm_goes_first_where_it_needs_a_launch_of_its_own() {
         let kernel = |norm, in_place, stash| CombineKernel { norm, in_place, stash };
-        assert_eq!(steps(2000, (false, true, 7), 16384), [(CombineStep::Sum, kernel(false, true, 0), 12)]);
-        assert_eq!(steps(2000, (true, true, 8), 16384), [(CombineStep::SumAndNorm, kernel(true, true, 2048), 3)]);
-        let both = [(CombineStep::Norm, kernel(true, false, 2048), 3), (CombineStep::Sum, kernel(false, true, 0), 12)];
-        assert_eq!(steps(2000, (true, true, 9), 16384), both);
+        let sum = (CombineStep::Sum, kernel(false, true, 0), 12);
+        assert_eq!(steps(2000, parts(3, 2, 0, true), 16384), [sum]);
+        assert_eq!(steps(2000, parts(3, 2, 2, true), 16384), [(CombineStep::SumAndNorm, kernel(true, true, 2048), 3)]);
+        let apart =
+            [(CombineStep::Norm, kernel(true, false, 2048), 3), (CombineStep::Sum, kernel(false, false, 0), 12)];
+        assert_eq!(steps(2000, parts(3, 3, 2, false), 16384), apart);
+        assert_eq!(steps(2000, parts(5, 0, 2, true), 16384).len(), 1);
+        assert_eq!(steps(2000, parts(5, 1, 2, false), 16384), apart);
+    }
+
+    #[test]
+    fn the_slots_go_first_where_that_is_not_enough() {
+        let kernel = |norm, in_place, stash| CombineKernel { norm, in_place, stash };
+        let rows = (CombineStep::Rows, kernel(false, false, 0), 12);
+        let rest = |kernel, groups| [rows, (CombineStep::Rest, kernel, groups)];
+        assert_eq!(steps(2000, parts(5, 3, 0, false), 16384), rest(kernel(false, false, 0), 12));
+        assert_eq!(steps(2000, parts(5, 3, 2, false), 16384), rest(kernel(true, false, 2048), 3));
+        assert_eq!(steps(2000, parts(5, 2, 2, true), 16384), rest(kernel(true, true, 2048), 3));
+    }
+
+    #[test]
+    fn no_launch_has_more_operands_than_a_kernel_can() {
+        for (rows, beside, norm, in_place) in (1..=5)
+            .flat_map(|r| (0..=3).flat_map(move |b| (0..=2).flat_map(move |n| [(r, b, n, false), (r, b, n, true)])))
+        {
+            for (step, ..) in steps(64, parts(rows, beside, norm, in_place), 16384) {
+                let operands = match step {
+                    CombineStep::Sum => rows + beside + 1,
+                    CombineStep::SumAndNorm => rows + beside + norm + 1,
+                    CombineStep::Norm => rows + beside + norm + usize::from(in_place),
+                    CombineStep::Rows => rows + 1,
+                    CombineStep::Rest => 1 + beside + norm + 1,
+                };
+                assert!(operands <= BINDINGS, "{rows} {beside} {norm} {in_place} {step:?}");
+            }
+        }
     }
 
     #[test]
     fn a_row_is_kept_where_it_fits() {
-        let stash = |hidden, bytes| steps(hidden, (true, false, 8), bytes)[0].1.stash;
+        let stash = |hidden, bytes| steps(hidden, parts(3, 2, 2, false), bytes)[0].1.stash;
         assert_eq!([stash(3072, 16384), stash(3073, 16384), stash(7168, 32768)], [3072, 0, 7168]);
     }
 
@@ -115,6 +180,6 @@ mod tests {
 
     #[test]
     fn nothing_is_launched_for_nothing() {
-        assert!(steps(0, (true, false, 9), 16384).iter().all(|step| step.2 == 0));
+        assert!(steps(0, parts(5, 3, 2, false), 16384).iter().all(|step| step.2 == 0));
     }
 }

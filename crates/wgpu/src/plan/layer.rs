@@ -33,7 +33,7 @@ pub(crate) fn piece(at_once: usize, token_bytes: usize, device: &DeviceNumbers) 
 /// Rows of the tiles that a schedule is made of, where the experts' products take tiles, and so many workgroups that each
 /// looking for its own costs more than a list of them; `columns` are column tiles of gate_up and down.
 pub(crate) fn schedule(layer: &LayerProblem, rows: usize, invariant: bool, columns: [usize; 2]) -> Option<u32> {
-    let LayerConfig { experts, .. } = layer.config;
+    let LayerConfig { experts, .. } = layer.core;
     let (product, grouping) = (Product::DOWN, Grouping::Offsets);
     let plan = grouped(&Sizes { product, rows, experts, grouping, invariant });
     let GroupedKernel::Tiled { tile, .. } = plan.kernel else { return None };

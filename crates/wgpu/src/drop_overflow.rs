@@ -1,0 +1,54 @@
+use crate::error::Result;
+use crate::kernel::Kernel;
+use crate::launch::{Groups, Operand, Tensor, launch, params, tensor};
+use crate::{Wgpu, WgpuStream};
+use fused_moe_core::config::CapacityLimit;
+use fused_moe_core::operation::DropOverflow;
+
+params! {
+    /// `limit_by` says which of the numbers limit: 0 is `limit` slots, 1 `fraction` of the tokens, 2 `limit` even shares.
+    DropOverflowParams {
+        row_slot: Tensor, slot_row: Tensor, offsets: Tensor, importance: Tensor, sequences: Tensor, experts: Tensor,
+        weights: Tensor, tokens: u32, top_k: u32, slots: u32, experts_total: u32, sequence_count: u32, limit_by: u32,
+        limit: u32, fraction: f32, renormalize: u32, least: f32,
+    }
+}
+
+pub(crate) fn drop_overflow(wgpu: &Wgpu, stream: &WgpuStream, operands: DropOverflow<'_, Wgpu>) -> Result<()> {
+    const NAME: &str = "drop_overflow";
+    let (problem, device) = (operands.problem()?, wgpu.device());
+    let DropOverflow { capacity, permutation, importance, sequences, experts, weights } = &operands;
+    let importance = importance.as_ref().map(|view| Operand::column(device, NAME, view)).transpose()?;
+    let sequences = Operand::maybe(device, NAME, sequences.as_ref())?;
+    let row_slot = Operand::of(device, NAME, &permutation.row_slot)?;
+    let slot_row = Operand::of(device, NAME, &permutation.slot_row)?;
+    let offsets = Operand::of(device, NAME, &permutation.offsets)?;
+    let (experts, weights) = (Operand::of(device, NAME, experts)?, Operand::of(device, NAME, weights)?);
+    let saturated = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let (limit_by, limit, fraction) = match capacity.limit {
+        CapacityLimit::Slots(slots) => (0, saturated(slots), 0.0),
+        CapacityLimit::Fraction(fraction) => (1, 0, fraction),
+        CapacityLimit::EvenShare { factor } => (2, saturated(factor), 0.0),
+    };
+    let params = DropOverflowParams {
+        row_slot: row_slot.tensor,
+        slot_row: slot_row.tensor,
+        offsets: offsets.tensor,
+        importance: tensor(&importance),
+        sequences: tensor(&sequences),
+        experts: experts.tensor,
+        weights: weights.tensor,
+        tokens: problem.tokens as u32,
+        top_k: problem.top_k as u32,
+        slots: (problem.tokens * problem.top_k) as u32,
+        experts_total: problem.experts as u32,
+        sequence_count: saturated(problem.sequences),
+        limit_by,
+        limit,
+        fraction,
+        renormalize: capacity.renormalize.is_some().into(),
+        least: capacity.renormalize.unwrap_or(0.0),
+    };
+    let bound = [Some(row_slot), Some(slot_row), Some(offsets), importance, sequences, Some(experts), Some(weights)];
+    launch(wgpu, stream, Kernel::DropOverflow, &bound, (Groups::Line(problem.tokens as u64), &params))
+}
