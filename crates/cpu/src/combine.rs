@@ -6,7 +6,8 @@ use crate::error::Result;
 use crate::plan::{CHUNK, COMBINE_COLUMNS as KEPT, RowsPlan};
 use crate::rows::{Floats, FloatsMut, Part, norm_factor, share_rows};
 use fused_moe_core::Rows;
-use fused_moe_core::operation::{Accumulate, Combine, Factor, NextNorm, Residual, Shared, SlotRows, Zero};
+use fused_moe_core::operation::{Accumulate, Combine, Copies, Factor, NextNorm, Residual, Shared, SlotRows, Zero};
+use std::ops::Range;
 
 /// The operands that are read.
 struct Sum<'a> {
@@ -14,11 +15,19 @@ struct Sum<'a> {
     top_k: usize,
     y: Floats<'a>,
     slot_row: Option<&'a [u32]>,
+    copies: Option<CopyRows<'a>>,
     weights: Option<Rows<'a, f32>>,
     routed_scale: f32,
     shared: Option<SharedRows<'a>>,
     residual: Option<Floats<'a>>,
     in_place: bool,
+}
+
+/// Slots of these experts take the token itself.
+struct CopyRows<'a> {
+    x: Floats<'a>,
+    experts: Rows<'a, u32>,
+    copying: Range<usize>,
 }
 
 /// `scale * s[t] * y[t]`.
@@ -42,7 +51,7 @@ struct Norm<'a> {
 /// ```
 pub(crate) fn combine(cpu: &Cpu, operands: Combine<'_, Cpu>) -> Result<()> {
     let problem = operands.problem()?;
-    let Combine { rows, weights, copies: _, routed_scale, shared, residual, norm, out } = operands;
+    let Combine { rows, weights, copies, routed_scale, shared, residual, norm, out } = operands;
     let kernels = cpu.kernels;
     let (y, slot_row) = match rows {
         SlotRows::Slots(y) => (Floats::new(&y)?, None),
@@ -55,7 +64,9 @@ pub(crate) fn combine(cpu: &Cpu, operands: Combine<'_, Cpu>) -> Result<()> {
     };
     let weights = weights.map(|weights| weights.typed()).transpose()?;
     let shared = shared.map(SharedRows::new).transpose()?;
-    let sum = Sum { kernels, top_k: problem.top_k, y, slot_row, weights, routed_scale, shared, residual, in_place };
+    let copies = copies.map(CopyRows::new).transpose()?;
+    let top_k = problem.top_k;
+    let sum = Sum { kernels, top_k, y, slot_row, copies, weights, routed_scale, shared, residual, in_place };
     let (norm, normed) = match norm {
         Some(NextNorm { weight, eps, out }) => {
             (Some(Norm { weight: Floats::optional(&weight)?, eps }), Some(FloatsMut::new(out)?))
@@ -66,7 +77,7 @@ pub(crate) fn combine(cpu: &Cpu, operands: Combine<'_, Cpu>) -> Result<()> {
     if hidden == 0 {
         return Ok(());
     }
-    let plan = RowsPlan::combine(hidden, problem.top_k);
+    let plan = RowsPlan::combine(hidden, top_k);
     share_rows(&cpu.pool, (FloatsMut::new(out)?, normed), problem.tokens, plan, |range, (mut out, mut normed)| {
         let mut row = [0.0; KEPT];
         for (i, t) in range.enumerate() {
@@ -95,6 +106,17 @@ pub(crate) fn combine(cpu: &Cpu, operands: Combine<'_, Cpu>) -> Result<()> {
     Ok(())
 }
 
+impl<'a> CopyRows<'a> {
+    fn new(copies: Copies<'a, Cpu>) -> Result<Self> {
+        let Copies { x, experts, first, end } = copies;
+        Ok(Self { x: Floats::new(&x)?, experts: experts.typed()?, copying: first..end })
+    }
+
+    fn has(&self, t: usize, k: usize) -> bool {
+        self.experts.row(t).get(k).is_some_and(|&id| self.copying.contains(&(id as usize)))
+    }
+}
+
 impl<'a> SharedRows<'a> {
     fn new(shared: Shared<'a, Cpu>) -> Result<Self> {
         let Shared { y, factor, logit, scale } = shared;
@@ -111,7 +133,20 @@ impl<'a> SharedRows<'a> {
     }
 }
 
-impl Sum<'_> {
+impl<'a> Sum<'a> {
+    /// The row that a slot takes, which may not exist.
+    fn source(&self, t: usize, k: usize) -> (&Floats<'a>, usize) {
+        if let Some(copies) = self.copies.as_ref().filter(|copies| copies.has(t, k)) {
+            return (&copies.x, t);
+        }
+        let slot = t * self.top_k + k;
+        let row = match self.slot_row {
+            Some(slot_row) => slot_row.get(slot).map_or(usize::MAX, |&row| row as usize),
+            None => slot,
+        };
+        (&self.y, row)
+    }
+
     /// `row = out[t, col..]` before it is rounded; `out.0`'s row `out.1` is where token t's result goes.
     fn row(&self, t: usize, col: usize, out: (&mut FloatsMut<'_>, usize), row: &mut [f32]) {
         let (kernels, out, i) = (self.kernels, out.0, out.1);
@@ -119,14 +154,10 @@ impl Sum<'_> {
             let col = col + n * CHUNK;
             part.fill(0.0);
             for k in 0..self.top_k {
-                let slot = t * self.top_k + k;
-                let y_row = match self.slot_row {
-                    Some(slot_row) => slot_row.get(slot).map_or(usize::MAX, |&row| row as usize),
-                    None => slot,
-                };
-                if y_row < self.y.rows() {
+                let (rows, row) = self.source(t, k);
+                if row < rows.rows() {
                     let w = self.weights.map_or(1.0, |weights| weights.row(t).get(k).copied().unwrap_or(0.0));
-                    self.y.axpy(kernels, w, [y_row, col], part);
+                    rows.axpy(kernels, w, [row, col], part);
                 }
             }
             if self.routed_scale != 1.0 {

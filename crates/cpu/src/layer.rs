@@ -1,17 +1,24 @@
+mod routing;
+mod shared;
+
 use crate::error::Result;
 use crate::memory::Memory;
+use crate::norm::rms_norm;
 use crate::pack::Experts;
 use crate::plan::{LayerPlan, RowsPlan};
 use crate::rows::{Floats, Part, norm_factor, share_rows};
-use crate::workspace::{Buffer, PermutationScratch, RoutingScratch, Scratch, SharedScratch, Workspace};
+use crate::workspace::{Buffer, Scratch, Workspace};
 use crate::{Cpu, CpuStream};
-use fused_moe_core::DType::{F32, U32};
+use fused_moe_core::DType::F32;
 use fused_moe_core::backend::share;
-use fused_moe_core::config::{LayerConfig, SharedConfig, WeightOn};
+use fused_moe_core::config::{LayerConfig, RmsNorm, WeightOn, ZeroOutput};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
-use fused_moe_core::weights::{LayerWeights, SharedWeights};
+use fused_moe_core::surroundings::{On, Reads, Surroundings};
+use fused_moe_core::weights::LayerWeights;
 use fused_moe_core::{Backend, DType, Element, HostView, HostViewMut, Layer, Options, Permutation, Routing, View};
+use routing::RouteInput;
+use shared::SharedExpert;
 
 /// A layer prepared for this backend: its weights, copied once in the format that they came in.
 ///
@@ -27,7 +34,9 @@ pub struct CpuLayer {
     expert_scale: Option<Vec<f32>>,
     table: Option<Vec<u32>>,
     experts: Experts,
+    expert_norm: Option<ExpertNorm>,
     shared: Option<SharedExpert>,
+    surroundings: Option<Surroundings<Cpu>>,
 }
 
 /// `[E, H]` as it came, and f32 `[E]`.
@@ -38,12 +47,12 @@ struct Router {
     bias: Option<Vec<f32>>,
 }
 
-/// The shared expert's matrices, as those of one expert, and f32 `[H]`.
+/// The norm of what each expert makes of a token.
 #[derive(Debug)]
-struct SharedExpert {
-    config: SharedConfig,
-    matrices: Experts,
-    gate: Option<Vec<f32>>,
+struct ExpertNorm {
+    eps: f32,
+    /// The factors `[H]`, whether or not one was added to the weight.
+    weight: Option<Vec<f32>>,
 }
 
 impl CpuLayer {
@@ -52,9 +61,17 @@ impl CpuLayer {
         let router = weights.router.map(|view| Router::new(cpu, view, weights.router_bias)).transpose()?;
         let vector = |view: Option<HostView<'_>>| view.map(|view| floats(cpu, view)).transpose();
         let experts: Vec<_> = weights.experts.iter().collect();
-        let shared = match (config.shared, &weights.shared) {
+        let expert_norm = match problem.core.norms.expert_out {
+            Some(norm) => Some(ExpertNorm::new(norm, vector(weights.norms.expert_out)?)),
+            None => None,
+        };
+        let shared = match (problem.core.shared, &weights.shared) {
             (Some(config), Some(weights)) => Some(SharedExpert::new(cpu, config, weights)?),
             _ => None,
+        };
+        let surroundings = match config.has_surroundings() {
+            true => Some(Surroundings::new(cpu, config, weights)?),
+            false => None,
         };
         Ok(Self {
             cpu: cpu.clone(),
@@ -64,9 +81,20 @@ impl CpuLayer {
             expert_scale: vector(weights.expert_scale)?,
             table: weights.table.as_ref().map(|table| table.experts.to_vec()),
             experts: Experts::local(cpu, &experts, problem.local.clone())?,
+            expert_norm,
             shared,
+            surroundings,
             problem,
         })
+    }
+}
+
+impl ExpertNorm {
+    fn new(norm: RmsNorm, mut weight: Option<Vec<f32>>) -> Self {
+        if norm.unit_offset {
+            weight.iter_mut().flatten().for_each(|weight| *weight += 1.0);
+        }
+        Self { eps: norm.eps, weight }
     }
 }
 
@@ -83,13 +111,6 @@ impl Router {
     }
 }
 
-impl SharedExpert {
-    fn new(cpu: &Cpu, config: SharedConfig, weights: &SharedWeights<'_>) -> Result<Self> {
-        let matrices = Experts::local(cpu, &[&weights.matrices], 0..1)?;
-        Ok(Self { config, matrices, gate: weights.gate.map(|gate| floats(cpu, gate)).transpose()? })
-    }
-}
-
 impl Layer<Cpu> for CpuLayer {
     fn config(&self) -> &LayerConfig {
         &self.problem.config
@@ -98,8 +119,11 @@ impl Layer<Cpu> for CpuLayer {
     fn weight_bytes(&self) -> usize {
         let router = self.router.as_ref().map_or(0, |router| router.matrix.len() + vector_bytes(&router.bias));
         let vectors = [&self.router_norm, &self.correction_bias, &self.expert_scale].map(vector_bytes);
-        let shared = self.shared.as_ref().map_or(0, |shared| shared.matrices.bytes() + vector_bytes(&shared.gate));
-        router + vectors.iter().sum::<usize>() + vector_bytes(&self.table) + self.experts.bytes() + shared
+        let norm = self.expert_norm.as_ref().map_or(0, |norm| vector_bytes(&norm.weight));
+        let shared = self.shared.as_ref().map_or(0, SharedExpert::weight_bytes);
+        let around = self.surroundings.as_ref().map_or(0, Surroundings::weight_bytes);
+        let vectors = vectors.iter().sum::<usize>() + vector_bytes(&self.table) + norm;
+        router + vectors + self.experts.bytes() + shared + around
     }
 
     fn workspace_bytes(&self, max_tokens: usize) -> Result<usize> {
@@ -121,9 +145,19 @@ impl Layer<Cpu> for CpuLayer {
     fn run(&self, stream: &CpuStream, call: Forward<'_, Cpu>, workspace: &mut Workspace) -> Result<()> {
         let tokens = self.problem.forward(&call)?.tokens;
         check_alignment(&call)?;
-        let scratch = workspace.carve("forward", &self.problem, tokens)?;
+        let (scratch, around) = workspace.carve("forward", &self.problem, tokens)?;
         // One hand-over to the pool for all stages.
-        self.cpu.pool.install(|| self.stages(stream, tokens, call, scratch))
+        self.cpu.pool.install(|| match &self.surroundings {
+            Some(surroundings) => {
+                // Sums do not depend on the batch, however large it is.
+                let on = On { backend: &self.cpu, stream, between: F32, rows_at_once: usize::MAX };
+                surroundings.run(&on, call, around, |call, reads| self.stages(stream, call, reads, scratch))
+            }
+            None => {
+                let reads = Reads { router: call.x, experts: call.x };
+                self.stages(stream, call, reads, scratch)
+            }
+        })
     }
 }
 
@@ -132,27 +166,33 @@ impl CpuLayer {
     fn stages(
         &self,
         stream: &CpuStream,
-        tokens: usize,
         call: Forward<'_, Cpu>,
+        reads: Reads<'_, Cpu>,
         mut scratch: Scratch<'_>,
     ) -> Result<()> {
-        let Self { cpu, problem: LayerProblem { config, .. }, .. } = self;
+        let Self { cpu, problem: LayerProblem { core: config, local, .. }, .. } = self;
+        let tokens = reads.experts.rows();
         let rows = tokens * config.top_k;
-        let Forward { x, source, token_ids, sequences: _, router_state: _, residual, norm, routes, counts, y } = call;
+        let Forward { x: _, source, token_ids, sequences, router_state: _, residual, norm, routes, counts, y } = call;
 
-        let RoutingScratch { logits, experts, weights } = &mut scratch.routing;
+        let permutation = &mut scratch.permutation;
         let routing = match source {
             Source::Routes(Routing { experts, weights }) => Routing { experts, weights },
-            Source::Logits(logits) => self.route(stream, logits, token_ids, (experts, weights))?,
+            Source::Logits(logits) => {
+                let input = RouteInput { logits, token_ids, sequences };
+                self.route(stream, input, &mut scratch.routing, permutation)?
+            }
             Source::Router => {
-                self.gate(stream, x, logits)?;
-                let logits = logits.view(F32, [tokens, config.experts])?;
-                self.route(stream, logits, token_ids, (experts, weights))?
+                let logits = self.gate(stream, reads.router, &mut scratch.logits)?;
+                let input = RouteInput { logits, token_ids, sequences };
+                self.route(stream, input, &mut scratch.routing, permutation)?
             }
         };
         let Permutation { row_slot, slot_row, offsets } =
-            self.permute(stream, routing.experts, &mut scratch.permutation)?;
-        let x = self.expert_input(x, &mut scratch.tokens)?;
+            self.permute(stream, routing.experts, local.clone(), permutation)?;
+        // Every expert that is not here, or has no weights, has no rows.
+        let offsets = offsets.columns(0, config.experts + 1)?;
+        let x = self.expert_input(reads.experts, &mut scratch.tokens)?;
         let on_input = config.weight_on == WeightOn::Input;
         cpu.gate_up(
             stream,
@@ -178,16 +218,24 @@ impl CpuLayer {
                 out: scratch.y.view_mut(F32, [rows, config.hidden])?,
             },
         )?;
+        if let Some(ExpertNorm { eps, weight }) = &self.expert_norm {
+            let here = offsets.typed::<u32>()?.row(0).last().map_or(0, |&end| end as usize);
+            rms_norm(cpu, scratch.y.view_mut(F32, [rows, config.hidden])?, here, (*eps, weight.as_deref()))?;
+        }
         let shared = match &self.shared {
             Some(shared) => Some(shared.run(cpu, stream, x, &mut scratch.shared)?),
             None => None,
         };
+        // Of several devices with some experts each, the one with the last has the copies.
+        let copying = config.zero_experts.filter(|zero| zero.output == ZeroOutput::Copy && local.end == config.experts);
+        let copies =
+            copying.map(|_| Copies { x, experts: routing.experts, first: config.experts, end: config.choices() });
         cpu.combine(
             stream,
             Combine {
                 rows: SlotRows::Permuted { y: scratch.y.view(F32, [rows, config.hidden])?, slot_row },
                 weights: (!on_input).then_some(routing.weights),
-                copies: None,
+                copies,
                 routed_scale: config.routed_scale,
                 shared,
                 residual: residual.map(|residual| match residual {
@@ -208,80 +256,10 @@ impl CpuLayer {
         }
     }
 
-    /// `logits = gate(x)`.
-    fn gate(&self, stream: &CpuStream, x: HostView<'_>, logits: &mut Buffer<'_>) -> Result<()> {
-        let config = &self.problem.config;
-        let Some(router) = &self.router else { return Ok(()) };
-        let operands = Gate {
-            x,
-            router: View::new(&router.matrix[..], router.dtype, 0, [config.experts, config.hidden])?,
-            bias: vector(&router.bias)?,
-            norm_weight: vector(&self.router_norm)?,
-            config: config.gate,
-            normed: None,
-            logits: logits.view_mut(F32, [x.rows(), config.experts])?,
-        };
-        self.cpu.gate(stream, operands)
-    }
-
-    /// The routes that the layer's rule makes of logits.
-    fn route<'s>(
-        &self,
-        stream: &CpuStream,
-        logits: HostView<'_>,
-        token_ids: Option<HostView<'_>>,
-        (experts, weights): (&'s mut Buffer<'_>, &'s mut Buffer<'_>),
-    ) -> Result<Routing<'s, Cpu>> {
-        let config = &self.problem.config;
-        let shape = [logits.rows(), config.top_k];
-        let table = match (&self.table, token_ids) {
-            (Some(table), Some(token_ids)) => {
-                let experts = View::of(table, [table.len() / config.top_k, config.top_k])?;
-                Some(TokenTable { token_ids, experts })
-            }
-            _ => None,
-        };
-        let choice = Choice {
-            rule: config.routing,
-            correction_bias: vector(&self.correction_bias)?,
-            expert_scale: vector(&self.expert_scale)?,
-            table,
-            experts: experts.view_mut(U32, shape)?,
-            weights: weights.view_mut(F32, shape)?,
-            witness: None,
-        };
-        self.cpu.route(stream, Route { logits, choice })?;
-        Ok(Routing { experts: experts.view(U32, shape)?, weights: weights.view(F32, shape)? })
-    }
-
-    /// The slots of the experts that are here, by expert.
-    fn permute<'s>(
-        &self,
-        stream: &CpuStream,
-        experts: HostView<'_>,
-        scratch: &'s mut PermutationScratch<'_>,
-    ) -> Result<Permutation<'s, Cpu>> {
-        let (slots, ends) = ([experts.rows() * experts.cols()], [self.problem.config.experts + 1]);
-        let operands = Permute {
-            experts,
-            experts_total: self.problem.config.experts,
-            local: self.problem.local.clone(),
-            row_slot: scratch.row_slot.view_mut(U32, slots)?,
-            slot_row: scratch.slot_row.view_mut(U32, slots)?,
-            offsets: scratch.offsets.view_mut(U32, ends)?,
-        };
-        self.cpu.permute(stream, operands)?;
-        Ok(Permutation {
-            row_slot: scratch.row_slot.view(U32, slots)?,
-            slot_row: scratch.slot_row.view(U32, slots)?,
-            offsets: scratch.offsets.view(U32, ends)?,
-        })
-    }
-
     /// What the experts read: x, or its norm where the gate's norm feeds them. In f32, since each row is read by many
     /// kernels and a narrower one would be widened by each of them.
     fn expert_input<'s>(&self, x: HostView<'s>, tokens: &'s mut Buffer<'_>) -> Result<HostView<'s>> {
-        let norm = self.problem.config.gate.norm.filter(|norm| norm.feeds_experts);
+        let norm = self.problem.core.gate.norm.filter(|norm| norm.feeds_experts);
         if x.dtype() == F32 && norm.is_none() {
             return Ok(x);
         }
@@ -299,55 +277,6 @@ impl CpuLayer {
             }
         });
         tokens.view(F32, shape)
-    }
-}
-
-impl SharedExpert {
-    /// What the shared expert makes of every token.
-    fn run<'s>(
-        &self,
-        cpu: &Cpu,
-        stream: &CpuStream,
-        x: HostView<'_>,
-        scratch: &'s mut SharedScratch<'_>,
-    ) -> Result<Shared<'s, Cpu>> {
-        let (tokens, hidden, width) = (x.rows(), x.cols(), self.config.intermediate);
-        let offsets = [0, tokens as u32];
-        let offsets = View::of(&offsets, [2])?;
-        let slots = scratch.slots.view(U32, [tokens])?;
-        cpu.gate_up(
-            stream,
-            GateUp {
-                x,
-                rows: RowSource::Rows,
-                permutation: Permutation { row_slot: slots, slot_row: slots, offsets },
-                input_weights: None,
-                matrices: Matrices::Packed(&self.matrices),
-                bias: None,
-                activation: self.config.activation,
-                output: GateUpOutput::Activated,
-                out: scratch.a.view_mut(F32, [tokens, width])?,
-            },
-        )?;
-        cpu.down(
-            stream,
-            Down {
-                a: scratch.a.view(F32, [tokens, width])?,
-                offsets,
-                matrices: Matrices::Packed(&self.matrices),
-                bias: None,
-                out: scratch.y.view_mut(F32, [tokens, hidden])?,
-            },
-        )?;
-        let logit = match &self.gate {
-            Some(gate) => {
-                let out = scratch.logit.view_mut(F32, [tokens, 1])?;
-                cpu.linear(stream, Linear { x, weight: View::of(gate, [1, hidden])?, bias: None, out })?;
-                Some(scratch.logit.view(F32, [tokens, 1])?)
-            }
-            None => None,
-        };
-        Ok(Shared { y: scratch.y.view(F32, [tokens, hidden])?, factor: None, logit, scale: self.config.scale })
     }
 }
 
@@ -377,6 +306,9 @@ fn check_alignment(call: &Forward<'_, Cpu>) -> Result<()> {
     if let Some(RoutesOut { experts, weights }) = &call.routes {
         share::<Cpu>(experts).typed::<u32>()?;
         share::<Cpu>(weights).typed::<f32>()?;
+    }
+    if let Some(next) = &call.router_state.next {
+        share::<Cpu>(next).typed::<f32>()?;
     }
     if let Some(counts) = &call.counts {
         share::<Cpu>(counts).typed::<u32>()?;

@@ -20,6 +20,8 @@ mod grouped;
 mod layer;
 mod linear;
 mod memory;
+mod norm;
+mod overflow;
 mod pack;
 mod permute;
 mod plan;
@@ -220,8 +222,7 @@ impl Backend for Cpu {
     }
 
     fn drop_overflow(&self, _stream: &CpuStream, operands: DropOverflow<'_, Self>) -> Result<()> {
-        operands.problem()?;
-        Err(fused_moe_core::Error::Unsupported { operation: "drop_overflow", part: "all of it", backend: "cpu" }.into())
+        overflow::drop_overflow(self, operands)
     }
 
     fn tile_schedule(&self, _stream: &CpuStream, operands: TileSchedule<'_, Self>) -> Result<()> {

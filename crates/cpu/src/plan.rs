@@ -1,12 +1,15 @@
 //! How an operation is carried out: the only place where a block, a tile or a grain is chosen. A plan follows from sizes
 //! and from numbers of the device, and can say why.
 
+mod layer;
+
+pub(crate) use layer::LayerPlan;
+
 use crate::arch::Isa;
 use crate::device::Caches;
-use fused_moe_core::DType::{self, F32};
-use fused_moe_core::config::{Activation, LayerConfig, SharedConfig};
-use fused_moe_core::operation::GateUpOutput;
-use fused_moe_core::problem::{DownProblem, GateUpProblem, LayerProblem, LinearProblem};
+use fused_moe_core::DType;
+use fused_moe_core::config::Activation;
+use fused_moe_core::problem::{DownProblem, GateUpProblem, LinearProblem};
 use std::fmt;
 
 /// Weight rows and rows of x that the kernels work on at once.
@@ -256,6 +259,9 @@ const LOGITS_PER_THREAD: usize = 1 << 12;
 /// The same of slots whose weight is gathered: each reads somewhere.
 const GATHERED_PER_THREAD: usize = 1 << 9;
 
+/// The same of slots of an expert: each is compared and, of some, dropped.
+const LIMITED_PER_THREAD: usize = 1 << 12;
+
 /// How rows that do not meet are shared out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RowsPlan {
@@ -285,6 +291,11 @@ impl RowsPlan {
         Self::new(GATHERED_PER_THREAD, top_k)
     }
 
+    /// Experts that have so many slots together.
+    pub(crate) fn overflow(slots: usize, experts: usize) -> Self {
+        Self::new(LIMITED_PER_THREAD, slots / experts.max(1))
+    }
+
     /// Each row is a part of the work of its own.
     pub(crate) fn single() -> Self {
         Self { grain: 1 }
@@ -308,107 +319,6 @@ impl fmt::Display for RowsPlan {
 
 /// Rows that one thread packs at a time: where the source is transposed, neighbours share its cache lines.
 pub(crate) const PACKED_ROWS: usize = 64;
-
-/// How a layer is carried out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct LayerPlan {
-    tokens: usize,
-    device: Device,
-    gate: Option<GatePlan>,
-    route: RoutePlan,
-    permute: PermutePlan,
-    gate_up: GroupedPlan,
-    down: GroupedPlan,
-    shared: Option<SharedPlan>,
-    combine: RowsPlan,
-}
-
-/// How a layer's shared expert is carried out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct SharedPlan {
-    gate_up: GroupedPlan,
-    down: GroupedPlan,
-    gate: Option<GroupedPlan>,
-}
-
-impl LayerPlan {
-    /// For the router's routes; the stages make the same plans of their operands.
-    pub(crate) fn new(layer: &LayerProblem, tokens: usize, device: &Device) -> Self {
-        let LayerConfig { hidden, intermediate, experts, top_k, activation, .. } = layer.config;
-        let rows = tokens.saturating_mul(top_k);
-        let expert = ExpertSizes { rows, experts, hidden, intermediate, activation };
-        let shared = layer.config.shared.zip(layer.shared).map(|(shared, [up, down])| {
-            let SharedConfig { intermediate, activation, gated, .. } = shared;
-            let expert = ExpertSizes { rows: tokens, experts: 1, hidden, intermediate, activation };
-            let gate = LinearProblem { rows: tokens, inner: hidden, outer: 1, x: F32, weight: F32, out: F32 };
-            SharedPlan {
-                gate_up: GroupedPlan::gate_up(&expert.gate_up(), up, device),
-                down: GroupedPlan::down(&expert.down(), down, device),
-                gate: gated.then(|| GroupedPlan::linear(&gate, device)),
-            }
-        });
-        let normed = layer.config.gate.norm.is_some();
-        Self {
-            tokens,
-            device: *device,
-            gate: layer.router.map(|_| GatePlan::new([tokens, hidden], normed)),
-            route: RoutePlan::new(experts, top_k),
-            permute: PermutePlan::new(rows, experts, device),
-            gate_up: GroupedPlan::gate_up(&expert.gate_up(), layer.gate_up, device),
-            down: GroupedPlan::down(&expert.down(), layer.down, device),
-            shared,
-            combine: RowsPlan::combine(hidden, top_k),
-        }
-    }
-}
-
-/// The experts of a layer, whose intermediate activations are f32.
-struct ExpertSizes {
-    rows: usize,
-    experts: usize,
-    hidden: usize,
-    intermediate: usize,
-    activation: Activation,
-}
-
-impl ExpertSizes {
-    fn gate_up(&self) -> GateUpProblem {
-        let Self { rows, experts, hidden, intermediate, activation } = *self;
-        let (x, stack, out, output) = (F32, None, F32, GateUpOutput::Activated);
-        GateUpProblem { rows, hidden, intermediate, experts, x, stack, out, activation, output }
-    }
-
-    fn down(&self) -> DownProblem {
-        let Self { rows, experts, hidden, intermediate, .. } = *self;
-        DownProblem { rows, hidden, intermediate, experts, a: F32, stack: None, out: F32 }
-    }
-}
-
-impl fmt::Display for LayerPlan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { tokens, device, gate, route, permute, gate_up, down, shared, combine } = self;
-        writeln!(
-            f,
-            "{tokens} tokens on {} threads with {}; sums in one order for any batch",
-            device.threads, device.isa
-        )?;
-        if let Some(gate) = gate {
-            writeln!(f, "gate: {gate}")?;
-        }
-        writeln!(f, "route: {route}")?;
-        writeln!(f, "permute: {permute}")?;
-        writeln!(f, "gate_up: {gate_up}; with the activation")?;
-        writeln!(f, "down: {down}")?;
-        if let Some(SharedPlan { gate_up, down, gate }) = shared {
-            writeln!(f, "shared gate_up: {gate_up}; with the activation")?;
-            writeln!(f, "shared down: {down}")?;
-            if let Some(gate) = gate {
-                writeln!(f, "shared gate: {gate}")?;
-            }
-        }
-        write!(f, "combine: {combine}")
-    }
-}
 
 #[cfg(test)]
 mod tests {

@@ -15,6 +15,7 @@ use fused_moe_core::operation::{Choice, GatherWeights, Route, TokenTable, Witnes
 use fused_moe_core::problem::{ChoiceProblem, MAX_EXPERTS};
 use fused_moe_core::{NO_EXPERT, Rows, Status};
 use score::Softmax;
+pub(crate) use select::descending;
 use std::ops::Range;
 
 /// What every token reads.
@@ -133,6 +134,11 @@ impl Router<'_> {
         status
     }
 
+    /// How many experts the choice is among: the others are always chosen.
+    fn competing(&self) -> usize {
+        self.problem.experts - self.problem.rule.always
+    }
+
     fn choose(&self, t: usize, token: &mut Token<'_>) -> Status {
         let rule = &self.problem.rule;
         match rule.selection {
@@ -148,15 +154,16 @@ impl Router<'_> {
                     true => token.keys.copy_from_slice(token.logits),
                     false => score::scores(self.kernels, rule.score, softmax, token.logits, token.keys),
                 }
+                let keys = &mut token.keys[..self.competing()];
                 if let Some(bias) = &self.correction_bias {
-                    bias.axpy(self.kernels, 1.0, [0, 0], token.keys);
+                    bias.axpy(self.kernels, 1.0, [0, 0], keys);
                 }
-                select::clean(token.logits, token.keys);
+                select::clean(token.logits, keys);
                 match groups {
-                    Some(groups) => select::rank_groups(token.keys, groups, token.ranks),
-                    None => select::rank_all(token.keys, token.ranks),
+                    Some(groups) => select::rank_groups(keys, groups, token.ranks),
+                    None => select::rank_all(keys, token.ranks),
                 }
-                token.take_best();
+                token.take_best(self.competing());
                 self.weigh(token, softmax);
                 Status::OK
             }
@@ -164,7 +171,7 @@ impl Router<'_> {
                 token.keys.copy_from_slice(token.logits);
                 select::clean(token.logits, token.keys);
                 select::rank_all(token.keys, token.ranks);
-                token.take_best();
+                token.take_best(self.competing());
                 for pass in 0..token.values.len() {
                     token.values[pass] = score::masked_softmax(token.logits, &token.experts[..=pass], jitter);
                 }
@@ -242,16 +249,21 @@ impl Token<'_> {
         Status::NO_FINITE_SCORE
     }
 
-    /// The K best of `ranks` become `experts`.
-    fn take_best(&mut self) {
-        let k = self.experts.len();
-        let n = (k + usize::from(self.witness.is_some())).min(self.ranks.len());
-        select::best(self.ranks, n);
-        for (expert, &rank) in self.experts.iter_mut().zip(&*self.ranks) {
+    /// The best of the first `competing` of `ranks` become `experts`, and those behind them the last of these.
+    fn take_best(&mut self, competing: usize) {
+        let (ranks, always) = self.ranks.split_at_mut(competing);
+        let k = self.experts.len() - always.len();
+        let n = (k + usize::from(self.witness.is_some())).min(competing);
+        select::best(ranks, n);
+        let (chosen, rest) = self.experts.split_at_mut(k);
+        for (expert, &rank) in chosen.iter_mut().zip(&*ranks) {
             *expert = select::expert(rank);
         }
+        for (expert, id) in rest.iter_mut().zip(competing as u32..) {
+            *expert = id;
+        }
         if let Some((keys, experts)) = &mut self.witness {
-            let last_and_next = self.ranks[..n].iter().skip(k.saturating_sub(1));
+            let last_and_next = ranks[..n].iter().skip(k.saturating_sub(1));
             let mut candidates = last_and_next.map(|&rank| (select::key(rank), select::expert(rank)));
             for (key, expert) in keys.iter_mut().zip(experts.iter_mut()) {
                 (*key, *expert) = candidates.next().unwrap_or((f32::NEG_INFINITY, NO_EXPERT));

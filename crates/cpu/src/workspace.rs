@@ -1,12 +1,15 @@
 use crate::error::Result;
 use crate::memory::Memory;
+use fused_moe_core::DType::F32;
+use fused_moe_core::config::CapacityOrder;
 use fused_moe_core::problem::LayerProblem;
+use fused_moe_core::surroundings;
 use fused_moe_core::{DType, Error, HostView, HostViewMut, Shape, View};
 
 /// Scratch of a layer: one piece of memory, divided anew in each call.
 ///
 /// For T tokens, K experts a token and R = T*K it holds about `4 * (R * (H + I) + T * (2H + S + E))` bytes, of which the
-/// experts' outputs `[R, H]` are the most.
+/// experts' outputs `[R, H]` are the most; what stands around the experts has its own in `[T, ..]`.
 #[derive(Debug)]
 pub struct Workspace {
     memory: Memory,
@@ -30,6 +33,8 @@ impl Buffer<'_> {
 
 /// The buffers of one call.
 pub(crate) struct Scratch<'a> {
+    /// f32 `[T, E]`, those without weights counted.
+    pub(crate) logits: Buffer<'a>,
     pub(crate) routing: RoutingScratch<'a>,
     pub(crate) permutation: PermutationScratch<'a>,
     /// f32 `[T, H]`: what the experts read, where that is not x itself.
@@ -41,13 +46,18 @@ pub(crate) struct Scratch<'a> {
     pub(crate) shared: SharedScratch<'a>,
 }
 
+/// What lies between the operations around these stages.
+pub(crate) type AroundScratch<'a> = [HostViewMut<'a>; surroundings::BUFFERS];
+
 pub(crate) struct RoutingScratch<'a> {
-    /// f32 `[T, E]`.
-    pub(crate) logits: Buffer<'a>,
     /// u32 `[T, K]`.
     pub(crate) experts: Buffer<'a>,
     /// f32 `[T, K]`.
     pub(crate) weights: Buffer<'a>,
+    /// u32 `[T]`: the best expert of each token, where a capacity asks for its softmax.
+    pub(crate) best: Buffer<'a>,
+    /// f32 `[T]`: this softmax.
+    pub(crate) importance: Buffer<'a>,
 }
 
 pub(crate) struct PermutationScratch<'a> {
@@ -55,7 +65,7 @@ pub(crate) struct PermutationScratch<'a> {
     pub(crate) row_slot: Buffer<'a>,
     /// u32 `[R]`.
     pub(crate) slot_row: Buffer<'a>,
-    /// u32 `[E+1]`.
+    /// u32 `[E+1]`, those without weights counted.
     pub(crate) offsets: Buffer<'a>,
 }
 
@@ -70,7 +80,9 @@ pub(crate) struct SharedScratch<'a> {
     pub(crate) slots: Buffer<'a>,
 }
 
-const BUFFERS: usize = 13;
+/// Of the stages alone.
+const STAGES: usize = 15;
+const BUFFERS: usize = STAGES + surroundings::BUFFERS;
 
 impl Workspace {
     pub(crate) fn new(memory: Memory, layer: &LayerProblem, max_tokens: usize) -> Result<Self> {
@@ -100,7 +112,7 @@ impl Workspace {
         operation: &'static str,
         layer: &LayerProblem,
         tokens: usize,
-    ) -> Result<Scratch<'_>> {
+    ) -> Result<(Scratch<'_>, AroundScratch<'_>)> {
         let (expected, actual) = (Self::bytes(layer, tokens)?, self.memory.len());
         let sizes = buffers(layer, tokens).filter(|_| expected <= actual);
         let sizes = sizes.ok_or(Error::Workspace { operation, tokens, expected, actual })?;
@@ -111,30 +123,59 @@ impl Workspace {
             buffer
         });
         let mut buffer = || Buffer(next.next().unwrap_or_default());
-        Ok(Scratch {
-            routing: RoutingScratch { logits: buffer(), experts: buffer(), weights: buffer() },
+        let stages = Scratch {
+            logits: buffer(),
+            routing: RoutingScratch { experts: buffer(), weights: buffer(), best: buffer(), importance: buffer() },
             permutation: PermutationScratch { row_slot: buffer(), slot_row: buffer(), offsets: buffer() },
             tokens: buffer(),
             a: buffer(),
             y: buffer(),
             shared: SharedScratch { a: buffer(), y: buffer(), logit: buffer(), slots: buffer() },
-        })
+        };
+        let mut view = || {
+            let bytes = next.next().unwrap_or_default();
+            let elements = bytes.len() / F32.size();
+            View::new(bytes, F32, 0, [elements])
+        };
+        let around = [
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+            view()?,
+        ];
+        Ok((stages, around))
     }
 }
 
 /// Bytes of the buffers, in the order that `carve` hands them out in.
 fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUFFERS]> {
-    let config = &layer.config;
-    let (hidden, experts) = (config.hidden, config.experts);
+    let config = &layer.core;
+    let (hidden, choices) = (config.hidden, config.choices());
+    let by_score = config.capacity.is_some_and(|capacity| capacity.order == CapacityOrder::Score);
+    let ranked = if by_score { tokens } else { 0 };
     let rows = tokens.checked_mul(config.top_k)?;
     let shared = config.shared.map_or([0; 4], |shared| [shared.intermediate, hidden, 1, 1]);
-    let elements = [
-        tokens.checked_mul(experts)?,
+    let stages: [usize; STAGES] = [
+        tokens.checked_mul(choices)?,
         rows,
         rows,
+        ranked,
+        ranked,
         rows,
         rows,
-        experts + 1,
+        choices + 1,
         tokens.checked_mul(hidden)?,
         rows.checked_mul(config.intermediate)?,
         rows.checked_mul(hidden)?,
@@ -144,7 +185,8 @@ fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUFFERS]> {
         tokens.checked_mul(shared[3])?,
     ];
     let mut bytes = [0; BUFFERS];
-    for (bytes, elements) in bytes.iter_mut().zip(elements) {
+    let around = surroundings::buffers(&layer.config, tokens)?;
+    for (bytes, elements) in bytes.iter_mut().zip(stages.into_iter().chain(around)) {
         *bytes = elements.checked_mul(4)?.checked_next_multiple_of(ALIGNMENT)?;
     }
     Some(bytes)

@@ -48,7 +48,7 @@ pub(super) fn sigmoid<S: Simd>(s: S, x: S::Vector) -> S::Vector {
 /// `1 - 2 / (e^2x + 1)` beyond.
 #[inline(always)]
 pub(super) fn tanh<S: Simd>(s: S, x: S::Vector) -> S::Vector {
-    const P: [f32; 5] = [-0.333_332_82, 0.133_314_42, -0.053_739_716, 0.020_639_09, -0.005_704_988_7];
+    const P: [f32; 5] = [-0.333_332_8, 0.133_314_42, -0.053_739_716, 0.020_639_09, -0.005_704_988_7];
     const SERIES: f32 = 0.625;
 
     let (one, size) = (s.splat(1.0), s.abs(x));

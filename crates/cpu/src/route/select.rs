@@ -10,11 +10,16 @@ const ID_BITS: u32 = 12;
 const ID_MASK: u64 = (1 << ID_BITS) - 1;
 const LAST_RESORT: u64 = 1 << (32 + ID_BITS);
 
-/// A key of an expert as a rank. Both zeros are one key.
-fn rank(key: f32, expert: usize) -> u64 {
-    let bits = (key + 0.0).to_bits();
+/// A number, no NaN, as an integer that is smaller for a larger one. Both zeros are one number.
+pub(crate) fn descending(number: f32) -> u32 {
+    let bits = (number + 0.0).to_bits();
     let ascending = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
-    u64::from(!ascending) << ID_BITS | expert as u64
+    !ascending
+}
+
+/// A key of an expert as a rank.
+fn rank(key: f32, expert: usize) -> u64 {
+    u64::from(descending(key)) << ID_BITS | expert as u64
 }
 
 /// The key of a rank.

@@ -1,102 +1,11 @@
+use crate::model::*;
 use crate::support::*;
 use fused_moe_core::config::*;
-use fused_moe_core::operation::{Forward, NextNorm, Residual, RoutesOut, Source};
-use fused_moe_core::weights::{
-    ExpertMatrices, ExpertWeights, GateUpOrder, LayerWeights, Matrix, Orientation, SharedWeights, StackLayout, Table,
-};
+use fused_moe_core::operation::{Forward, NextNorm, Residual, RouterState, RoutesOut, Source};
 use fused_moe_core::{
-    Backend, DType, Error as Contract, Layer, NO_EXPERT, Numerics, Options, Routing, Status, reference,
+    Backend, DType, Error as Contract, Layer, NO_EXPERT, Numerics, Options, Routing, Status, View, reference,
 };
-use fused_moe_cpu::{Cpu, CpuLayer, Error};
-use std::borrow::Cow;
-
-/// A layer's description and weights.
-struct Model {
-    config: LayerConfig,
-    router: Buffer,
-    router_bias: Option<Buffer>,
-    router_norm: Option<Buffer>,
-    correction_bias: Option<Buffer>,
-    expert_scale: Option<Buffer>,
-    table: Option<Vec<u32>>,
-    gate_up: Buffer,
-    down: Buffer,
-    down_bias: Option<Buffer>,
-    shared: Option<[Buffer; 4]>,
-}
-
-fn model(config: LayerConfig, dtype: DType) -> Model {
-    let LayerConfig { hidden: h, intermediate: i, experts: e, top_k: k, .. } = config;
-    let mut random = Random(17);
-    let mut vector = |wanted: bool, n| {
-        let values = random.units(n, 1.0);
-        wanted.then(|| Buffer::floats(dtype, [n], 0, &values))
-    };
-    let router_bias = vector(config.gate.scale != 1.0, e);
-    let router_norm = vector(config.gate.norm.is_some(), h);
-    let correction_bias = vector(matches!(config.routing.selection, Selection::TopK { bias: true, .. }), e);
-    let expert_scale = vector(config.routing.weights.expert_scale.is_some(), e);
-    let down_bias = vector(config.activation.is_gated(), e * h);
-    let shared_gate = vector(true, h).unwrap();
-    let table = (config.routing.selection == Selection::Table)
-        .then(|| (0..10 * k).map(|n| ((n * 7 + n / k) % e) as u32).collect());
-    let mut stack = |[e, n, c]: [usize; 3]| Buffer::floats(dtype, [e, n, c], 0, &random.units(e * n * c, 0.5));
-    let shared = config.shared.map(|shared| {
-        let s = shared.intermediate;
-        [stack([1, s, h]), stack([1, s, h]), stack([1, h, s]), shared_gate]
-    });
-    Model {
-        router: stack([1, e, h]),
-        gate_up: stack([e, config.gate_up_rows(), h]),
-        down: stack([e, h, i]),
-        config,
-        router_bias,
-        router_norm,
-        correction_bias,
-        expert_scale,
-        table,
-        down_bias,
-        shared,
-    }
-}
-
-/// A matrix of a stack of one.
-fn matrix(buffer: &Buffer) -> Matrix<'_> {
-    let view = buffer.view();
-    Matrix::new(view.row_range(0, view.rows()).unwrap(), Orientation::OutIn).unwrap()
-}
-
-impl Model {
-    fn prepare(&self, cpu: &Cpu, options: &Options) -> CpuLayer {
-        let config = &self.config;
-        let order = if config.activation.is_gated() { GateUpOrder::GateThenUp } else { GateUpOrder::UpOnly };
-        let layout = StackLayout { order, ..StackLayout::default() };
-        let down_bias =
-            self.down_bias.as_ref().map(|bias| bias.view().reshape([config.experts, config.hidden]).unwrap());
-        let experts = ExpertWeights::stacked(self.gate_up.view(), self.down.view(), layout).unwrap();
-        let router = self.router.view().reshape([config.experts, config.hidden]).unwrap();
-        let shared = config.shared.zip(self.shared.as_ref()).map(|(config, [gate, up, down, logit])| SharedWeights {
-            matrices: ExpertMatrices::new(config.activation.is_gated().then(|| matrix(gate)), matrix(up), matrix(down)),
-            gate: config.gated.then(|| logit.view()),
-        });
-        let view = |buffer: &'static str| match buffer {
-            "router_bias" => self.router_bias.as_ref().map(|b| b.view()),
-            "router_norm" => self.router_norm.as_ref().map(|b| b.view()),
-            "correction_bias" => self.correction_bias.as_ref().map(|b| b.view()),
-            _ => self.expert_scale.as_ref().map(|b| b.view()),
-        };
-        let weights = LayerWeights {
-            router_bias: view("router_bias"),
-            router_norm: view("router_norm"),
-            correction_bias: view("correction_bias"),
-            expert_scale: view("expert_scale"),
-            table: self.table.as_ref().map(|ids| Table { experts: Cow::Borrowed(ids), vocabulary: 10 }),
-            shared,
-            ..LayerWeights::new(router, experts.with_biases(None, down_bias, order).unwrap())
-        };
-        cpu.prepare(config, &weights, options).unwrap()
-    }
-}
+use fused_moe_cpu::{Cpu, Error};
 
 #[derive(Clone, Copy, PartialEq)]
 enum From {
@@ -108,51 +17,37 @@ enum From {
 /// A call with every part that it can have, against the reference.
 fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
     let LayerConfig { hidden: h, experts: e, top_k: k, .. } = model.config;
+    let (choices, width) = (model.config.choices(), model.config.router_mlp.map_or(0, |mlp| mlp.width));
     let mut random = Random(tokens as u64);
     let dtype = FLOATS[tokens % 3];
     let mut floats = |dtype, rows, cols| Buffer::floats(dtype, [rows, cols], 0, &random.units(rows * cols, 1.0));
     let (x, residual) = (floats(dtype, tokens, h), floats(dtype, tokens, h));
-    let (logits, given_weights) = (floats(DType::F32, tokens, e), floats(DType::F32, tokens, k));
+    let (logits, given_weights) = (floats(DType::F32, tokens, choices), floats(DType::F32, tokens, k));
+    let previous = floats(DType::F32, tokens, width);
     let norm_weight = floats(DType::BF16, 1, h);
     let token_ids: Vec<u32> = (0..tokens).map(|_| random.below(10) as u32).collect();
-    let given: Vec<u32> = (0..tokens * k).map(|_| random.pick(&[0, (e - 1) as u32, NO_EXPERT, e as u32])).collect();
+    let given: Vec<u32> = (0..tokens * k)
+        .map(|_| random.pick(&[0, (e - 1) as u32, (choices - 1) as u32, NO_EXPERT, choices as u32]))
+        .collect();
     let (ids, given) = (Buffer::ids([tokens], 0, &token_ids), Buffer::ids([tokens, k], 0, &given));
+    // The first tokens and the last are in a sequence without being said to be.
+    let ends = [1, tokens as u32 / 3, tokens as u32 / 3, (tokens as u32).saturating_sub(2)].map(|end| end.max(1));
+    let limited = model.config.capacity.is_some();
+    let routed_by_layers = model.config.router_mlp.is_some() && from == From::Router;
     let local = options.local_experts.clone().unwrap_or(0..e);
 
-    let values = |buffer: &Option<Buffer>| buffer.as_ref().map(Buffer::values);
-    let [router, gate_up, down] = [&model.router, &model.gate_up, &model.down].map(Buffer::values);
-    let vectors =
-        [&model.router_bias, &model.router_norm, &model.correction_bias, &model.expert_scale, &model.down_bias]
-            .map(values);
-    let shared = model.shared.as_ref().map(|parts| parts.each_ref().map(Buffer::values));
-    let shared_gate_up = shared.as_ref().map(|[gate, up, ..]| {
-        let gated = model.config.shared.is_some_and(|shared| shared.activation.is_gated());
-        if gated { [&gate[..], up].concat() } else { up.clone() }
-    });
-    let layer = reference::Layer {
-        router: &router,
-        router_bias: vectors[0].as_deref(),
-        router_norm: vectors[1].as_deref(),
-        correction_bias: vectors[2].as_deref(),
-        expert_scale: vectors[3].as_deref(),
-        table: model.table.as_deref(),
-        gate_up: &gate_up,
-        gate_up_bias: None,
-        down: &down,
-        down_bias: vectors[4].as_deref(),
-        shared: shared.as_ref().zip(shared_gate_up.as_ref()).map(|([.., down, gate], gate_up)| {
-            reference::SharedExpert { gate_up, gate_up_bias: None, down, down_bias: None, gate: Some(gate) }
-        }),
-        ..reference::Layer::default()
-    };
+    let numbers = model.numbers();
+    let layer = numbers.layer();
     let (xs, residuals, norm_weights) = (x.values(), residual.values(), norm_weight.values());
+    let previous_values = previous.values();
     let input = reference::Input {
         x: &xs,
         token_ids: Some(&token_ids),
+        sequences: limited.then_some(&ends),
+        router_state: routed_by_layers.then_some(&previous_values),
         residual: Some(&residuals),
         norm: Some(reference::Norm { weight: Some(&norm_weights), eps: 1e-3 }),
         tokens,
-        ..reference::Input::default()
     };
     let routed = match from {
         From::Router => reference::forward(&model.config, &layer, &input),
@@ -162,9 +57,10 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
             reference::forward_from_routes(&model.config, &layer, &input, &ids, &weights)
         }
     };
-    // Experts that are elsewhere contribute nothing here.
+    // Experts that are elsewhere contribute nothing here; those without weights are where the last one is.
+    let is_here = |id: usize| local.contains(&id) || (local.end == e && (e..choices).contains(&id));
     let here: Vec<u32> =
-        routed.routes.experts.iter().map(|&id| if local.contains(&(id as usize)) { id } else { NO_EXPERT }).collect();
+        routed.routes.experts.iter().map(|&id| if is_here(id as usize) { id } else { NO_EXPERT }).collect();
     let expected = reference::forward_from_routes(&model.config, &layer, &input, &here, &routed.routes.weights);
 
     let run = |cpu: &Cpu, stream: &_| {
@@ -176,6 +72,7 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
             let (mut experts, mut weights) =
                 (Buffer::new(DType::U32, [tokens, k], 2), Buffer::new(DType::F32, [tokens, k], 2));
             let mut counts = Buffer::new(DType::U32, [e], 1);
+            let mut state = Buffer::new(DType::F32, [tokens, width], 1);
             let call = Forward {
                 source: match from {
                     From::Router => Source::Router,
@@ -183,6 +80,11 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
                     From::Routes => Source::Routes(Routing { experts: given.view(), weights: given_weights.view() }),
                 },
                 token_ids: (model.table.is_some() && from != From::Routes).then(|| ids.view()),
+                sequences: limited.then(|| View::of(&ends, [ends.len()]).unwrap()),
+                router_state: RouterState {
+                    previous: routed_by_layers.then(|| previous.view()),
+                    next: routed_by_layers.then(|| state.view_mut()),
+                },
                 residual: Some(if in_place { Residual::InPlace } else { Residual::Of(residual.view()) }),
                 norm: Some(NextNorm { weight: Some(norm_weight.view()), eps: 1e-3, out: normed.view_mut() }),
                 routes: Some(RoutesOut { experts: experts.view_mut(), weights: weights.view_mut() }),
@@ -190,7 +92,7 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
                 ..Forward::new(x.view(), y.view_mut())
             };
             prepared.run(stream, call, workspace).unwrap();
-            vec![y, normed, experts, weights, counts]
+            vec![y, normed, experts, weights, counts, state]
         };
         let outputs = run(false, &mut workspace);
         assert!(outputs == run(true, &mut workspace));
@@ -199,10 +101,13 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
     check(run, |outputs, status| {
         assert_eq!(outputs[2].numbers(), routed.routes.experts);
         close(&outputs[3], &routed.routes.weights, |_| 2e-5);
-        assert_eq!(outputs[4].numbers(), expected.permutation.counts());
+        assert_eq!(outputs[4].numbers(), expected.permutation.counts()[..e]);
+        if routed_by_layers {
+            close(&outputs[5], routed.router_state.as_deref().unwrap_or(&[]), |_| 2e-5);
+        }
         close(&outputs[0], &expected.y, |_| 2e-4);
         close(&outputs[1], expected.normed.as_deref().unwrap_or(&[]), |_| 2e-3);
-        let bad = from == From::Routes && given.numbers().contains(&(e as u32));
+        let bad = from == From::Routes && given.numbers().contains(&(choices as u32));
         assert_eq!(status.contains(Status::EXPERT_OUT_OF_RANGE), bad);
     });
 }
@@ -241,9 +146,78 @@ fn configs() -> Vec<LayerConfig> {
     ]
 }
 
+/// What few layers have.
+fn rare_configs() -> Vec<LayerConfig> {
+    let bias = Selection::TopK { by: SelectBy::Score, bias: true, groups: None };
+    let groups = Groups { count: 3, keep: 2, score: GroupScore::Best, masked: Masked::NegInfinity };
+    let grouped = Selection::TopK { by: SelectBy::Score, bias: false, groups: Some(groups) };
+    let sigmoid = RoutingRule { score: Score::Sigmoid, selection: bias, ..RoutingRule::default() };
+    let scaled = WeightRule { expert_scale: Some(ExpertScale::AfterNormalize), ..WeightRule::default() };
+    let norm = |unit_offset| Some(RmsNorm { eps: 1e-5, unit_offset });
+    let capacity = |limit, order, renormalize| Some(Capacity { limit, order, renormalize });
+    let all = Norms {
+        experts_in: norm(false),
+        expert_out: norm(true),
+        routed_out: norm(true),
+        shared_in: norm(true),
+        shared_out: norm(false),
+        out: norm(false),
+    };
+    vec![
+        LayerConfig {
+            zero_experts: Some(ZeroExperts { count: 3, output: ZeroOutput::Copy }),
+            routing: RoutingRule { weights: scaled, ..sigmoid },
+            routed_scale: 2.0,
+            ..LayerConfig::new(17, 13, 8, 4)
+        },
+        LayerConfig {
+            zero_experts: Some(ZeroExperts { count: 2, output: ZeroOutput::Zero }),
+            capacity: capacity(CapacityLimit::EvenShare { factor: 2 }, CapacityOrder::Score, Some(0.1)),
+            gate: GateConfig { norm: Some(GateNorm { eps: 1e-5, feeds_experts: true }), ..GateConfig::default() },
+            weight_on: WeightOn::Input,
+            ..LayerConfig::new(32, 8, 7, 3)
+        },
+        LayerConfig {
+            routing: RoutingRule { score: Score::Sigmoid, selection: grouped, always: 2, ..RoutingRule::default() },
+            capacity: capacity(CapacityLimit::Fraction(0.3), CapacityOrder::Position, None),
+            norms: Norms { expert_out: norm(true), ..Norms::default() },
+            shared: Some(SharedConfig { intermediate: 5, activation: Activation::default(), gated: true, scale: 0.5 }),
+            ..LayerConfig::new(19, 7, 8, 4)
+        },
+        LayerConfig {
+            latent: Some(12),
+            router_mlp: Some(RouterMlp { width: 9, eps: 1e-5, function: Function::GeluErf }),
+            zero_experts: Some(ZeroExperts { count: 1, output: ZeroOutput::Copy }),
+            capacity: capacity(CapacityLimit::Slots(3), CapacityOrder::Position, Some(0.0)),
+            routing: sigmoid,
+            norms: all,
+            shared: Some(SharedConfig { intermediate: 11, activation: Activation::default(), gated: true, scale: 0.5 }),
+            ..LayerConfig::new(31, 10, 6, 2)
+        },
+        LayerConfig {
+            latent: Some(40),
+            gate: GateConfig { norm: Some(GateNorm { eps: 1e-5, feeds_experts: false }), ..GateConfig::default() },
+            activation: Activation::Plain(Function::Silu),
+            shared: Some(SharedConfig {
+                intermediate: 6,
+                activation: Activation::Plain(Function::Silu),
+                gated: false,
+                scale: 1.0,
+            }),
+            ..LayerConfig::new(24, 9, 5, 2)
+        },
+        LayerConfig {
+            router_mlp: Some(RouterMlp { width: 20, eps: 1e-6, function: Function::GeluTanh }),
+            gate: GateConfig { norm: Some(GateNorm { eps: 1e-5, feeds_experts: false }), ..GateConfig::default() },
+            norms: Norms { experts_in: norm(true), ..Norms::default() },
+            ..LayerConfig::new(16, 8, 4, 2)
+        },
+    ]
+}
+
 #[test]
 fn against_the_reference() {
-    for (n, config) in configs().into_iter().enumerate() {
+    for (n, config) in configs().into_iter().chain(rare_configs()).enumerate() {
         let model = model(config, FLOATS[n % 3]);
         for tokens in [0, 1, 5, 33] {
             for from in [From::Router, From::Logits, From::Routes] {
@@ -251,7 +225,11 @@ fn against_the_reference() {
             }
         }
         let e = model.config.experts;
-        for local in [0..0, 1..e - 1] {
+        let Norms { routed_out, out, .. } = model.config.norms;
+        if routed_out.or(out).is_some() {
+            continue;
+        }
+        for local in [0..0, 1..e - 1, e - 2..e] {
             check_model(&model, 7, From::Router, &Options { local_experts: Some(local), ..Options::default() });
         }
     }
@@ -259,7 +237,14 @@ fn against_the_reference() {
 
 #[test]
 fn a_token_does_not_depend_on_its_batch() {
-    let model = model(configs().remove(1), DType::BF16);
+    // A capacity is what makes tokens depend on each other.
+    let rare = rare_configs().remove(3);
+    for config in [configs().remove(1), LayerConfig { capacity: None, ..rare }] {
+        each_token_alone(&model(config, DType::BF16));
+    }
+}
+
+fn each_token_alone(model: &Model) {
     let (tokens, h) = (37, model.config.hidden);
     let x = Buffer::floats(DType::BF16, [tokens, h], 0, &Random(1).units(tokens * h, 1.0));
     let cpu = Cpu::with_threads(2).unwrap();
@@ -319,6 +304,11 @@ fn workspaces_and_their_limits() {
     assert!(layer.workspace_bytes(usize::MAX / 2).is_err());
     let explained = layer.explain(100);
     for stage in ["gate: ", "route: ", "permute: ", "gate_up: ", "down: ", "shared down: ", "combine: "] {
+        assert!(explained.contains(&format!("\n{stage}")), "{stage}: {explained}");
+    }
+    let rare = self::model(rare_configs().remove(3), DType::F32);
+    let explained = rare.prepare(&cpu, &Options::default()).explain(100);
+    for stage in ["overflow: ", "surroundings: "] {
         assert!(explained.contains(&format!("\n{stage}")), "{stage}: {explained}");
     }
 }

@@ -4,6 +4,7 @@
 
 mod grouped;
 mod layer;
+mod model;
 mod pack;
 #[allow(dead_code)]
 #[path = "../routes/support.rs"]

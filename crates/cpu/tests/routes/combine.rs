@@ -1,11 +1,13 @@
 use crate::support::*;
-use fused_moe_core::operation::{Accumulate, Combine, Factor, NextNorm, Residual, Shared, SlotRows, Zero};
+use fused_moe_core::operation::{Accumulate, Combine, Copies, Factor, NextNorm, Residual, Shared, SlotRows, Zero};
 use fused_moe_core::{Backend, DType, NO_ROW, reference};
 use fused_moe_cpu::Cpu;
 
 struct Case {
     y: Buffer,
     slot_row: Option<Buffer>,
+    /// What is copied, and the experts of the slots, of which 3 and 4 copy.
+    copies: Option<(Buffer, Buffer)>,
     weights: Option<Buffer>,
     routed_scale: f32,
     shared: Option<Buffer>,
@@ -39,10 +41,16 @@ fn case(random: &mut Random, [t, k, h]: [usize; 3]) -> Case {
         }
     }
     let slot_row = random.flip().then(|| Buffer::ids([t * k], 0, &rows));
+    let copies = random.flip().then(|| {
+        let x = Buffer::floats(random.pick(&FLOATS), [t, h], gap, &random.units(t * h, 2.0));
+        let ids: Vec<u32> = (0..t * k).map(|_| random.pick(&[0, 2, 3, 4, 5, u32::MAX])).collect();
+        (x, Buffer::ids([t, k], gap, &ids))
+    });
     let in_place = random.flip();
     Case {
         y,
         slot_row,
+        copies,
         weights: (t == 0 || random.below(4) > 0).then_some(weights),
         routed_scale: random.pick(&[1.0, 2.5]),
         shared: random.flip().then_some(shared),
@@ -74,7 +82,12 @@ impl Case {
                 None => SlotRows::Slots(self.y.view()),
             },
             weights: self.weights.as_ref().map(|b| b.view()),
-            copies: None,
+            copies: self.copies.as_ref().map(|(x, experts)| Copies {
+                x: x.view(),
+                experts: experts.view(),
+                first: 3,
+                end: 5,
+            }),
             routed_scale: self.routed_scale,
             shared: self.shared.as_ref().map(|y| Shared {
                 y: y.view(),
@@ -104,11 +117,12 @@ impl Case {
         let (weights, shared, residual) = (values(&self.weights), values(&self.shared), values(&self.residual));
         let norm_weight = self.norm.as_ref().and_then(|(weight, _)| values(weight));
         let slot_row = self.slot_row.as_ref().map(|b| b.numbers());
+        let copies = self.copies.as_ref().map(|(x, ids)| (x.values(), ids.numbers()));
         let op = reference::Combine {
             y: &y,
             slot_row: slot_row.as_deref(),
             weights: weights.as_deref(),
-            copies: None,
+            copies: copies.as_ref().map(|(x, ids)| reference::Copies { x, ids, first: 3, end: 5 }),
             routed_scale: f64::from(self.routed_scale),
             shared: shared.as_deref().map(|y| reference::Shared {
                 y,

@@ -1,5 +1,5 @@
 use crate::support::*;
-use fused_moe_core::config::{GateConfig, GateNorm};
+use fused_moe_core::config::{GateConfig, GateNorm, RoutingRule};
 use fused_moe_core::operation::{Choice, Gate, GateRoute, Route};
 use fused_moe_core::{Backend, DType, reference};
 use fused_moe_cpu::Cpu;
@@ -126,11 +126,12 @@ fn gate_route_is_gate_and_route() {
     for size in [[0, 8, 16], [1, 60, 33], [70, 128, 65], [33, 513, 9]] {
         let case = case(&mut random, size);
         let k = random.pick(&[1, 2, 8]);
+        let rule = RoutingRule { always: k / 2, ..RoutingRule::default() };
         let outputs = || [Buffer::new(DType::U32, [size[0], k], 1), Buffer::new(DType::F32, [size[0], k], 0)];
         let fused = |cpu: &Cpu, stream: &_| {
             let (mut normed, mut logits) = case.outputs();
             let [mut experts, mut weights] = outputs();
-            let choice = Choice::new(Default::default(), experts.view_mut(), weights.view_mut());
+            let choice = Choice::new(rule, experts.view_mut(), weights.view_mut());
             let gate = case.operands(normed.as_mut(), &mut logits);
             cpu.gate_route(stream, GateRoute { gate, choice }).unwrap();
             vec![logits, experts, weights]
@@ -141,7 +142,7 @@ fn gate_route_is_gate_and_route() {
         let (mut normed, mut logits) = case.outputs();
         let [mut experts, mut weights] = outputs();
         cpu.gate(&stream, case.operands(normed.as_mut(), &mut logits)).unwrap();
-        let choice = Choice::new(Default::default(), experts.view_mut(), weights.view_mut());
+        let choice = Choice::new(rule, experts.view_mut(), weights.view_mut());
         cpu.route(&stream, Route { logits: logits.view(), choice }).unwrap();
         assert!(fused(&cpu, &stream) == [logits, experts, weights]);
     }

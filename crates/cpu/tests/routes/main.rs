@@ -5,6 +5,7 @@ mod activation;
 mod combine;
 mod gate;
 mod hostile;
+mod overflow;
 mod permute;
 mod route;
 mod support;

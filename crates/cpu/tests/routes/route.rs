@@ -22,9 +22,11 @@ struct Case {
 
 fn rule(random: &mut Random, experts: usize, k: usize) -> RoutingRule {
     let score = random.pick(&[Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus, Score::Logit]);
-    let divisors: Vec<usize> = (1..=experts).filter(|&n| experts.is_multiple_of(n)).collect();
+    let always = if random.below(4) == 0 { random.below(k) } else { 0 };
+    let competing = experts - always;
+    let divisors: Vec<usize> = (1..=competing).filter(|&n| competing.is_multiple_of(n)).collect();
     let count = random.pick(&divisors);
-    let least = k.div_ceil(experts / count);
+    let least = (k - always).div_ceil(competing / count);
     let groups = Groups {
         count,
         keep: least + random.below(count - least + 1),
@@ -51,7 +53,8 @@ fn rule(random: &mut Random, experts: usize, k: usize) -> RoutingRule {
     let expert_scale = random.pick(&[None, Some(ExpertScale::BeforeNormalize), Some(ExpertScale::AfterNormalize)]);
     let value = random.pick(&[WeightValue::Score, WeightValue::SoftmaxOfChosen]);
     let weights = WeightRule { value, expert_scale, normalize, scale: random.pick(&[1.0, 2.5]) };
-    RoutingRule { score, selection, weights, always: 0 }
+    let top = matches!(selection, Selection::TopK { .. });
+    RoutingRule { score, selection, weights, always: if top { always } else { 0 } }
 }
 
 fn case(random: &mut Random, size: [usize; 3]) -> Case {
@@ -85,11 +88,11 @@ fn case(random: &mut Random, size: [usize; 3]) -> Case {
         (Buffer::ids([t], 0, &ids), Buffer::ids([vocabulary, k], gap, &experts))
     });
     let biased = matches!(rule.selection, Selection::TopK { bias: true, .. });
-    let units = random.units(e, 1.0);
+    let (units, competing) = (random.units(e, 1.0), e - rule.always);
     Case {
         rule,
         logits,
-        correction_bias: biased.then(|| floats(random, 1, e, &units)),
+        correction_bias: biased.then(|| floats(random, 1, competing, &units)),
         expert_scale: rule.weights.expert_scale.map(|_| floats(random, 1, e, &units)),
         table,
         witness: matches!(rule.selection, Selection::TopK { .. }) && random.flip(),
@@ -138,9 +141,10 @@ impl Case {
     fn keys(&self) -> Vec<f64> {
         let [t, e, _] = self.size;
         let selection = Selection::TopK { by: SelectBy::Logit, bias: false, groups: None };
-        let rule = RoutingRule { selection, weights: WeightRule::default(), ..self.rule };
+        let rule = RoutingRule { selection, weights: WeightRule::default(), always: 0, ..self.rule };
         let scores = self.reference(rule, e);
-        let bias = self.correction_bias.as_ref().map_or(vec![0.0; e], |b| b.values());
+        let mut bias = self.correction_bias.as_ref().map_or(vec![], |b| b.values());
+        bias.resize(e, 0.0);
         let mut keys = vec![0.0; t * e];
         for (i, (&expert, weight)) in scores.experts.iter().zip(scores.weights).enumerate() {
             keys[i / e * e + expert as usize] = weight + bias[expert as usize];
