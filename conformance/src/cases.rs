@@ -30,6 +30,8 @@ pub enum Stage {
     GatherWeights,
     /// Slots grouped by expert.
     Permute,
+    /// Slots beyond a capacity taken out.
+    DropOverflow,
     /// Rows of each expert in tiles.
     TileSchedule,
     /// The first matrix.
@@ -61,6 +63,7 @@ impl Stage {
             Self::GateRoute => "gate_route",
             Self::GatherWeights => "gather_weights",
             Self::Permute => "permute",
+            Self::DropOverflow => "drop_overflow",
             Self::TileSchedule => "tile_schedule",
             Self::GateUp => "gate_up",
             Self::Activation => "activation",
@@ -126,6 +129,8 @@ pub enum Operation {
     GatherWeights(stage::gather_weights::GatherWeights),
     /// [`stage::permute`].
     Permute(stage::permute::Permute),
+    /// [`stage::drop_overflow`].
+    DropOverflow(stage::drop_overflow::DropOverflow),
     /// [`stage::permute`].
     TileSchedule(stage::permute::TileSchedule),
     /// [`stage::gate_up`].
@@ -155,6 +160,7 @@ pub fn cases(scale: Scale) -> Vec<Case> {
     cases.extend(stage::gate_route::cases(scale));
     cases.extend(stage::gather_weights::cases(scale));
     cases.extend(stage::permute::cases(scale));
+    cases.extend(stage::drop_overflow::cases(scale));
     cases.extend(stage::gate_up::cases(scale));
     cases.extend(stage::activation::cases(scale));
     cases.extend(stage::down::cases(scale));

@@ -103,6 +103,7 @@ fn run_case<B: Backend>(backend: &B, case: &Case) -> Result<Verdict, B::Error> {
         Operation::GateRoute(operation) => check(backend, case, operation),
         Operation::GatherWeights(operation) => check(backend, case, operation),
         Operation::Permute(operation) => check(backend, case, operation),
+        Operation::DropOverflow(operation) => check(backend, case, operation),
         Operation::TileSchedule(operation) => check(backend, case, operation),
         Operation::GateUp(operation) => check(backend, case, operation),
         Operation::Activation(operation) => check(backend, case, operation),

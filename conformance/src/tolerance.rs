@@ -90,9 +90,15 @@ pub fn near_tie(relative: f64, scale: f64) -> f64 {
 /// What a whole layer may be off by, as a part of the magnitude of its result: every sum of the way in f32, every
 /// intermediate stored once more in the format that x came in.
 ///
-/// - `inner`: H + I + K + S, the lengths of the sums
+/// - `inner`: H + I + K + S + L, the lengths of the sums
 pub fn layer(inner: usize, x: DType, weights: f64) -> f64 {
     sum(inner, 4.0) + 6.0 * x.epsilon() + weights
+}
+
+/// What is added to it for so many intermediates between x and the experts' matrices: each is stored once more in the
+/// format of x, and goes through both gate and up.
+pub fn stored_before(count: usize, x: DType) -> f64 {
+    2.0 * count as f64 * x.epsilon()
 }
 
 /// What a layer may differ from golden data that were made in f64, as a part of the largest value: `8 u` of the format

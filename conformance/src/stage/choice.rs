@@ -32,8 +32,9 @@ impl Choice {
     /// Adds the operands of the choice to a case.
     pub(super) fn operands(&self, data: Data, [tokens, experts, top_k]: [usize; 3], prepared: &mut Prepared) {
         if matches!(self.rule.selection, Selection::TopK { bias: true, .. }) {
-            let bias = data.of("correction_bias").normal(self.dtype, [experts], 0.3);
-            let flat = Tensor::floats(self.dtype, [experts], vec![0.25; experts]);
+            let competing = experts - self.rule.always;
+            let bias = data.of("correction_bias").normal(self.dtype, [competing], 0.3);
+            let flat = Tensor::floats(self.dtype, [competing], vec![0.25; competing]);
             prepared.input("correction_bias", if self.flat_bias { flat } else { bias });
         }
         if self.rule.weights.expert_scale.is_some() {
@@ -178,8 +179,10 @@ impl Choice {
     ) -> bool {
         let (logits, errors) = (&logits[t * experts..][..experts], &errors[t * experts..][..experts]);
         let threshold = tolerance::near_tie(self.key_error(logits, errors, prepared), 1.0);
-        // the order of all experts, from the witness of every K
-        let order: Vec<reference::Candidate> = (1..=experts)
+        let always = self.rule.always;
+        let (competing, chosen) = (experts - always, top_k - always);
+        // the order of all that compete, from the witness of every K
+        let order: Vec<reference::Candidate> = (always + 1..=experts)
             .map(|k| {
                 let op = reference::Route { tokens: 1, top_k: k, ..self.reference([1, experts, k], prepared) };
                 reference::route(logits, &op).witness[0].last
@@ -189,12 +192,14 @@ impl Choice {
             let (first, last) = (a.min(b), a.max(b));
             order[first..=last].windows(2).all(|pair| pair[0].key - pair[1].key <= threshold)
         };
-        let places = |i: usize| if name == "witness" { top_k - 1 + i } else { i };
-        let distinct = found.iter().enumerate().all(|(i, id)| !found[..i].contains(id));
+        let places = |i: usize| if name == "witness" { chosen - 1 + i } else { i };
+        let (compared, besides) = found.split_at(if name == "witness" { 2 } else { chosen });
+        let distinct = compared.iter().enumerate().all(|(i, id)| !compared[..i].contains(id));
         distinct
-            && found.iter().enumerate().all(|(i, &id)| match order.iter().position(|c| c.expert == id) {
-                Some(place) => places(i) < experts && tied(place, places(i)),
-                None => id == NO_EXPERT && places(i) >= experts,
+            && besides.iter().enumerate().all(|(i, &id)| id as usize == competing + i)
+            && compared.iter().enumerate().all(|(i, &id)| match order.iter().position(|c| c.expert == id) {
+                Some(place) => places(i) < competing && tied(place, places(i)),
+                None => id == NO_EXPERT && places(i) >= competing,
             })
     }
 

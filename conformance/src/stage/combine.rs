@@ -5,9 +5,10 @@ use crate::cases::{Case, FLOATS, Operation, Scale, Stage, dtype_name};
 use crate::data::{Data, Spread, Tensor};
 use crate::operands::{Operands, Output, Prepared};
 use crate::tolerance;
-use fused_moe_core::operation::{NextNorm, Residual, SlotRows};
+use fused_moe_core::operation::{Copies, NextNorm, Residual, SlotRows};
 use fused_moe_core::reference::{self, SharedGate};
 use fused_moe_core::{Backend, DType, operation};
+use std::ops::Range;
 
 /// A case of combine.
 #[derive(Clone, Debug)]
@@ -35,6 +36,8 @@ pub struct Parts {
     pub residual: ResidualPart,
     /// Whether the norm is asked for, and whether it has a weight.
     pub norm: Option<bool>,
+    /// How many experts copy the token: those before the last one.
+    pub copies: Option<usize>,
 }
 
 /// The shared expert's part.
@@ -63,8 +66,14 @@ pub enum ResidualPart {
 
 impl Parts {
     /// The weighted sum alone.
-    pub const NONE: Self =
-        Self { weights: true, routed_scale: 1.0, shared: SharedPart::None, residual: ResidualPart::None, norm: None };
+    pub const NONE: Self = Self {
+        weights: true,
+        routed_scale: 1.0,
+        shared: SharedPart::None,
+        residual: ResidualPart::None,
+        norm: None,
+        copies: None,
+    };
 }
 
 const EPS: f32 = 0.02;
@@ -77,22 +86,52 @@ pub(super) fn norm_errors(out: &[f64], normed: &[f64], errors: &[f64], hidden: u
 }
 
 impl Combine {
-    /// Adds what is read; returns the slots' rows if they are grouped.
+    /// How many experts there are.
+    fn experts(&self) -> usize {
+        self.sizes[1].max(5)
+    }
+
+    /// Those that copy the token.
+    fn copies(&self) -> Option<Range<usize>> {
+        let last = self.experts() - 1;
+        self.parts.copies.map(|count| last - count..last)
+    }
+
+    /// Adds what is read: not a number where a copy, or no copy, stands in its place. Returns the slots' rows if they are grouped.
     fn inputs(&self, prepared: &mut Prepared) -> Option<Vec<u32>> {
         let [tokens, top_k, hidden] = self.sizes;
         let [y, other, written] = self.dtypes;
         let data = Data::new("combine").of(&format!("{:?}", self.sizes));
         let rows = tokens * top_k;
+        let experts = self.experts();
         let slot_row = self.permuted.map(|spread| {
-            let experts = top_k.max(5);
-            let local = if spread == Spread::Skewed { 0..experts / 2 } else { 0..experts };
+            let local = match (self.copies(), spread) {
+                // the first that copies has rows all the same
+                (Some(copying), _) => 0..(copying.start + 1).min(experts),
+                (None, Spread::Skewed) => 0..experts / 2,
+                (None, _) => 0..experts,
+            };
             super::experts::permutation(data, [tokens, top_k, experts], spread, local).slot_row
         });
+        let mut values = data.of("y").normal(y, [rows, hidden], 1.0).as_floats().to_vec();
+        if let Some(copying) = self.copies() {
+            let ids = data.of("routes").routes([tokens, top_k, experts], self.permuted.unwrap_or(Spread::Bad));
+            let copied = |slot: &usize| copying.contains(&(ids.as_ids()[*slot] as usize));
+            for slot in (0..rows).filter(copied) {
+                let row = slot_row.as_ref().map_or(slot, |slot_row| slot_row[slot] as usize);
+                values.get_mut(row * hidden..(row + 1) * hidden).into_iter().for_each(|row| row.fill(f64::NAN));
+            }
+            let mut x = data.of("x").tokens(other, [tokens, hidden]).as_floats().to_vec();
+            for token in (0..tokens).filter(|token| !(token * top_k..(token + 1) * top_k).any(|slot| copied(&slot))) {
+                x[token * hidden..(token + 1) * hidden].fill(f64::NAN);
+            }
+            prepared.input("copies_x", Tensor::floats(other, [tokens, hidden], x)).input("experts", ids);
+        }
         match &slot_row {
             Some(slot_row) => prepared
-                .input("y", data.of("y").normal(y, [rows, hidden], 1.0))
+                .input("y", Tensor::floats(y, [rows, hidden], values))
                 .input("slot_row", Tensor::ids([rows], slot_row.clone())),
-            None => prepared.input("y", data.of("y").normal(y, [tokens, top_k, hidden], 1.0)),
+            None => prepared.input("y", Tensor::floats(y, [tokens, top_k, hidden], values)),
         };
         if self.parts.weights {
             prepared.input("weights", data.of("weights").between(DType::F32, [tokens, top_k], 0.02, 1.0));
@@ -137,7 +176,12 @@ impl Check for Combine {
             y: prepared.floats("y"),
             slot_row,
             weights: prepared.floats_if("weights"),
-            copies: None,
+            copies: self.copies().map(|Range { start: first, end }| reference::Copies {
+                x: prepared.floats("copies_x"),
+                ids: prepared.ids("experts"),
+                first,
+                end,
+            }),
             routed_scale: f64::from(self.parts.routed_scale),
             shared: shared.map(|y| reference::Shared { y, gate, scale: f64::from(SHARED_SCALE) }),
             residual: prepared.floats_if("residual"),
@@ -152,12 +196,13 @@ impl Check for Combine {
         let combined = reference::combine(&op);
         let (y, weights, residual) = (magnitudes(op.y), op.weights.map(magnitudes), op.residual.map(magnitudes));
         let shared = shared.map(magnitudes);
+        let copied = op.copies.map(|copies| magnitudes(copies.x));
         let factor = magnitudes(prepared.floats("factor"));
         let gate = if self.parts.shared == SharedPart::Factor { SharedGate::Factor(&factor) } else { gate };
         let magnitude = reference::combine(&reference::Combine {
             y: &y,
             weights: weights.as_deref(),
-            copies: None,
+            copies: op.copies.zip(copied.as_deref()).map(|(copies, x)| reference::Copies { x, ..copies }),
             routed_scale: op.routed_scale.abs(),
             shared: shared.as_deref().map(|y| reference::Shared { y, gate, scale: f64::from(SHARED_SCALE) }),
             residual: residual.as_deref(),
@@ -185,7 +230,12 @@ impl Check for Combine {
                 None => SlotRows::Slots(y),
             },
             weights: operands.input_if("weights"),
-            copies: None,
+            copies: match self.copies() {
+                Some(Range { start: first, end }) => {
+                    Some(Copies { x: operands.input("copies_x")?, experts: operands.input("experts")?, first, end })
+                }
+                None => None,
+            },
             routed_scale: self.parts.routed_scale,
             shared: operands.input_if("shared").map(|y| operation::Shared {
                 y,
@@ -223,6 +273,7 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
     }
     let none = Parts::NONE;
     let norm = Parts { norm: Some(true), ..none };
+    let everything = Parts { routed_scale: 1.5, shared: SharedPart::Logit, residual: ResidualPart::Of, ..norm };
     let parts = [
         ("", none),
         ("no weights", Parts { weights: false, ..none }),
@@ -235,7 +286,7 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         ("norm", norm),
         ("norm without weight", Parts { norm: Some(false), ..none }),
         ("in place norm", Parts { residual: ResidualPart::InPlace, ..norm }),
-        ("everything", Parts { routed_scale: 1.5, shared: SharedPart::Logit, residual: ResidualPart::Of, ..norm }),
+        ("everything", everything),
     ];
     let spreads = [None, Some(Spread::Even), Some(Spread::Holes), Some(Spread::Skewed), Some(Spread::Nowhere)];
     let (f32, f16, bf16) = (DType::F32, DType::F16, DType::BF16);
@@ -256,6 +307,31 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
                         cases.push(case(name, combine.clone()).strided());
                     }
                     cases.push(case(name, combine));
+                }
+            }
+        }
+        for (name, parts) in [
+            ("copies", Parts { copies: Some(2), ..none }),
+            ("no copies", Parts { copies: Some(0), ..none }),
+            ("copies no weights", Parts { copies: Some(3), weights: false, routed_scale: -1.5, ..none }),
+            ("copies in place norm", Parts { copies: Some(2), residual: ResidualPart::InPlace, ..norm }),
+            ("copies everything", Parts { copies: Some(2), ..everything }),
+        ] {
+            for &sizes in &sizes {
+                for permuted in [None, Some(Spread::Even), Some(Spread::Holes), Some(Spread::Bad)] {
+                    let all = parts.residual == ResidualPart::Of;
+                    let wanted = match sizes[0] {
+                        5 => same || all,
+                        0 | 1 => dtypes[0] == f32 && same,
+                        _ => same && all,
+                    };
+                    if wanted {
+                        let combine = Combine { sizes, dtypes, permuted, parts };
+                        if all && sizes[0] == 5 {
+                            cases.push(case(name, combine.clone()).strided());
+                        }
+                        cases.push(case(name, combine));
+                    }
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use super::experts::{Experts, Weights};
 use super::gate_up::ACTIVATIONS;
-use super::{Check, magnitude};
+use super::{Check, bound};
 use crate::cases::{Case, FLOATS, Operation, Scale, Stage, dtype_name};
 use crate::data::{Data, Spread};
 use crate::operands::{Operands, Output, Prepared};
@@ -63,10 +63,9 @@ impl Check for ExpertLoop {
         let layer = reference::Layer { gate_up, down, ..Default::default() };
         let input = reference::Input { x: op.x, tokens, ..Default::default() };
         let whole = reference::forward_from_routes(&config, &layer, &input, op.ids, op.weights);
-        let bound = magnitude::of(&config, &layer, &input, &whole);
         // the sum is stored after each of the K steps
         let part = tolerance::layer(hidden + intermediate, DType::F32, 0.0) + top_k as f64 * self.dtypes[2].epsilon();
-        let errors = bound.iter().map(|m| part * m).collect();
+        let errors = bound::of(&config, &layer, &input, &whole, part);
         prepared.output(Output::floats("out", self.dtypes[2], [tokens, hidden], [y, errors]));
         prepared.output(Output::scratch("hidden", DType::F32, [2, intermediate]));
         prepared.output(Output::scratch("y", DType::F32, [1, hidden]));

@@ -3,7 +3,7 @@
 use super::Check;
 use super::choice::Choice;
 use super::gate::{Gate, Logits};
-use super::route::rules;
+use super::route::{always_rules, rules};
 use crate::cases::{Case, FLOATS, Operation, Scale, Stage, dtype_name};
 use crate::data::{Data, Values};
 use crate::operands::{Operands, Output, Prepared};
@@ -90,6 +90,13 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
     ];
     if scale == Scale::Full {
         sizes.extend([([1, 2048, 128], 8), ([300, 512, 128], 8), ([17, 2880, 32], 4), ([64, 1031, 61], 61)]);
+    }
+    for (name, rule, always) in always_rules() {
+        for (dtype, [t, h, e, k]) in FLOATS.into_iter().zip([[9, 43, 10, 3], [2, 33, 130, 6], [1, 64, 18, 4]]) {
+            let choice = Choice { dtype, witness: true, ..Choice::new(rule) };
+            let gate = Gate { bias: true, ..Gate::new([t, h, e], [dtype; 3]) };
+            cases.push(case(&format!("{name} always {always}"), gate, k, choice));
+        }
     }
     for (sizes, top_k) in sizes {
         for (name, rule) in rules().into_iter().take(2) {

@@ -2,22 +2,26 @@
 
 use super::choice::relative_error;
 use super::combine::{ResidualPart, norm_errors};
+use super::drop_overflow::Sequences;
 use super::experts::{Experts, Weights};
-use super::gate::gated;
-use super::{Check, magnitude};
+use super::{Check, bound};
 use crate::data::{Data, Spread, Tensor};
 use crate::operands::{Operands, Output, Prepared};
 use crate::tolerance;
 use fused_moe_core::backend::reborrow;
-use fused_moe_core::config::{LayerConfig, Selection};
+use fused_moe_core::config::{CapacityOrder, LayerConfig, RoutingRule, Selection};
 use fused_moe_core::operation::{Forward, NextNorm, Residual, RouterState, RoutesOut, Source};
-use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix, NormWeights, Orientation, SharedWeights, Table};
+use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix, Orientation, SharedWeights, Table};
 use fused_moe_core::{Backend, DType, Error, Layer, NO_EXPERT, Numerics, Options, Routing, reference};
 use std::borrow::Cow;
 use std::ops::Range;
 
+mod around;
 mod cases;
+mod parts;
 
+use around::Routed;
+pub use around::{Around, StateScale};
 pub(crate) use cases::cases;
 
 /// A case of a whole layer.
@@ -51,6 +55,8 @@ pub struct LayerCase {
     pub numerics: Numerics,
     /// The first run takes tokens one by one, the second so many at once: both must give the same bits.
     pub batches: Option<usize>,
+    /// What the parts around the experts come with.
+    pub around: Around,
 }
 
 /// Where routes come from.
@@ -91,12 +97,13 @@ impl LayerCase {
             local: None,
             numerics: Numerics::Fast,
             batches: None,
+            around: Around::default(),
         }
     }
 
     fn experts(&self) -> Experts {
         Experts {
-            sizes: [self.config.hidden, self.config.intermediate, self.config.experts],
+            sizes: [self.config.expert_width(), self.config.intermediate, self.config.experts],
             dtype: self.dtypes[1],
             activation: self.config.activation,
             weights: self.weights,
@@ -106,26 +113,28 @@ impl LayerCase {
 
     /// Adds what is read, but for the experts and the routes' source.
     fn inputs(&self, data: Data, prepared: &mut Prepared) {
-        let LayerConfig { hidden, experts, top_k, .. } = self.config;
+        let LayerConfig { hidden, top_k, .. } = self.config;
         let [x, weights, written] = self.dtypes;
         let (tokens, rule) = (self.tokens, self.config.routing);
+        let (choices, width) = (self.config.choices(), self.config.router_width());
         prepared.input("x", data.of("x").tokens(x, [tokens, hidden]));
         let mut host = |name, tensor| prepared.host.push((name, tensor));
-        host("router", data.of("router").normal(weights, [experts, hidden], 1.5 / (hidden as f64).sqrt()));
+        host("router", data.of("router").normal(weights, [choices, width], 1.5 / (width as f64).sqrt()));
         if self.router_bias {
-            host("router_bias", data.of("router_bias").normal(weights, [experts], 0.5));
+            host("router_bias", data.of("router_bias").normal(weights, [choices], 0.5));
         }
         if self.norm_weight {
-            host("router_norm", data.of("router_norm").between(weights, [hidden], 0.5, 1.5));
+            host("router_norm", data.of("router_norm").between(weights, [width], 0.5, 1.5));
         }
         if matches!(rule.selection, Selection::TopK { bias: true, .. }) {
-            host("correction_bias", data.of("correction_bias").normal(DType::F32, [experts], 0.3));
+            let competing = choices - rule.always;
+            host("correction_bias", data.of("correction_bias").normal(DType::F32, [competing], 0.3));
         }
         if rule.weights.expert_scale.is_some() {
-            host("expert_scale", data.of("expert_scale").between(weights, [experts], 0.5, 2.0));
+            host("expert_scale", data.of("expert_scale").between(weights, [choices], 0.5, 2.0));
         }
         if rule.selection == Selection::Table {
-            host("table", data.of("table").routes([VOCABULARY, top_k, experts], Spread::Even));
+            host("table", data.of("table").routes([VOCABULARY, top_k, choices], Spread::Even));
         }
         if let Some(shared) = self.config.shared {
             let width = shared.intermediate;
@@ -155,6 +164,7 @@ impl LayerCase {
             let ids = (0..tokens).map(|t| ids.below(t as u64, VOCABULARY) as u32).collect();
             prepared.input("token_ids", Tensor::ids([tokens], ids));
         }
+        self.around_inputs(data, prepared);
     }
 
     fn by_token_id(&self) -> bool {
@@ -187,53 +197,80 @@ impl LayerCase {
                 down_bias: prepared.floats_if("shared_down_bias"),
                 gate: prepared.floats_if("shared_gate"),
             }),
-            ..reference::Layer::default()
+            ..self.around_reference(prepared)
         }
     }
 
-    /// The logits and what each may be off by.
-    fn logits(&self, data: Data, prepared: &mut Prepared) -> [Vec<f64>; 2] {
-        let LayerConfig { hidden, experts, .. } = self.config;
-        if self.source != Origin::Router {
-            let mut logits = data.of("logits").normal(self.dtypes[0], [self.tokens, experts], 1.5);
-            if self.source == Origin::BadLogits {
-                let values: Vec<f64> = logits.as_floats().to_vec();
-                let bad = |i: usize| i / experts % 4 == 1;
-                let values = values.iter().enumerate().map(|(i, &l)| if bad(i) { f64::NAN } else { l });
-                logits = Tensor::floats(self.dtypes[0], [self.tokens, experts], values.collect::<Vec<_>>());
-            }
-            let values = logits.as_floats().to_vec();
-            let errors = vec![0.0; values.len()];
-            if !matches!(self.source, Origin::Routes(_)) {
-                prepared.input("logits", logits);
-            }
-            return [values, errors];
-        }
-        let op = reference::Gate {
+    /// What goes into the layer.
+    fn reference_input<'a>(&self, prepared: &'a Prepared) -> reference::Input<'a> {
+        let eps = f64::from(EPS);
+        reference::Input {
             x: prepared.floats("x"),
-            router: prepared.floats("router"),
-            bias: prepared.floats_if("router_bias"),
-            norm_weight: prepared.floats_if("router_norm"),
-            config: self.config.gate,
+            token_ids: self.by_token_id().then(|| prepared.ids("token_ids")),
+            sequences: (self.around.sequences != Sequences::Absent).then(|| prepared.ids("sequences")),
+            router_state: prepared.floats_if("previous"),
+            residual: prepared.floats_if("residual"),
+            norm: self.norm.map(|_| reference::Norm { weight: prepared.floats_if("norm_weight"), eps }),
             tokens: self.tokens,
-            hidden,
-            experts,
-        };
-        let (gated, errors) = gated(&op);
-        [gated.logits, errors]
+        }
     }
 
-    /// Whether every choice among the logits is clear, in the order of the choice too.
-    fn is_clear(&self, logits: &[f64], layer: &reference::Layer<'_>) -> bool {
-        let LayerConfig { experts, top_k, routing: rule, .. } = self.config;
+    /// The logits.
+    fn logits(&self, data: Data, prepared: &mut Prepared) -> Routed {
+        let choices = self.config.choices();
+        if self.source == Origin::Router {
+            let none = Default::default();
+            let layer = self.reference(prepared, &none);
+            return Routed::of(&self.config, &layer, &self.reference_input(prepared));
+        }
+        let mut logits = data.of("logits").normal(self.dtypes[0], [self.tokens, choices], 1.5);
+        if self.source == Origin::BadLogits {
+            let values: Vec<f64> = logits.as_floats().to_vec();
+            let bad = |i: usize| i / choices % 4 == 1;
+            let values = values.iter().enumerate().map(|(i, &l)| if bad(i) { f64::NAN } else { l });
+            logits = Tensor::floats(self.dtypes[0], [self.tokens, choices], values.collect::<Vec<_>>());
+        }
+        let values = logits.as_floats().to_vec();
+        let errors = vec![0.0; values.len()];
+        if !matches!(self.source, Origin::Routes(_)) {
+            prepared.input("logits", logits);
+        }
+        Routed { logits: [values, errors], state: None }
+    }
+
+    /// Whether every choice among the logits is clear, in the order of the choice too, and which tokens come first.
+    fn is_clear(&self, [logits, errors]: &[Vec<f64>; 2], layer: &reference::Layer<'_>) -> bool {
+        let (experts, top_k, rule) = (self.config.choices(), self.config.top_k, self.config.routing);
         let (correction_bias, tokens) = (layer.correction_bias, self.tokens);
-        matches!(rule.selection, Selection::Table)
-            || (1..=top_k).all(|top_k| {
-                let expert_scale = None;
-                let op = reference::Route { rule, correction_bias, expert_scale, table: None, tokens, experts, top_k };
-                let mut witness = reference::route(logits, &op).witness.into_iter();
-                witness.all(|w| w.next.key == f64::NEG_INFINITY || w.last.key - w.next.key > CLEAR)
-            })
+        let clear = errors.iter().fold(CLEAR, |clear, error| clear.max(2.0 * error));
+        let route = |rule, top_k, correction_bias| {
+            let (expert_scale, table) = (None, None);
+            let op = reference::Route { rule, correction_bias, expert_scale, table, tokens, experts, top_k };
+            reference::route(logits, &op)
+        };
+        let chosen = matches!(rule.selection, Selection::Table)
+            || self.source != Origin::Router
+            || (rule.always + 1..=top_k).all(|top_k| {
+                let mut witness = route(rule, top_k, correction_bias).witness.into_iter();
+                witness.all(|w| w.next.key == f64::NEG_INFINITY || w.last.key - w.next.key > clear)
+            });
+        let by_score = self.config.capacity.is_some_and(|capacity| capacity.order == CapacityOrder::Score);
+        if !by_score || matches!(self.source, Origin::Routes(_)) {
+            return chosen;
+        }
+        let mut importance = route(RoutingRule::default(), 1, None).weights;
+        importance.retain(|x| x.is_finite());
+        importance.sort_by(f64::total_cmp);
+        chosen
+            && importance
+                .windows(2)
+                .all(|pair| pair[1] - pair[0] > tolerance::near_tie(self.relative([logits, errors]), pair[1]))
+    }
+
+    /// What a routing weight may be off by, as a part of it.
+    fn relative(&self, [logits, errors]: [&[f64]; 2]) -> f64 {
+        let rows = logits.chunks(self.config.choices()).zip(errors.chunks(self.config.choices()));
+        rows.map(|(logits, errors)| relative_error(logits, errors)).fold(0.0, f64::max)
     }
 }
 
@@ -243,13 +280,12 @@ impl Check for LayerCase {
         let tokens = self.tokens;
         let named = |attempt: usize| Data::new("layer").of(&format!("{tokens} {hidden} {experts} {attempt}"));
         let mut attempt = 0;
-        let (mut prepared, [logits, logit_errors]) = loop {
+        let (mut prepared, Routed { logits: [logits, logit_errors], state }) = loop {
             let (mut prepared, none) = (Prepared::default(), Default::default());
             self.inputs(named(attempt), &mut prepared);
-            let logits = self.logits(named(attempt), &mut prepared);
-            let given = self.source != Origin::Router || attempt == ATTEMPTS;
-            if given || self.is_clear(&logits[0], &self.reference(&prepared, &none)) {
-                break (prepared, logits);
+            let routed = self.logits(named(attempt), &mut prepared);
+            if attempt == ATTEMPTS || self.is_clear(&routed.logits, &self.reference(&prepared, &none)) {
+                break (prepared, routed);
             }
             attempt += 1;
         };
@@ -257,21 +293,10 @@ impl Check for LayerCase {
         self.experts().host(data, &mut prepared);
         let canonical = self.experts().canonical(data);
         let layer = self.reference(&prepared, &canonical);
-        let norm =
-            self.norm.map(|_| reference::Norm { weight: prepared.floats_if("norm_weight"), eps: f64::from(EPS) });
-        let token_ids = self.by_token_id().then(|| prepared.ids("token_ids"));
-        let residual = prepared.floats_if("residual");
-        let input = reference::Input {
-            x: prepared.floats("x"),
-            token_ids,
-            residual,
-            norm,
-            tokens,
-            ..reference::Input::default()
-        };
+        let input = self.reference_input(&prepared);
         let given = match self.source {
             Origin::Routes(spread) => {
-                let ids = data.of("routes").routes([tokens, top_k, experts], spread);
+                let ids = data.of("routes").routes([tokens, top_k, self.config.choices()], spread);
                 Some((ids, data.of("weights").between(DType::F32, [tokens, top_k], 0.05, 0.9)))
             }
             _ => None,
@@ -280,27 +305,38 @@ impl Check for LayerCase {
             Some((ids, weights)) => {
                 reference::forward_from_routes(&self.config, &layer, &input, ids.as_ids(), weights.as_floats())
             }
+            None if self.source == Origin::Router => reference::forward(&self.config, &layer, &input),
             None => reference::forward_from_logits(&self.config, &layer, &input, &logits),
         };
-        let routes = output.routes.clone();
+        let (routes, router_state) = (output.routes.clone(), output.router_state.take());
         if let Some(local) = &self.local {
-            let here =
-                |&id: &u32| if local.contains(&(id as usize)) || id as usize >= experts { id } else { NO_EXPERT };
+            // of several devices with some experts each, the one with the last has those without weights too
+            let end = if local.end == experts { self.config.choices() } else { local.end };
+            let here = |&id: &u32| {
+                let elsewhere = (id as usize) < self.config.choices() && !(local.start..end).contains(&(id as usize));
+                if elsewhere { NO_EXPERT } else { id }
+            };
             let ids: Vec<u32> = routes.experts.iter().map(here).collect();
             let status = output.status;
             output = reference::forward_from_routes(&self.config, &layer, &input, &ids, &routes.weights);
             output.status |= status;
         }
-        let relative = (0..tokens)
-            .map(|t| relative_error(&logits[t * experts..][..experts], &logit_errors[t * experts..][..experts]))
-            .fold(0.0, f64::max);
-        let relative = if given.is_some() { 0.0 } else { relative };
+        let relative = match (&given, self.config.capacity.and_then(|capacity| capacity.renormalize)) {
+            (Some(_), _) => 0.0,
+            (None, None) => self.relative([&logits, &logit_errors]),
+            // divided by a sum of such weights
+            (None, Some(_)) => 2.0 * self.relative([&logits, &logit_errors]) + tolerance::sum(top_k, 1.0),
+        };
+        let (latent, norms) = (self.config.latent, self.config.norms);
         let inner = hidden + self.config.intermediate + top_k + self.config.shared.map_or(0, |s| s.intermediate);
-        let part = tolerance::layer(inner, self.dtypes[0], relative);
-        let bound = magnitude::of(&self.config, &layer, &input, &output);
-        let errors: Vec<f64> = bound.iter().map(|m| part * m).collect();
+        let before = [latent.is_some(), norms.experts_in.is_some(), norms.shared_in.is_some()];
+        let before = before.into_iter().filter(|&stored| stored).count();
+        let part = tolerance::layer(inner + latent.unwrap_or(0), self.dtypes[0], relative);
+        let part = part + tolerance::stored_before(before, self.dtypes[0]);
+        let errors = bound::of(&self.config, &layer, &input, &output, part);
         let weight_errors = routes.weights.iter().map(|w| relative * w.abs()).collect();
-        let counts = output.permutation.counts();
+        let mut counts = output.permutation.counts();
+        counts.truncate(experts);
         let normed = output.normed.map(|normed| {
             let errors = norm_errors(&output.y, &normed, &errors, hidden);
             Output::floats("normed", self.dtypes[2], [tokens, hidden], [normed, errors])
@@ -312,6 +348,10 @@ impl Check for LayerCase {
             y.initial = at.map(|at| prepared.host.remove(at).1);
         }
         prepared.output(y).outputs.extend(normed);
+        if let (Some(values), Some([_, errors]), true) = (router_state, state, self.around.next) {
+            let width = self.config.router_width();
+            prepared.output(Output::floats("next", DType::F32, [tokens, width], [values, errors]));
+        }
         if self.routes {
             prepared
                 .output(Output::ids("experts", [tokens, top_k], routes.experts))
@@ -357,8 +397,8 @@ impl Check for LayerCase {
                 }),
             },
             token_ids: operands.input_if("token_ids"),
-            sequences: None,
-            router_state: RouterState { previous: None, next: None },
+            sequences: operands.input_if("sequences"),
+            router_state: RouterState { previous: operands.input_if("previous"), next: operands.output_if("next") },
             residual: match self.residual {
                 ResidualPart::None => None,
                 ResidualPart::Of => Some(Residual::Of(operands.input("residual")?)),
@@ -400,6 +440,7 @@ impl LayerCase {
             }
         };
         let table = operands.host_if("table");
+        let (latent, norms, router_mlp) = self.around_weights(operands)?;
         Ok(LayerWeights {
             router: view("router")?,
             router_bias: view("router_bias")?,
@@ -409,9 +450,9 @@ impl LayerCase {
             table: table.map(|table| Table { experts: Cow::Borrowed(table.as_ids()), vocabulary: VOCABULARY }),
             experts: self.experts().of_host(operands)?,
             shared,
-            latent: None,
-            norms: NormWeights::default(),
-            router_mlp: None,
+            latent,
+            norms,
+            router_mlp,
         })
     }
 }

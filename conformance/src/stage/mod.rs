@@ -1,9 +1,11 @@
 //! The cases of each operation, one file a stage: how a case is made, how it is called, how far it may be off.
 
 pub mod activation;
+mod bound;
 pub mod choice;
 pub mod combine;
 pub mod down;
+pub mod drop_overflow;
 pub mod expert_loop;
 pub mod experts;
 pub mod gate;
@@ -12,7 +14,6 @@ pub mod gate_up;
 pub mod gather_weights;
 pub mod layer;
 pub mod linear;
-mod magnitude;
 pub mod permute;
 pub mod route;
 

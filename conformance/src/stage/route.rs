@@ -8,6 +8,10 @@ use crate::operands::{Operands, Prepared};
 use fused_moe_core::config::*;
 use fused_moe_core::{Backend, DType, operation};
 
+mod always;
+
+pub(super) use always::rules as always_rules;
+
 /// A case of route.
 #[derive(Clone, Debug)]
 pub struct Route {
@@ -145,18 +149,22 @@ pub(super) fn rules() -> Vec<(&'static str, RoutingRule)> {
     ]
 }
 
+fn case(name: &str, route: Route) -> Case {
+    let [t, e, k] = route.sizes;
+    let name = format!("{name} T={t} E={e} K={k}");
+    let dtype = match route.choice.dtype {
+        DType::F32 => route.dtype.to_string(),
+        other => format!("{},{other}", route.dtype),
+    };
+    let operation = Operation::Route(route);
+    Case { stage: Stage::Route, name, dtype, placement: Default::default(), operation }
+}
+
 /// The cases of route.
 pub(crate) fn cases(scale: Scale) -> Vec<Case> {
-    let mut cases = Vec::new();
+    let mut cases = always::cases(scale);
     let mut push = |name: &str, route: Route, strided: bool| {
-        let [t, e, k] = route.sizes;
-        let name = format!("{name} T={t} E={e} K={k}");
-        let dtype = match route.choice.dtype {
-            DType::F32 => route.dtype.to_string(),
-            other => format!("{},{other}", route.dtype),
-        };
-        let operation = Operation::Route(route);
-        let case = Case { stage: Stage::Route, name, dtype, placement: Default::default(), operation };
+        let case = case(name, route);
         cases.push(if strided { case.strided() } else { case });
     };
     let route = |sizes, dtype, logits, rule| Route { sizes, dtype, logits, choice: Choice::new(rule) };

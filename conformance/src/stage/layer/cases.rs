@@ -8,7 +8,7 @@ use crate::stage::route::rules;
 use fused_moe_core::config::*;
 use fused_moe_core::{DType, Numerics};
 
-fn case(name: &str, layer: LayerCase) -> Case {
+pub(super) fn case(name: &str, layer: LayerCase) -> Case {
     let LayerConfig { hidden, intermediate, experts, top_k, .. } = layer.config;
     let sizes = format!("T={} H={hidden} I={intermediate} E={experts} K={top_k}", layer.tokens);
     let name = format!("{name} {sizes}").trim_start().to_string();
@@ -72,6 +72,7 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         cases.push(case(name, LayerCase::new(7, config.clone(), [f32; 3])));
         cases.push(case(name, LayerCase::new(7, config, [bf16; 3])));
     }
+    cases.extend(super::parts::cases());
     cases
 }
 

@@ -63,9 +63,10 @@ impl<B: Backend> Combine<'_, B> {
                 (y.dtype(), slot_row.cols())
             }
         };
-        let top_k = match &self.weights {
-            Some(weights) => weights.cols(),
-            None => slots.checked_div(tokens).unwrap_or(0),
+        let top_k = match (&self.weights, &self.copies) {
+            (Some(weights), _) => weights.cols(),
+            (None, Some(copies)) => copies.experts.cols(),
+            (None, None) => slots.checked_div(tokens).unwrap_or(0),
         };
         check.value(
             check.slots(tokens, top_k)? == slots,
