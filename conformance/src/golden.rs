@@ -5,6 +5,9 @@
 //! over the routed experts before its scale, made of `experts_input.i` or, without that, of `input.i`. `input_ids.i` has
 //! the token ids where experts are chosen by them. A name without `_f64` will do too. `meta.json` may say which layer it
 //! is; otherwise it is the first one that is stored.
+//!
+//! An input `[N, L, H]` is N sequences, where experts have a capacity. Of experts that every token goes to the golden routes
+//! say nothing. Where `meta.json` notes that the output is that of a whole decoder layer, it is `(x + y) * layer_scalar`.
 
 use crate::compare::{self, Comparison};
 use crate::data::{Tensor, Values, decode};
@@ -12,9 +15,10 @@ use crate::image::{Placement, Window};
 use crate::operands::Buffer;
 use crate::tolerance;
 use fused_moe::checkpoint::{Checkpoint, CheckpointLayer};
-use fused_moe_core::config::{LayerConfig, Selection};
+use fused_moe_core::config::{GateConfig, LayerConfig, RoutingRule, Selection};
 use fused_moe_core::operation::{Forward, RoutesOut, Source};
-use fused_moe_core::{Backend, DType, Error as ContractError, Layer, Options, Routing, Status, Stream};
+use fused_moe_core::weights::{LayerWeights, NormWeights};
+use fused_moe_core::{Backend, DType, Error as ContractError, Layer, NO_EXPERT, Options, Routing, Status, Stream};
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 use serde_json::Value;
@@ -97,6 +101,9 @@ const HOLDS: &str = "a golden folder has config.json, model.safetensors and gold
 
 type Result<T, E> = std::result::Result<T, GoldenError<E>>;
 
+/// How a note begins where the output holds more than the block's.
+const WHOLE_LAYER: &str = "output = whole decoder layer";
+
 /// Runs the layer of a folder on its inputs, in f32 and, where there are golden routes, in bf16.
 ///
 /// Errors: `Checkpoint`, `File`, `Content` when the folder is not as described; `Backend`.
@@ -117,7 +124,11 @@ pub fn check_golden<B: Backend>(backend: &B, folder: &Path) -> Result<GoldenRepo
         if input > 0 && file.tensor(&format!("input.{input}")).is_err() {
             break;
         }
-        let golden = Golden::read(&file, input, &layer).map_err(wrong)?;
+        let mut golden = Golden::read(&file, input, &layer).map_err(wrong)?;
+        if note.as_ref().is_some_and(|note| note.starts_with(WHOLE_LAYER)) {
+            let factor = layer_scalar(folder, &layer).map_err(|message| content("model.safetensors", message))?;
+            golden.output.iter_mut().zip(&golden.x).for_each(|(y, x)| *y = *y / factor - x);
+        }
         let formats: &[DType] = if golden.routes.is_some() { &[DType::F32, DType::BF16] } else { &[DType::F32] };
         for &dtype in formats {
             results.push(golden.check(backend, &layer, dtype).map_err(GoldenError::Backend)?);
@@ -140,12 +151,26 @@ fn meta(folder: &Path) -> std::result::Result<(Option<usize>, Option<String>), S
     Ok((layer, meta.get("note").and_then(Value::as_str).map(str::to_owned)))
 }
 
+/// What a decoder layer's output is multiplied by, if anything.
+fn layer_scalar(folder: &Path, layer: &CheckpointLayer<'_>) -> std::result::Result<f64, String> {
+    let bytes = std::fs::read(folder.join("model.safetensors")).map_err(|error| error.to_string())?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|error| error.to_string())?;
+    let name = format!("{}.layer_scalar", layer.name);
+    let Ok(tensor) = file.tensor(&name) else { return Ok(1.0) };
+    match (tensor.dtype(), tensor.data()) {
+        (Dtype::F32, &[a, b, c, d]) => Ok(f64::from(f32::from_le_bytes([a, b, c, d]))),
+        (dtype, _) => Err(format!("{name} is {dtype:?} {:?}, expected F32 [1]", tensor.shape())),
+    }
+}
+
 /// One input and what the model's own code makes of it.
 struct Golden {
     input: usize,
     tokens: usize,
     x: Vec<f64>,
     token_ids: Option<Vec<u32>>,
+    /// Where sequences begin and end.
+    sequences: Option<Vec<u32>>,
     routes: Option<Routes>,
     routed: Option<Routed>,
     output: Vec<f64>,
@@ -164,17 +189,22 @@ struct Routed {
 }
 
 impl Routes {
-    /// Tokens with another set of experts, and the largest error of the others' weights.
-    fn compare(&self, top_k: usize, found: &Returned) -> (usize, f64) {
+    /// The slots of a token by id; one that goes nowhere has no weight.
+    fn row(&self, t: usize, top_k: usize, chosen: usize) -> Vec<(u32, f64)> {
+        let weight = |r: usize| if self.experts[r] == NO_EXPERT { 0.0 } else { self.weights[r] };
+        let mut row: Vec<(u32, f64)> = (t * top_k..t * top_k + chosen).map(|r| (self.experts[r], weight(r))).collect();
+        row.sort_by_key(|&(id, _)| id);
+        row
+    }
+
+    /// Tokens with another set of experts, and the largest error of the others' weights. Experts that every token goes to
+    /// are in the last slots of what was found, and not among these.
+    fn compare(&self, config: &LayerConfig, found: &Routes) -> (usize, f64) {
         let largest = self.weights.iter().fold(f64::MIN_POSITIVE, |m, w| m.max(w.abs()));
+        let chosen = config.top_k - config.routing.always;
         let (mut other, mut error) = (0, 0.0f64);
-        for t in 0..self.experts.len() / top_k {
-            let sorted = |ids: &[u32], weights: &[f64]| {
-                let mut row: Vec<(u32, f64)> = (t * top_k..(t + 1) * top_k).map(|r| (ids[r], weights[r])).collect();
-                row.sort_by_key(|&(id, _)| id);
-                row
-            };
-            let (want, got) = (sorted(&self.experts, &self.weights), sorted(&found.experts, &found.weights));
+        for t in 0..self.experts.len() / chosen {
+            let (want, got) = (self.row(t, chosen, chosen), found.row(t, config.top_k, chosen));
             if want.iter().zip(&got).any(|(want, got)| want.0 != got.0) {
                 other += 1;
                 continue;
@@ -186,13 +216,53 @@ impl Routes {
         }
         (other, error)
     }
+
+    /// These, and behind them the slots of the experts that every token goes to.
+    fn completed(&self, config: &LayerConfig, found: &Routes) -> Routes {
+        let (top_k, chosen) = (config.top_k, config.top_k - config.routing.always);
+        let mut all = Routes { experts: Vec::new(), weights: Vec::new() };
+        for (t, (experts, weights)) in self.experts.chunks(chosen).zip(self.weights.chunks(chosen)).enumerate() {
+            let besides = t * top_k + chosen..(t + 1) * top_k;
+            all.experts.extend(experts.iter().chain(&found.experts[besides.clone()]));
+            all.weights.extend(weights.iter().chain(&found.weights[besides]));
+        }
+        all
+    }
+}
+
+/// The routed experts of a layer alone, from routes that are given: nothing around them, and no others. Their input is
+/// normed as in the layer unless it is golden.
+fn alone<'a>(layer: &CheckpointLayer<'a>, golden_input: bool) -> CheckpointLayer<'a> {
+    let mut alone = layer.clone();
+    let top_k = layer.config.top_k - layer.config.routing.always;
+    let core = layer.config.core();
+    let (routing, mut gate) = (RoutingRule::default(), GateConfig::default());
+    if golden_input {
+        alone.weights.router_norm = None;
+    } else {
+        gate.norm = layer.config.gate.norm;
+    }
+    alone.config = LayerConfig { gate, routing, top_k, routed_scale: 1.0, shared: None, capacity: None, ..core };
+    let norms = NormWeights { expert_out: layer.weights.norms.expert_out, ..NormWeights::default() };
+    alone.weights = LayerWeights {
+        router: None,
+        router_bias: None,
+        correction_bias: None,
+        expert_scale: None,
+        table: None,
+        shared: None,
+        latent: None,
+        norms,
+        router_mlp: None,
+        ..alone.weights
+    };
+    alone
 }
 
 /// What a call returned.
 struct Returned {
     y: Vec<f64>,
-    experts: Vec<u32>,
-    weights: Vec<f64>,
+    routes: Routes,
     status: Status,
 }
 
@@ -204,7 +274,7 @@ impl Golden {
             return Err(format!("input.{input} has {} elements, expected [T, {hidden}]", x.len()));
         }
         let (tokens, count) = (x.len() / hidden, Some(x.len()));
-        let slots = Some(tokens * layer.config.top_k);
+        let slots = Some(tokens * (layer.config.top_k - layer.config.routing.always));
         let ids = |values: Vec<f64>| -> Vec<u32> { values.into_iter().map(|id| id as i64 as u32).collect() };
         let token_ids = match layer.config.routing.selection {
             Selection::Table => Some(ids(needed(file, "input_ids", input, Some(tokens))?)),
@@ -215,12 +285,14 @@ impl Golden {
             (Some(experts), Some(weights)) => Some(Routes { experts, weights }),
             _ => None,
         };
-        let routed = match numbers(file, "experts_output", input, count)? {
-            Some(output) => Some(Routed { input: numbers(file, "experts_input", input, count)?, output }),
+        let inside = Some(tokens * layer.config.expert_width());
+        let routed = match numbers(file, "experts_output", input, inside)? {
+            Some(output) => Some(Routed { input: numbers(file, "experts_input", input, inside)?, output }),
             None => None,
         };
         let output = needed(file, "output", input, count)?;
-        Ok(Self { input, tokens, x, token_ids, routes, routed, output })
+        let sequences = layer.config.capacity.and_then(|_| sequences(file, input));
+        Ok(Self { input, tokens, x, token_ids, sequences, routes, routed, output })
     }
 
     fn check<B: Backend>(
@@ -229,29 +301,30 @@ impl Golden {
         layer: &CheckpointLayer<'_>,
         dtype: DType,
     ) -> std::result::Result<GoldenResult, B::Error> {
-        let LayerConfig { hidden, intermediate, top_k, shared, .. } = layer.config;
-        let inner = hidden + intermediate + top_k + shared.map_or(0, |shared| shared.intermediate);
+        let config = &layer.config;
+        let LayerConfig { hidden, intermediate, top_k, shared, latent, .. } = *config;
+        let inner =
+            hidden + intermediate + top_k + shared.map_or(0, |shared| shared.intermediate) + latent.unwrap_or(0);
         let tolerance = tolerance::golden(inner, dtype);
         let own = self.run(backend, layer, (&self.x, dtype), None)?;
         let routes = self.routes.as_ref();
-        let (other_routes, weights_error) = routes.map_or((0, 0.0), |routes| routes.compare(top_k, &own));
+        let (other_routes, weights_error) = routes.map_or((0, 0.0), |routes| routes.compare(config, &own.routes));
         let given = match routes {
-            Some(_) if dtype != DType::F32 => Some(self.run(backend, layer, (&self.x, dtype), routes)?),
+            Some(routes) if dtype != DType::F32 => {
+                let exact = self.run(backend, layer, (&self.x, DType::F32), None)?;
+                let routes = routes.completed(config, &exact.routes);
+                Some(self.run(backend, layer, (&self.x, dtype), Some(&routes))?)
+            }
             _ => None,
         };
         let output = relative("output", &self.output, &given.as_ref().unwrap_or(&own).y, tolerance);
-        let routed = match &self.routed {
-            Some(Routed { input, output }) => {
-                let mut alone = layer.clone();
-                alone.config.routed_scale = 1.0;
-                (alone.config.shared, alone.weights.shared) = (None, None);
-                if input.is_some() {
-                    (alone.config.gate.norm, alone.weights.router_norm) = (None, None);
-                }
-                let run = self.run(backend, &alone, (input.as_ref().unwrap_or(&self.x), dtype), routes)?;
+        let routed = match (&self.routed, routes) {
+            (Some(Routed { input, output }), Some(routes)) => {
+                let x = input.as_ref().unwrap_or(&self.x);
+                let run = self.run(backend, &alone(layer, input.is_some()), (x, dtype), Some(routes))?;
                 Some(relative("experts_output", output, &run.y, tolerance))
             }
-            None => None,
+            _ => None,
         };
         // rounding x moves the logits: a narrow format may choose otherwise
         let routes =
@@ -302,11 +375,16 @@ impl Golden {
             Some(ids) if given.is_none() => Some(input("token_ids", Tensor::ids([tokens], ids.clone()))?),
             _ => None,
         };
+        let sequences = match &self.sequences {
+            Some(ends) if given.is_none() => Some(input("sequences", Tensor::ids([ends.len()], ends.clone()))?),
+            _ => None,
+        };
         let mut y = output("y", dtype, [tokens, hidden])?;
         let mut experts = output("experts", DType::U32, [tokens, top_k])?;
         let mut weights = output("weights", DType::F32, [tokens, top_k])?;
         let mut call = Forward::new(x.read()?, y.write()?);
         call.token_ids = token_ids.as_ref().map(Buffer::read).transpose()?;
+        call.sequences = sequences.as_ref().map(Buffer::read).transpose()?;
         call.routes = Some(RoutesOut { experts: experts.write()?, weights: weights.write()? });
         if let Some([experts, weights]) = &given {
             call.source = Source::Routes(Routing { experts: experts.read()?, weights: weights.read()? });
@@ -320,7 +398,7 @@ impl Golden {
         };
         match (fetch(&y)?, fetch(&experts)?, fetch(&weights)?) {
             (Values::Floats(y), Values::Ids(experts), Values::Floats(weights)) => {
-                Ok(Returned { y, experts, weights, status })
+                Ok(Returned { y, routes: Routes { experts, weights }, status })
             }
             _ => {
                 let reason = "the layer returned other formats than it was given";
@@ -334,6 +412,13 @@ impl Golden {
 fn relative(name: &str, golden: &[f64], found: &[f64], tolerance: f64) -> Comparison {
     let largest = golden.iter().fold(f64::MIN_POSITIVE, |m, y| m.max(y.abs()));
     compare::floats(name, [golden.len()].into(), [golden, &vec![tolerance * largest; golden.len()], found])
+}
+
+/// Where the sequences of an input `[N, L, H]` begin and end.
+fn sequences(file: &SafeTensors<'_>, input: usize) -> Option<Vec<u32>> {
+    let tensor = file.tensor(&format!("input.{input}")).ok()?;
+    let &[count, length, _] = tensor.shape() else { return None };
+    (0..=count).map(|n| u32::try_from(n * length).ok()).collect()
 }
 
 fn needed(

@@ -31,10 +31,12 @@ fn print(summary: &Summary) -> Result<()> {
     if let Some(sizes) = &summary.sizes {
         let (hidden, intermediate) = (sizes.hidden, sizes.intermediate);
         write!(out, "sizes      H {hidden}, I {intermediate}, E {}, K {}", sizes.experts, sizes.top_k)?;
-        match sizes.shared_intermediate {
-            Some(shared) => writeln!(out, ", S {shared}")?,
-            None => writeln!(out)?,
+        for (letter, size) in [("S", sizes.shared_intermediate), ("L", sizes.latent)] {
+            if let Some(size) = size {
+                write!(out, ", {letter} {size}")?;
+            }
         }
+        writeln!(out)?;
     }
     if let Some(routing) = &summary.routing {
         writeln!(out, "routing    {routing}")?;

@@ -61,7 +61,6 @@ pub(crate) fn checkpoint_error(error: fused_moe::checkpoint::Error) -> anyhow::E
             "config.json is not that of the model; download it again"
         }
         Error::NoSuchLayer { .. } | Error::DenseLayer { .. } => "`fmoe inspect` lists the layers",
-        Error::Unsupported { .. } => "`fmoe inspect` and README.md say what runs",
         Error::Tensors { .. } | Error::Layer { .. } => {
             "the files and config.json are not of one model; download both again"
         }

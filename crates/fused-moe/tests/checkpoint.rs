@@ -4,7 +4,7 @@
 mod common;
 
 use common::model::{Model, config, file, raw, tensors};
-use common::{Golden, path, run, specified};
+use common::{Extra, Golden, path, run, specified};
 use fused_moe::checkpoint::{Checkpoint, WriteError, write_safetensors};
 use fused_moe::{Backend, DType, Device, DeviceError, View, Visitor};
 use serde_json::json;
@@ -86,8 +86,11 @@ fn unaligned_tensors() {
             let checkpoint = Checkpoint::open(model.path()).unwrap();
             let (aligned, shifted) = (golden.checkpoint.layer(1).unwrap(), checkpoint.layer(1).unwrap());
             let x = &golden.cases[1].x;
-            assert_eq!(specified(&aligned, x, None).y, specified(&shifted, x, None).y);
-            assert_eq!(run(&aligned, x, None, DType::F32).y, run(&shifted, x, None, DType::F32).y);
+            assert_eq!(specified(&aligned, x, Extra::default()).y, specified(&shifted, x, Extra::default()).y);
+            assert_eq!(
+                run(&aligned, x, Extra::default(), DType::F32).y,
+                run(&shifted, x, Extra::default(), DType::F32).y
+            );
         }
     }
 }

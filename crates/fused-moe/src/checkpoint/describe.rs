@@ -4,12 +4,20 @@ use fused_moe_core::config::*;
 
 /// What happens to a token, in one sentence.
 pub(super) fn sentence(config: &LayerConfig) -> String {
-    let (experts, top_k) = (config.experts, config.top_k);
     let rule = &config.routing;
+    let (experts, top_k) = (config.experts - rule.always, config.top_k - rule.always);
     let chosen = match (top_k, experts) {
         (1, 1) => "only expert".to_owned(),
         (1, _) => format!("one of {experts} experts"),
         _ => format!("{top_k} of {experts} experts"),
+    };
+    let chosen = match config.zero_experts {
+        Some(ZeroExperts { count, output }) => {
+            let returns = if count == 1 { "returns" } else { "return" };
+            let output = if output == ZeroOutput::Copy { "the token itself" } else { "zero" };
+            format!("{chosen} and {count} that {returns} {output}")
+        }
+        None => chosen,
     };
     let choice = match rule.selection {
         Selection::TopK { by, bias, groups } => {
@@ -23,16 +31,78 @@ pub(super) fn sentence(config: &LayerConfig) -> String {
         }
         Selection::Table => format!("the {chosen} that a table has for its token id"),
     };
-    let capped = match config.gate.softcap {
-        Some(cap) => format!(", logits capped at {cap} by tanh"),
-        None => String::new(),
+    let always = match rule.always {
+        0 => String::new(),
+        more => format!(" and always to {more} more"),
     };
-    let mut text = format!("Each token goes to {choice}{capped}, {}", weights(config));
+    let (logits, weights) = (logits(config), weights(config));
+    let mut text = format!("Each token goes to {choice}{always}{logits}, {weights}");
+    if let Some(capacity) = &config.capacity {
+        text += &room(capacity);
+    }
+    if let Some(width) = config.latent {
+        text += &format!(", the experts working in a width of {width} between two projections");
+    }
     if let Some(shared) = &config.shared {
         let gate = if shared.gated { ", weighted by a sigmoid gate of its own" } else { "" };
         text += &format!(", and every token also to a shared expert of width {}{gate}", shared.intermediate);
     }
-    text + "."
+    text + &norms(&config.norms) + "."
+}
+
+/// How the router makes its logits, where that is more than a product.
+fn logits(config: &LayerConfig) -> String {
+    let gate = &config.gate;
+    let mut text = String::new();
+    if let Some(RouterMlp { width, .. }) = config.router_mlp {
+        text += &format!(
+            ", the router having layers of its own of width {width}, whose state goes on to the router of the next block"
+        );
+    }
+    if gate.norm.is_some() {
+        text += ", the router reading the token through a norm";
+    }
+    if gate.scale != 1.0 {
+        text += &format!(", logits times {}", gate.scale);
+    }
+    if let Some(cap) = gate.softcap {
+        text += &format!(", logits capped at {cap} by tanh");
+    }
+    text
+}
+
+fn room(capacity: &Capacity) -> String {
+    let limit = match capacity.limit {
+        CapacityLimit::Slots(1) => "1 slot of a sequence".to_owned(),
+        CapacityLimit::Slots(slots) => format!("{slots} slots of a sequence"),
+        CapacityLimit::Fraction(part) => format!("as many slots as {part} of the tokens of a sequence"),
+        CapacityLimit::EvenShare { factor } => format!("{factor} times an even share of the tokens of a sequence"),
+    };
+    let first = match capacity.order {
+        CapacityOrder::Position => "the first ones",
+        CapacityOrder::Score => "those of the most certain tokens",
+    };
+    let renormalized =
+        if capacity.renormalize.is_some() { ", the weights of those that stay divided by their sum" } else { "" };
+    format!(", an expert taking at most {limit}, {first}, the others adding nothing{renormalized}")
+}
+
+fn norms(norms: &Norms) -> String {
+    let Norms { experts_in, expert_out, routed_out, shared_in, shared_out, out } = norms;
+    let named = [
+        (experts_in, "before the experts"),
+        (expert_out, "behind each expert"),
+        (routed_out, "behind their sum"),
+        (shared_in, "before the shared expert"),
+        (shared_out, "behind it"),
+        (out, "behind everything"),
+    ];
+    let places: Vec<&str> = named.iter().filter(|(norm, _)| norm.is_some()).map(|(_, place)| *place).collect();
+    match places.as_slice() {
+        [] => String::new(),
+        [one] => format!(", with a norm {one}"),
+        [several @ .., last] => format!(", with norms {} and {last}", several.join(", ")),
+    }
 }
 
 fn score(score: Score) -> &'static str {
@@ -82,9 +152,13 @@ fn weights(config: &LayerConfig) -> String {
         Normalize::Lp { p: 1.0 } => format!(" divided by the sum of {whose} magnitudes"),
         Normalize::Lp { p } => format!(" divided by {whose} L{p} norm"),
     };
+    let own = match rule.expert_scale {
+        None => "",
+        Some(_) => " times a factor of each expert",
+    };
     let factor = rule.scale * config.routed_scale;
     let scale = if factor == 1.0 { String::new() } else { format!(" times {factor}") };
-    format!("{place} {value}{normalize}{scale}")
+    format!("{place} {value}{normalize}{own}{scale}")
 }
 
 /// What experts compute between their matrices, as a formula.

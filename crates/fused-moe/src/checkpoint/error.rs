@@ -123,16 +123,6 @@ pub enum Error {
         /// Known types that are spelled alike, if any are.
         nearest: Vec<&'static str>,
     },
-    /// A model whose layers have something that no layer can have yet.
-    #[error("{}: layers of {model_type} have {lacks}, which cannot run yet", config.display())]
-    Unsupported {
-        /// The config.json.
-        config: PathBuf,
-        /// The model type in it.
-        model_type: String,
-        /// What they have.
-        lacks: &'static str,
-    },
     /// There is no such part.
     #[error("{}: no part {part}; it has {}", path.display(), parts.join(", "))]
     NoSuchPart {
@@ -346,6 +336,13 @@ pub enum TensorProblem {
         /// Its format in safetensors' spelling.
         format: String,
     },
+    /// It is one number, and that is not finite.
+    Number {
+        /// Its name.
+        name: String,
+        /// The number.
+        actual: f32,
+    },
     /// It is a table of experts and has a format that no table has.
     TableFormat {
         /// Its name.
@@ -384,6 +381,7 @@ impl fmt::Display for TensorProblem {
             Self::Unexpected { name, fields } => {
                 write!(f, "{name} is there, and {} of config.json is absent or 0", fields.join(" or "))
             }
+            Self::Number { name, actual } => write!(f, "{name} expected a finite number, got {actual}"),
             Self::Entry { name, row, actual, experts } => {
                 write!(
                     f,

@@ -2,7 +2,7 @@
 //!
 //! Nothing here names a model; the entries are in `families`.
 
-use fused_moe_core::config::{Function, GroupScore, Masked, Score, SelectBy, WeightOn, WeightValue};
+use fused_moe_core::config::{Function, GroupScore, Masked, Score, SelectBy, WeightOn, WeightValue, ZeroOutput};
 use fused_moe_core::weights::{Orientation, StackLayout};
 use std::fmt;
 
@@ -30,8 +30,6 @@ pub(super) struct Family {
     pub(super) name: &'static str,
     /// `model_type`s in config.json, each also with `_text` behind it.
     pub(super) model_types: &'static [&'static str],
-    /// Fields that must be absent, null, 0 or false, with what layers lack if they are not.
-    pub(super) lacks: &'static [(Field, &'static str)],
     /// What of the block is no part of the layer, if it has more.
     pub(super) beside: Option<&'static str>,
     /// What tensor names may begin with.
@@ -43,28 +41,50 @@ pub(super) struct Family {
     pub(super) kinds: Field,
     pub(super) hidden: Field,
     pub(super) intermediate: Field,
+    /// The routed ones; those of `always` come besides.
     pub(super) experts: Field,
-    pub(super) top_k: Field,
+    /// Those that are chosen; those of `always` come besides.
+    pub(super) top_k: Size,
+    pub(super) zero_experts: Option<Zero>,
+    pub(super) always: Option<Always>,
     /// Which layers have experts: the first rule whose field is there decides.
     pub(super) sparse: &'static [Sparse],
     pub(super) router: Names,
     /// `[E, H]` or `[H, E]`.
     pub(super) router_lies: Orientation,
+    /// What comes before the router's matrix.
+    pub(super) router_mlp: Option<RouterLayers>,
+    /// The norm of what the router reads: its weight `[H]` and eps.
+    pub(super) router_norm: Option<(&'static str, Number)>,
+    /// Factor on the router's product.
+    pub(super) router_scale: Number,
     /// Empty: none.
     pub(super) router_bias: Names,
+    /// Whether it is there.
+    pub(super) router_biased: Flag,
     /// `c` of `c * tanh(logit / c)`; absent or not above 0: none.
     pub(super) softcap: Field,
     pub(super) correction_bias: Names,
     /// `[n, E]`, of which the first row counts.
     pub(super) correction_rows: usize,
+    /// What its last entry is, whatever the file says.
+    pub(super) correction_end: Option<f32>,
+    /// `[E]`: what normalised weights are multiplied by. Empty: nothing.
+    pub(super) expert_scale: Names,
+    /// `[1]`: what all weights are multiplied by. Empty: nothing.
+    pub(super) scale: Names,
     pub(super) table: Option<ByTable>,
     pub(super) routing: Cases<Routing>,
+    pub(super) capacity: Option<Slots>,
     pub(super) activation: Act,
     pub(super) weight_on: WeightOn,
     pub(super) routed_scale: Cases<Number>,
     /// Tried in order: the first whose tensors are there with the right shapes.
     pub(super) matrices: &'static [Layout],
+    /// `[H]`, added once to the routed sum: a bias of every expert, where the weights of a token sum to 1. Empty: none.
+    pub(super) sum_bias: Names,
     pub(super) shared: Option<Shared>,
+    pub(super) around: Around,
 }
 
 impl fmt::Debug for Family {
@@ -83,6 +103,93 @@ pub(super) struct ByTable {
     pub(super) vocabulary: Field,
 }
 
+/// Experts without weights.
+#[derive(Clone, Copy)]
+pub(super) struct Zero {
+    /// 0 and absent: none.
+    pub(super) count: Size,
+    pub(super) output: ZeroOutput,
+}
+
+/// Experts that every token goes to besides the chosen ones, scored by the same router: its last rows.
+#[derive(Clone, Copy)]
+pub(super) struct Always {
+    /// 0 and absent: none.
+    pub(super) count: Field,
+    pub(super) matrices: &'static [Layout],
+}
+
+/// How many slots of a sequence an expert takes: the first of these that there is.
+#[derive(Clone, Copy)]
+pub(super) struct Slots {
+    /// A part of its tokens, not above 0 for none. Empty: none, else it must be there.
+    pub(super) fraction: Field,
+    /// So many.
+    pub(super) count: Field,
+    /// How many times the even share.
+    pub(super) share: Option<usize>,
+    /// Whether tokens come by their best score, or by their position.
+    pub(super) by_score: Flag,
+    /// Whether the weights of the slots that stay are divided by their sum.
+    pub(super) renormalize: Flag,
+}
+
+/// The layers before the router's matrix: weights, with their biases.
+#[derive(Clone, Copy)]
+pub(super) struct RouterLayers {
+    pub(super) width: Field,
+    pub(super) function: Function,
+    pub(super) down: [&'static str; 2],
+    /// `[M]` or `[1]`; the first layer with experts may lack it.
+    pub(super) state_scale: &'static str,
+    pub(super) norm: &'static str,
+    pub(super) eps: Number,
+    pub(super) fc1: [&'static str; 2],
+    pub(super) fc2: [&'static str; 2],
+}
+
+/// An RMSNorm.
+#[derive(Clone, Copy)]
+pub(super) struct Rms {
+    /// `[H]`, or as wide as what it norms.
+    pub(super) weight: &'static str,
+    pub(super) eps: Number,
+    /// Whether the factor is `1 + weight`.
+    pub(super) unit_offset: bool,
+    /// Whether there is no norm where there is no weight.
+    pub(super) optional: bool,
+}
+
+/// What stands around the experts.
+#[derive(Clone, Copy)]
+pub(super) struct Around {
+    pub(super) latent: Option<Latent>,
+    pub(super) experts_in: Option<Rms>,
+    pub(super) expert_out: Option<Rms>,
+    pub(super) routed_out: Option<Rms>,
+    pub(super) shared_in: Option<Rms>,
+    pub(super) shared_out: Option<Rms>,
+    pub(super) out: Option<Rms>,
+}
+
+/// The projections of experts that work in a width L of their own.
+#[derive(Clone, Copy)]
+pub(super) struct Latent {
+    /// L; 0 and absent: none.
+    pub(super) width: Field,
+    /// `[L, H]`.
+    pub(super) down: &'static str,
+    /// `[H, L]`.
+    pub(super) up: &'static str,
+}
+
+/// A size.
+#[derive(Clone, Copy)]
+pub(super) enum Size {
+    Fixed(usize),
+    Field(Field),
+}
+
 /// A number.
 #[derive(Clone, Copy)]
 pub(super) enum Number {
@@ -93,6 +200,10 @@ pub(super) enum Number {
     },
     /// One divided by a field.
     Inverse(Field),
+    /// One divided by the square root of a field.
+    InverseRoot(Field),
+    /// One less a field.
+    OneLess(Field),
 }
 
 /// A condition.
@@ -105,6 +216,8 @@ pub(super) enum Flag {
         field: Field,
         default: Option<bool>,
     },
+    /// The opposite of a field, false where it is absent.
+    Not(Field),
 }
 
 /// Which layers have experts.
@@ -155,6 +268,12 @@ pub(super) enum Sparse {
         period: Field,
         offset: Field,
     },
+    /// `l % step == 1`, or every layer if the step is 1.
+    SecondOf {
+        step: Field,
+    },
+    /// All, or none.
+    If(Flag),
 }
 
 /// How logits become routes.
@@ -205,6 +324,7 @@ pub(super) enum Norm {
 pub(super) enum Act {
     Gated {
         named: Field,
+        default: Function,
     },
     /// Without a gate.
     Plain {
@@ -223,6 +343,10 @@ pub(super) enum Act {
     SiluThenClamp {
         limit: Field,
     },
+    SoftcappedSilu {
+        gate_cap: Number,
+        up_cap: Number,
+    },
 }
 
 /// How matrices lie in tensors. Of a shared expert, stacks may lack their first dimension.
@@ -230,8 +354,8 @@ pub(super) enum Act {
 pub(super) enum Layout {
     /// A tensor each: `[I, H] [I, H] [H, I]`.
     Apart { gate: &'static str, up: &'static str, down: &'static str },
-    /// The same without a gate: `[I, H] [H, I]`.
-    Plain { up: &'static str, down: &'static str },
+    /// The same without a gate: `[I, H] [H, I]`, and their biases `[I] [H]`.
+    Plain { up: &'static str, down: &'static str, biases: Option<[&'static str; 2]> },
     /// Two stacks, and their biases.
     Joint { gate_up: &'static str, down: &'static str, layout: StackLayout, biases: Option<[&'static str; 2]> },
     /// Three stacks; `flat`: their first two dimensions are one.

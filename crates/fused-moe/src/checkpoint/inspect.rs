@@ -4,7 +4,7 @@ use super::describe::{activation, sentence};
 use super::layer::CheckpointLayer;
 use super::{Checkpoint, Error, TensorProblem};
 use fused_moe_core::config::LayerConfig;
-use fused_moe_core::weights::{ExpertMatrices, Matrix};
+use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix};
 use fused_moe_core::{DType, HostView};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -60,6 +60,8 @@ pub struct Sizes {
     pub top_k: usize,
     /// S.
     pub shared_intermediate: Option<usize>,
+    /// L.
+    pub latent: Option<usize>,
 }
 
 /// One MoE layer.
@@ -123,14 +125,18 @@ impl Summary {
         }
         let mut total = Tally::default();
         let weights = &layer.weights;
-        let vectors = [&weights.router, &weights.router_bias, &weights.correction_bias];
-        for view in vectors.into_iter().flatten().chain(weights.shared.iter().flat_map(|shared| &shared.gate)) {
-            total.view(view);
+        for view in views(weights) {
+            total.view(&view);
         }
         let mut expert_bytes = 0;
+        let mut last_bias = None;
         for expert in weights.experts.iter() {
             let before = total.bytes();
-            total.expert(expert);
+            let bias = expert.down_bias.as_ref().and_then(|bias| bias.contiguous_row(0)).map(<[u8]>::as_ptr);
+            // one bias of all experts is there once
+            let shared = bias.is_some() && bias == last_bias;
+            total.expert(&ExpertMatrices { down_bias: expert.down_bias.filter(|_| !shared), ..*expert });
+            last_bias = bias;
             expert_bytes = total.bytes() - before;
         }
         if let Some(shared) = &weights.shared {
@@ -152,6 +158,31 @@ impl Summary {
     }
 }
 
+/// Everything but the matrices of experts.
+fn views<'a>(weights: &LayerWeights<'a>) -> impl Iterator<Item = HostView<'a>> {
+    let norms = &weights.norms;
+    let vectors = [
+        weights.router,
+        weights.router_bias,
+        weights.router_norm,
+        weights.correction_bias,
+        weights.expert_scale,
+        norms.experts_in,
+        norms.expert_out,
+        norms.routed_out,
+        norms.shared_in,
+        norms.shared_out,
+        norms.out,
+        weights.shared.as_ref().and_then(|shared| shared.gate),
+    ];
+    let latent = weights.latent.map(|latent| [latent.down, latent.up]);
+    let layers = weights.router_mlp.map(|mlp| {
+        let biases = [mlp.down_bias, mlp.fc1_bias, mlp.fc2_bias, mlp.norm, mlp.state_scale];
+        [mlp.down, mlp.fc1, mlp.fc2].into_iter().chain(biases.into_iter().flatten())
+    });
+    vectors.into_iter().flatten().chain(latent.into_iter().flatten()).chain(layers.into_iter().flatten())
+}
+
 fn sizes(config: &LayerConfig) -> Sizes {
     Sizes {
         hidden: config.hidden,
@@ -159,6 +190,7 @@ fn sizes(config: &LayerConfig) -> Sizes {
         experts: config.experts,
         top_k: config.top_k,
         shared_intermediate: config.shared.map(|shared| shared.intermediate),
+        latent: config.latent,
     }
 }
 

@@ -24,13 +24,13 @@ pub use write::{WriteError, write_safetensors};
 
 use directory::Files;
 use family::Family;
-use fused_moe_core::weights::Orientation;
+use layer::Copies;
 use model_config::ModelConfig;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
-/// A model on disk, memory-mapped: no weight is read before a layer is prepared, but for routers that lie the other way
-/// and tables of experts by token id, which [`layer`](Self::layer) copies.
+/// A model on disk, memory-mapped: no weight is read before a layer is prepared, but for single numbers, and for routers
+/// that lie the other way, tables of experts by token id and correction biases whose end is fixed, which
+/// [`layer`](Self::layer) copies.
 ///
 /// ```
 /// use fused_moe::checkpoint::Checkpoint;
@@ -48,8 +48,8 @@ pub struct Checkpoint {
     count: usize,
     moe: Vec<usize>,
     parts: Vec<&'static str>,
-    /// Routers that lie the other way, a copy for each of `moe`; nothing where they do not.
-    turned: Vec<OnceLock<Vec<u8>>>,
+    /// One for each of `moe`.
+    copies: Vec<Copies>,
 }
 
 impl Checkpoint {
@@ -65,7 +65,8 @@ impl Checkpoint {
     }
 
     /// Opens one of several language models in a directory, as [`parts`](Self::parts) has it: of a model that thinks and
-    /// talks, the talker. [`open`](Self::open) takes the first that has layers in these files.
+    /// talks, the talker; of decoder and encoder, the encoder. [`open`](Self::open) takes the first that has layers in
+    /// these files.
     ///
     /// Errors: those of `open`, and `NoSuchPart`.
     pub fn open_part(path: impl AsRef<Path>, part: &str) -> Result<Self> {
@@ -91,11 +92,8 @@ impl Checkpoint {
         };
         let (config, family) = models.swap_remove(chosen);
         let (count, moe) = resolve::layers(&config, family)?;
-        let turned = match family.router_lies {
-            Orientation::OutIn => Vec::new(),
-            Orientation::InOut => moe.iter().map(|_| OnceLock::new()).collect(),
-        };
-        Ok(Self { path: path.into(), files, config, family, count, moe, parts, turned })
+        let copies = moe.iter().map(|_| Copies::default()).collect();
+        Ok(Self { path: path.into(), files, config, family, count, moe, parts, copies })
     }
 
     /// The language models with experts that config.json describes, by family: most have one.
@@ -103,9 +101,8 @@ impl Checkpoint {
         &self.parts
     }
 
-    /// Where the router of a layer is kept that lies the other way.
-    fn turned(&self, index: usize) -> Option<&OnceLock<Vec<u8>>> {
-        self.turned.get(self.moe.binary_search(&index).ok()?)
+    fn copies(&self, index: usize) -> Option<&Copies> {
+        self.copies.get(self.moe.binary_search(&index).ok()?)
     }
 
     /// Where it was opened.
@@ -141,8 +138,7 @@ impl Checkpoint {
         if self.moe.binary_search(&index).is_err() {
             return Err(Error::DenseLayer { path: self.path.clone(), layer: index, moe: self.moe.clone() });
         }
-        let config = resolve::layer_config(&self.config, self.family, index)?;
-        layer::load(self, index, config)
+        layer::load(self, index)
     }
 
     /// What the checkpoint holds, from headers and what [`layer`](Self::layer) reads.

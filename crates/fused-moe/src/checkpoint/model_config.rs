@@ -2,8 +2,8 @@
 
 use super::directory::read_json;
 use super::error::{Error, Result};
-use super::families::{self, REFUSED};
-use super::family::{Case, Cases, Family, Field, Flag, Number};
+use super::families;
+use super::family::{Case, Cases, Family, Field, Flag, Number, Size};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -47,14 +47,14 @@ impl ModelConfig {
             if outermost && !models.is_empty() {
                 break;
             }
-            let Some(family) = families::all().find(|family| is_named(family.model_types, name)) else { continue };
-            // what is inside describes the language model even where it does not name itself
-            let has_sizes = |scope: &&Value| family.hidden.iter().any(|name| scope.get(name).is_some());
-            let scope = if outermost { inner.iter().copied().find(has_sizes).unwrap_or(scope) } else { scope };
-            let quantisation = quantisation(scope).or_else(|| quantisation(&root));
-            let model = Self { path: path.into(), scope: scope.clone(), model_type: name.into(), quantisation };
-            model.check(family)?;
-            models.push((model, family));
+            for family in families::all().filter(|family| is_named(family.model_types, name)) {
+                // what is inside describes the language model even where it does not name itself
+                let has_sizes = |scope: &&Value| family.hidden.iter().any(|name| scope.get(name).is_some());
+                let scope = if outermost { inner.iter().copied().find(has_sizes).unwrap_or(scope) } else { scope };
+                let quantisation = quantisation(scope).or_else(|| quantisation(&root));
+                let model = Self { path: path.into(), scope: scope.clone(), model_type: name.into(), quantisation };
+                models.push((model, family));
+            }
         }
         let Some(first) = types.first() else {
             return Err(Error::ConfigMissing { config: path.into(), fields: vec!["model_type".into()] });
@@ -62,27 +62,9 @@ impl ModelConfig {
         if !models.is_empty() {
             return Ok(models);
         }
-        for name in &types {
-            if let Some(refused) = REFUSED.iter().find(|refused| is_named(refused.model_types, name)) {
-                let (config, model_type) = (path.into(), (*name).to_owned());
-                return Err(Error::Unsupported { config, model_type, lacks: refused.lacks });
-            }
-        }
         let model_type: String = first.chars().take(64).collect();
         let nearest = nearest(&model_type);
         Err(Error::UnknownModel { config: path.into(), model_type, nearest })
-    }
-
-    /// Whether the layers are of a kind that can run.
-    fn check(&self, family: &Family) -> Result<()> {
-        for (field, lacks) in family.lacks {
-            let absent = |value: &Value| value.as_u64() == Some(0) || value.as_bool() == Some(false);
-            if self.find(field, 0).is_some_and(|(_, value)| !absent(value)) {
-                let (config, model_type) = (self.path.clone(), self.model_type.clone());
-                return Err(Error::Unsupported { config, model_type, lacks });
-            }
-        }
-        Ok(())
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -160,6 +142,14 @@ impl ModelConfig {
         self.optional_size(field, layer)?.ok_or_else(|| self.missing(field))
     }
 
+    /// A size that may be absent, which is 0.
+    pub(super) fn count(&self, size: Size, layer: usize) -> Result<usize> {
+        match size {
+            Size::Fixed(count) => Ok(count),
+            Size::Field(field) => Ok(self.optional_size(field, layer)?.unwrap_or(0)),
+        }
+    }
+
     /// The number of a last layer; a negative one means no end.
     pub(super) fn optional_last(&self, field: Field, layer: usize) -> Result<Option<usize>> {
         match self.find(field, layer) {
@@ -175,6 +165,11 @@ impl ModelConfig {
                 self.optional_number(field, layer)?.or(default).ok_or_else(|| self.missing(field))
             }
             Number::Inverse(field) => Ok(1.0 / self.size(field, layer)? as f32),
+            Number::InverseRoot(field) => Ok((1.0 / (self.size(field, layer)? as f64).sqrt()) as f32),
+            Number::OneLess(field) => {
+                let number = self.optional_number(field, layer)?.ok_or_else(|| self.missing(field))?;
+                Ok((1.0 - f64::from(number)) as f32)
+            }
         }
     }
 
@@ -193,6 +188,7 @@ impl ModelConfig {
                 };
                 value.as_bool().ok_or_else(|| self.wrong(&name, "true or false", value))
             }
+            Flag::Not(field) => Ok(!self.flag(Flag::Field { field, default: Some(false) }, layer)?),
         }
     }
 
@@ -247,7 +243,14 @@ fn quantisation(scope: &Value) -> Option<String> {
 
 /// The `model_type`s that [`Checkpoint::open`](super::Checkpoint::open) understands; each may end in `_text`.
 pub fn known_model_types() -> impl Iterator<Item = &'static str> {
-    families::all().flat_map(|family| family.model_types).copied()
+    let mut types = Vec::new();
+    for &name in families::all().flat_map(|family| family.model_types) {
+        // the parts of one model share its types
+        if !types.contains(&name) {
+            types.push(name);
+        }
+    }
+    types.into_iter()
 }
 
 /// The entries of the table of families.

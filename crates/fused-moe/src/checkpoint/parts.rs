@@ -8,7 +8,6 @@ use fused_moe_core::weights::{GateUpOrder, Orientation, StackLayout};
 pub(super) const BASE: Family = Family {
     name: "",
     model_types: &[],
-    lacks: &[],
     beside: None,
     roots: &["model.", "model.language_model.", "language_model.model.", "transformer.", ""],
     blocks: &["layers.{l}.mlp"],
@@ -17,22 +16,54 @@ pub(super) const BASE: Family = Family {
     hidden: &["hidden_size", "d_model"],
     intermediate: &["moe_intermediate_size"],
     experts: &["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"],
-    top_k: &["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"],
+    top_k: Size::Field(TOP_K),
+    zero_experts: None,
+    always: None,
     sparse: &[Sparse::Every],
     router: &["gate.weight"],
     router_lies: Orientation::OutIn,
+    router_mlp: None,
+    router_norm: None,
+    router_scale: Number::Fixed(1.0),
     router_bias: &[],
+    router_biased: Flag::Always,
     softcap: &[],
     correction_bias: &[],
     correction_rows: 1,
+    correction_end: None,
+    expert_scale: &[],
+    scale: &[],
     table: None,
     routing: &[always(SOFTMAX)],
+    capacity: None,
     activation: HIDDEN_ACT,
     weight_on: WeightOn::Output,
     routed_scale: ONE,
     matrices: &[PER_EXPERT, FUSED],
+    sum_bias: &[],
     shared: None,
+    around: PLAIN,
 };
+
+pub(super) const TOP_K: Field = &["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"];
+
+/// Experts with nothing around them.
+pub(super) const PLAIN: Around = Around {
+    latent: None,
+    experts_in: None,
+    expert_out: None,
+    routed_out: None,
+    shared_in: None,
+    shared_out: None,
+    out: None,
+};
+
+pub(super) const RMS_EPS: Number = field(&["rms_norm_eps"], None);
+
+/// A norm whose factor is its weight.
+pub(super) const fn rms(weight: &'static str) -> Rms {
+    Rms { weight, eps: RMS_EPS, unit_offset: false, optional: false }
+}
 
 /// Experts w1, w2, w3 of width `intermediate_size` in every layer.
 pub(super) const MIXTRAL: Family =
@@ -143,7 +174,8 @@ pub(super) const FIRST_DENSE: &[Sparse] = &[MLP_LAYER_TYPES, FIRST_K_DENSE, Spar
 /// The same, but the first layer alone where config.json does not say.
 pub(super) const ONE_DENSE: &[Sparse] = &[MLP_LAYER_TYPES, FIRST_K_DENSE, Sparse::Behind(1)];
 
-pub(super) const HIDDEN_ACT: Act = Act::Gated { named: &["hidden_act", "hidden_activation", "activation_function"] };
+pub(super) const HIDDEN_ACT: Act =
+    Act::Gated { named: &["hidden_act", "hidden_activation", "activation_function"], default: Function::Silu };
 
 pub(super) const SWIGLU_OAI: Act =
     Act::ClampedSwish { alpha: field(&["swiglu_alpha"], Some(1.702)), limit: field(&["swiglu_limit"], Some(7.0)) };

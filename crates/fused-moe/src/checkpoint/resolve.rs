@@ -1,10 +1,11 @@
 //! A family and a config.json to the description of a layer.
 
 use super::error::{Error, Result};
-use super::family::{Act, Family, Field, GroupFields, Norm, Number, Routing, Select, Shared, Sparse};
+use super::family::*;
 use super::model_config::ModelConfig;
 use fused_moe_core::config::{
-    Activation, Function, GateConfig, Groups, LayerConfig, Normalize, RoutingRule, Selection, SharedConfig, WeightRule,
+    Activation, Capacity, CapacityLimit, CapacityOrder, ExpertScale, Function, GateConfig, GateNorm, Groups,
+    LayerConfig, Normalize, Norms, RmsNorm, RouterMlp, RoutingRule, Selection, SharedConfig, WeightRule, ZeroExperts,
 };
 use serde_json::Value;
 use std::collections::HashSet;
@@ -93,6 +94,11 @@ impl Rule {
             Sparse::Period { period, offset } => {
                 layer % divisor(config, period)? == config.optional_size(offset, layer)?.unwrap_or(0)
             }
+            Sparse::SecondOf { step } => match divisor(config, step)? {
+                1 => true,
+                step => layer % step == 1,
+            },
+            Sparse::If(flag) => config.flag(flag, layer)?,
         })
     }
 }
@@ -105,17 +111,33 @@ fn divisor(config: &ModelConfig, field: Field) -> Result<usize> {
     }
 }
 
-/// The description of one layer, checked.
-pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) -> Result<LayerConfig> {
+/// The description of one layer, checked; `stored` says which tensors of its block there are.
+pub(super) fn layer_config(
+    config: &ModelConfig,
+    family: &Family,
+    layer: usize,
+    stored: &dyn Fn(&str) -> bool,
+) -> Result<LayerConfig> {
     let mut routing = routing(config, config.case(family.routing, layer)?, layer)?;
     if let Some(table) = &family.table
         && Rule::new(config, table.layers)?.holds(config, layer)?
     {
         routing.selection = Selection::Table;
     }
-    let softcap = config.optional_number(family.softcap, layer)?.filter(|&cap| cap > 0.0);
+    let always = match family.always {
+        Some(always) => config.count(Size::Field(always.count), layer)?,
+        None => 0,
+    };
+    routing.always = always;
+    if !family.expert_scale.is_empty() {
+        routing.weights.expert_scale = Some(ExpertScale::AfterNormalize);
+    }
+    let top_k = match family.top_k {
+        Size::Fixed(top_k) => top_k,
+        Size::Field(field) => config.size(field, layer)?,
+    };
     let described = LayerConfig {
-        gate: GateConfig { softcap, ..GateConfig::default() },
+        gate: gate(config, family, layer)?,
         routing,
         activation: activation(config, family.activation, layer)?,
         weight_on: family.weight_on,
@@ -124,17 +146,83 @@ pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) 
             Some(described) => shared(config, described, layer)?,
             None => None,
         },
+        zero_experts: match family.zero_experts {
+            Some(Zero { count, output }) => {
+                Some(ZeroExperts { count: config.count(count, layer)?, output }).filter(|zero| zero.count > 0)
+            }
+            None => None,
+        },
+        capacity: match &family.capacity {
+            Some(slots) => Some(capacity(config, slots, layer)?),
+            None => None,
+        },
+        latent: match family.around.latent {
+            Some(latent) => Some(config.count(Size::Field(latent.width), layer)?).filter(|&width| width > 0),
+            None => None,
+        },
+        norms: norms(config, &family.around, layer, stored)?,
+        router_mlp: match family.router_mlp {
+            Some(RouterLayers { width, eps, function, .. }) => {
+                Some(RouterMlp { width: config.size(width, layer)?, eps: config.number(eps, layer)?, function })
+            }
+            None => None,
+        },
         ..LayerConfig::new(
             config.size(family.hidden, layer)?,
             config.size(family.intermediate, layer)?,
-            config.size(family.experts, layer)?,
-            config.size(family.top_k, layer)?,
+            config.size(family.experts, layer)?.saturating_add(always),
+            top_k.saturating_add(always),
         )
     };
     match described.check() {
         Ok(()) => Ok(described),
         Err(source) => Err(Error::Config { config: config.path().into(), source: source.into() }),
     }
+}
+
+fn gate(config: &ModelConfig, family: &Family, layer: usize) -> Result<GateConfig> {
+    let norm = match family.router_norm {
+        Some((_, eps)) => Some(GateNorm { eps: config.number(eps, layer)?, feeds_experts: false }),
+        None => None,
+    };
+    let softcap = config.optional_number(family.softcap, layer)?.filter(|&cap| cap > 0.0);
+    Ok(GateConfig { norm, scale: config.number(family.router_scale, layer)?, softcap })
+}
+
+fn capacity(config: &ModelConfig, slots: &Slots, layer: usize) -> Result<Capacity> {
+    let fraction = match slots.fraction {
+        [] => 0.0,
+        field => config.number(Number::Field { field, default: None }, layer)?,
+    };
+    let limit = if fraction > 0.0 {
+        CapacityLimit::Fraction(fraction)
+    } else {
+        match (config.optional_size(slots.count, layer)?, slots.share) {
+            (Some(count), _) => CapacityLimit::Slots(count),
+            (None, Some(factor)) => CapacityLimit::EvenShare { factor },
+            (None, None) => return Err(config.missing(slots.count)),
+        }
+    };
+    let by_score = config.flag(slots.by_score, layer)?;
+    let order = if by_score { CapacityOrder::Score } else { CapacityOrder::Position };
+    let renormalize = config.flag(slots.renormalize, layer)?.then_some(f32::EPSILON);
+    Ok(Capacity { limit, order, renormalize })
+}
+
+fn norms(config: &ModelConfig, around: &Around, layer: usize, stored: &dyn Fn(&str) -> bool) -> Result<Norms> {
+    let norm = |norm: Option<Rms>| -> Result<Option<RmsNorm>> {
+        let there = norm.filter(|norm| !norm.optional || stored(norm.weight));
+        let Some(Rms { eps, unit_offset, .. }) = there else { return Ok(None) };
+        Ok(Some(RmsNorm { eps: config.number(eps, layer)?, unit_offset }))
+    };
+    Ok(Norms {
+        experts_in: norm(around.experts_in)?,
+        expert_out: norm(around.expert_out)?,
+        routed_out: norm(around.routed_out)?,
+        shared_in: norm(around.shared_in)?,
+        shared_out: norm(around.shared_out)?,
+        out: norm(around.out)?,
+    })
 }
 
 fn routing(config: &ModelConfig, routing: &Routing, layer: usize) -> Result<RoutingRule> {
@@ -172,7 +260,7 @@ fn groups(config: &ModelConfig, fields: GroupFields, layer: usize) -> Result<Opt
 
 fn activation(config: &ModelConfig, act: Act, layer: usize) -> Result<Activation> {
     Ok(match act {
-        Act::Gated { named } => Activation::Gated(function(config, named, Function::Silu, layer)?),
+        Act::Gated { named, default } => Activation::Gated(function(config, named, default, layer)?),
         Act::Plain { named, default } => Activation::Plain(function(config, named, default, layer)?),
         Act::ClampedSilu { limit: Number::Field { field, .. } } if config.is_null(field, layer) => {
             Activation::default()
@@ -187,6 +275,10 @@ fn activation(config: &ModelConfig, act: Act, layer: usize) -> Result<Activation
         Act::SiluThenClamp { limit } => match config.optional_number(limit, layer)? {
             Some(limit) if limit != 0.0 => Activation::SiluThenClamp { limit },
             _ => Activation::default(),
+        },
+        Act::SoftcappedSilu { gate_cap, up_cap } => Activation::SoftcappedSilu {
+            gate_cap: config.number(gate_cap, layer)?,
+            up_cap: config.number(up_cap, layer)?,
         },
     })
 }

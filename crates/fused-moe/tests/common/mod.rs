@@ -6,7 +6,7 @@ pub(crate) mod model;
 use fused_moe::checkpoint::{Checkpoint, CheckpointLayer, write_safetensors};
 use fused_moe::cpu::Cpu;
 use fused_moe::operation::{Forward, RoutesOut};
-use fused_moe::reference::{self, Input, Output, SharedExpert};
+use fused_moe::reference::{self, Input, Latent, NormVectors, Output, RouterMlp, SharedExpert};
 use fused_moe::weights::{ExpertMatrices, Matrix};
 use fused_moe::{Backend, DType, HostView, Layer, Options, Stream, View};
 use std::path::PathBuf;
@@ -28,9 +28,29 @@ pub(crate) struct Case {
     pub(crate) tokens: usize,
     pub(crate) x: Vec<f32>,
     pub(crate) token_ids: Option<Vec<u32>>,
+    pub(crate) sequences: Vec<u32>,
     pub(crate) y: Vec<f64>,
     pub(crate) experts: Vec<u32>,
     pub(crate) weights: Vec<f64>,
+}
+
+/// What some layers read besides x.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Extra<'a> {
+    /// Where experts are chosen by them.
+    pub(crate) token_ids: Option<&'a [u32]>,
+    /// Where there is a capacity.
+    pub(crate) sequences: Option<&'a [u32]>,
+    /// Where the router has layers of its own.
+    pub(crate) router_state: Option<&'a [f32]>,
+}
+
+impl Case {
+    /// What the layer reads of it besides x.
+    pub(crate) fn extra(&self, layer: &CheckpointLayer<'_>) -> Extra<'_> {
+        let sequences = layer.config.capacity.map(|_| &self.sequences[..]);
+        Extra { token_ids: self.token_ids.as_deref(), sequences, router_state: None }
+    }
 }
 
 /// A golden: the layer's number and its cases.
@@ -50,41 +70,56 @@ impl Golden {
         let f64s = |key, i| -> Vec<f64> {
             tensor(key, i).data().as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes)).collect()
         };
-        let cases = (0..2).map(|i| {
+        let checkpoint = Checkpoint::open(path(name)).unwrap();
+        let layer = meta["layer"].as_u64().unwrap() as usize;
+        let whole = meta["note"].as_str().is_some_and(|note| note.starts_with("output = whole decoder layer"));
+        let factor = whole.then(|| layer_scalar(name, &checkpoint.layer(layer).unwrap().name));
+        let case = |i| {
             let x: Vec<f32> = chunks(tensor("input", i).data()).map(f32::from_le_bytes).collect();
+            let [batch, length] = [0, 1].map(|d| tensor("input", i).shape()[d] as u32);
+            let mut y = f64s("output_f64", i);
+            if let Some(factor) = factor {
+                // the output is (x + y) * factor
+                y.iter_mut().zip(&x).for_each(|(y, &x)| *y = *y / factor - f64::from(x));
+            }
+            let token_ids = file.tensor(&format!("input_ids.{i}")).ok();
             Case {
                 tokens: tensor("topk_ids", i).shape()[0],
                 x,
-                token_ids: file
-                    .tensor(&format!("input_ids.{i}"))
-                    .ok()
-                    .map(|ids| chunks(ids.data()).map(u32::from_le_bytes).collect()),
-                y: f64s("output_f64", i),
+                token_ids: token_ids.map(|ids| chunks(ids.data()).map(u32::from_le_bytes).collect()),
+                sequences: (0..=batch).map(|n| n * length).collect(),
+                y,
                 experts: chunks(tensor("topk_ids", i).data()).map(u32::from_le_bytes).collect(),
                 weights: f64s("topk_weights_f64", i),
             }
-        });
-        let cases = cases.collect();
-        Self {
-            checkpoint: Checkpoint::open(path(name)).unwrap(),
-            layer: meta["layer"].as_u64().unwrap() as usize,
-            cases,
-        }
+        };
+        let cases = (0..2).map(case).collect();
+        Self { checkpoint, layer, cases }
     }
+}
+
+/// The number that a whole decoder layer's output is multiplied by.
+fn layer_scalar(name: &str, block: &str) -> f64 {
+    let bytes = std::fs::read(path(name).join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = file.tensor(&format!("{block}.layer_scalar")).unwrap();
+    chunks(tensor.data()).map(f32::from_le_bytes).next().unwrap().into()
 }
 
 fn chunks(bytes: &[u8]) -> impl Iterator<Item = [u8; 4]> + '_ {
     bytes.as_chunks().0.iter().copied()
 }
 
-/// The specification's answer to x, of tokens with these ids if experts are chosen by them.
-pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32], token_ids: Option<&[u32]>) -> Output {
-    let x: Vec<f64> = x.iter().map(|&x| x.into()).collect();
+/// The specification's answer to x.
+pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32], extra: Extra<'_>) -> Output {
+    let wide = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| x.into()).collect() };
+    let (x, router_state) = (wide(x), extra.router_state.map(wide));
     let weights = &layer.weights;
     let config = &layer.config;
     let vector = |view: &Option<HostView<'_>>| view.as_ref().map(numbers);
     let router = vector(&weights.router).unwrap();
-    let (router_bias, correction_bias) = (vector(&weights.router_bias), vector(&weights.correction_bias));
+    let (router_bias, router_norm) = (vector(&weights.router_bias), vector(&weights.router_norm));
+    let (correction_bias, expert_scale) = (vector(&weights.correction_bias), vector(&weights.expert_scale));
     let (mut gate_up, mut gate_up_bias, mut down, mut down_bias) = (vec![], vec![], vec![], vec![]);
     for expert in weights.experts.iter() {
         joint(expert, &mut gate_up, &mut down);
@@ -98,11 +133,28 @@ pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32], token_ids: Optio
         joint(&shared.matrices, &mut gate_up, &mut down);
         (gate_up, down, vector(&shared.gate))
     });
+    let latent = weights.latent.map(|latent| (numbers(&latent.down), numbers(&latent.up)));
+    let norms = [
+        vector(&weights.norms.experts_in),
+        vector(&weights.norms.expert_out),
+        vector(&weights.norms.routed_out),
+        vector(&weights.norms.shared_in),
+        vector(&weights.norms.shared_out),
+        vector(&weights.norms.out),
+    ];
+    let [experts_in, expert_out, routed_out, shared_in, shared_out, out] = norms.each_ref().map(Option::as_deref);
+    let mlp = weights.router_mlp.map(|mlp| {
+        let matrices = [numbers(&mlp.down), numbers(&mlp.fc1), numbers(&mlp.fc2)];
+        let biases = [vector(&mlp.down_bias), vector(&mlp.fc1_bias), vector(&mlp.fc2_bias)];
+        (matrices, biases, vector(&mlp.norm), vector(&mlp.state_scale))
+    });
     let some = |bias: &'_ [f64]| !bias.is_empty();
     let layer = reference::Layer {
         router: &router,
         router_bias: router_bias.as_deref(),
+        router_norm: router_norm.as_deref(),
         correction_bias: correction_bias.as_deref(),
+        expert_scale: expert_scale.as_deref(),
         table: weights.table.as_ref().map(|table| &table.experts[..]),
         gate_up: &gate_up,
         gate_up_bias: Some(&gate_up_bias[..]).filter(|bias| some(bias)),
@@ -115,10 +167,23 @@ pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32], token_ids: Optio
             down_bias: None,
             gate: gate.as_deref(),
         }),
-        ..Default::default()
+        latent: latent.as_ref().map(|(down, up)| Latent { down, up }),
+        norms: NormVectors { experts_in, expert_out, routed_out, shared_in, shared_out, out },
+        router_mlp: mlp.as_ref().map(|([down, fc1, fc2], [down_bias, fc1_bias, fc2_bias], norm, scale)| RouterMlp {
+            down,
+            down_bias: down_bias.as_deref(),
+            state_scale: scale.as_deref(),
+            norm: norm.as_deref(),
+            fc1,
+            fc1_bias: fc1_bias.as_deref(),
+            fc2,
+            fc2_bias: fc2_bias.as_deref(),
+        }),
     };
-    let tokens = x.len() / config.hidden;
-    reference::forward(config, &layer, &Input { x: &x, tokens, token_ids, ..Default::default() })
+    let (token_ids, sequences) = (extra.token_ids, extra.sequences);
+    let (tokens, router_state) = (x.len() / config.hidden, router_state.as_deref());
+    let input = Input { x: &x, tokens, token_ids, sequences, router_state, ..Default::default() };
+    reference::forward(config, &layer, &input)
 }
 
 fn joint(expert: &ExpertMatrices<'_>, gate_up: &mut Vec<f64>, down: &mut Vec<f64>) {
@@ -160,7 +225,7 @@ pub(crate) struct Ran {
 }
 
 /// The processor's answer to x, x and y in a format.
-pub(crate) fn run(layer: &CheckpointLayer<'_>, x: &[f32], token_ids: Option<&[u32]>, dtype: DType) -> Ran {
+pub(crate) fn run(layer: &CheckpointLayer<'_>, x: &[f32], extra: Extra<'_>, dtype: DType) -> Ran {
     let device = Cpu::new().unwrap();
     let (hidden, top_k) = (layer.config.hidden, layer.config.top_k);
     let tokens = x.len() / hidden;
@@ -173,7 +238,10 @@ pub(crate) fn run(layer: &CheckpointLayer<'_>, x: &[f32], token_ids: Option<&[u3
     let shape = [tokens, hidden];
     let mut call =
         Forward::new(View::new(&x[..], dtype, 0, shape).unwrap(), View::new(&mut y[..], dtype, 0, shape).unwrap());
-    call.token_ids = token_ids.map(|ids| View::of(ids, [tokens]).unwrap());
+    call.token_ids = extra.token_ids.map(|ids| View::of(ids, [tokens]).unwrap());
+    call.sequences = extra.sequences.map(|ends| View::of(ends, [ends.len()]).unwrap());
+    call.router_state.previous =
+        extra.router_state.map(|state| View::of(state, [tokens, state.len() / tokens]).unwrap());
     call.routes = Some(RoutesOut {
         experts: View::of_mut(&mut experts, [tokens, top_k]).unwrap(),
         weights: View::of_mut(&mut weights, [tokens, top_k]).unwrap(),
@@ -225,8 +293,12 @@ fn encode(numbers: &[f32], dtype: DType) -> Vec<u8> {
 
 /// Largest difference over the largest magnitude expected.
 pub(crate) fn relative(actual: &[f64], expected: &[f64]) -> f64 {
+    relative_to(expected.iter().fold(0.0f64, |m, x| m.max(x.abs())), actual, expected)
+}
+
+/// Largest difference over a magnitude; NaN is infinitely far off.
+pub(crate) fn relative_to(magnitude: f64, actual: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(actual.len(), expected.len());
-    let largest = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
-    let difference = actual.iter().zip(expected).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
-    difference / largest
+    let differences = actual.iter().zip(expected).map(|(a, b)| (a - b).abs() / magnitude);
+    differences.fold(0.0f64, |m, d| if d.is_nan() { f64::INFINITY } else { m.max(d) })
 }

@@ -1,7 +1,7 @@
 //! A random MoE block: how it lies on disk, and what it computes.
 
 use crate::common::model::{Model, raw};
-use crate::common::{relative, run, specified};
+use crate::common::{Extra, relative, run, specified};
 use crate::rules::{Routes, sigmoid, swiglu};
 use fused_moe::DType;
 use fused_moe::checkpoint::Checkpoint;
@@ -114,10 +114,10 @@ struct Block {
 }
 
 /// Numbers that f32 holds exactly, uniform in `-scale..scale`.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn numbers(&mut self, n: usize, scale: f64) -> Vec<f64> {
+    pub(crate) fn numbers(&mut self, n: usize, scale: f64) -> Vec<f64> {
         let mut next = || {
             self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let unit = (self.0 >> 40) as f64 / (1u64 << 23) as f64 - 1.0;
@@ -159,7 +159,7 @@ impl Expert {
 }
 
 /// A tensor on disk: name, shape, numbers.
-type Stored = (String, Vec<usize>, Vec<f64>);
+pub(crate) type Stored = (String, Vec<usize>, Vec<f64>);
 
 impl Row {
     fn random(&self) -> Block {
@@ -294,8 +294,8 @@ impl Row {
         let x = Random(99).numbers(64 * hidden, 1.0);
         let (y, routes) = self.compute(&block, &x);
         let x: Vec<f32> = x.iter().map(|&x| x as f32).collect();
-        let out = specified(&layer, &x, None);
-        let ran = run(&layer, &x, None, DType::F32);
+        let out = specified(&layer, &x, Extra::default());
+        let ran = run(&layer, &x, Extra::default(), DType::F32);
         for (who, ids, weights, got) in [
             ("reference", &out.routes.experts, &out.routes.weights, &out.y),
             ("cpu", &ran.experts, &ran.weights, &ran.y),
@@ -354,7 +354,7 @@ impl Row {
 }
 
 /// A file of f32 tensors.
-fn file(tensors: &[Stored]) -> Vec<u8> {
+pub(crate) fn file(tensors: &[Stored]) -> Vec<u8> {
     let mut header = serde_json::Map::new();
     let mut data = Vec::new();
     for (name, shape, numbers) in tensors {

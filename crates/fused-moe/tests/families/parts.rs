@@ -2,9 +2,10 @@
 
 use crate::block::Row;
 use crate::common::model::{Model, file, tensors};
-use crate::common::{path, specified};
-use crate::rows;
-use fused_moe::checkpoint::{Checkpoint, Error};
+use crate::common::{Extra, path, specified};
+use crate::disk::Block;
+use crate::{blocks, rows};
+use fused_moe::checkpoint::{Checkpoint, Error, known_model_types};
 use fused_moe::config::Selection;
 use serde_json::{Value, json};
 
@@ -148,7 +149,7 @@ fn experts_by_token_id() {
     let layer = checkpoint.layer(0).unwrap();
     assert_eq!(layer.config.routing.selection, Selection::Table);
     assert_eq!(layer.weights.table.as_ref().unwrap().vocabulary, 128);
-    let out = specified(&layer, &[0.5; 48], Some(&[7]));
+    let out = specified(&layer, &[0.5; 48], Extra { token_ids: Some(&[7]), ..Extra::default() });
     assert_eq!(out.routes.experts, layer.weights.table.as_ref().unwrap().experts[21..24]);
 
     for (table, entry) in [([0, 8], "expert 8"), ([-1, 0], "expert -1"), ([i64::MIN, 9], "expert -9223372036854775808")]
@@ -171,4 +172,139 @@ fn experts_by_token_id() {
     assert_eq!(older.unwrap().layer(0).unwrap().config.routing.selection, Selection::Table);
     let plain = hash(|config| config["mlp_layer_types"] = json!(["moe", "moe"]), None).unwrap();
     assert!(layer_error(plain).contains("gate.bias [8] is missing"));
+}
+
+fn block_of(family: &str) -> Block {
+    blocks().into_iter().find(|block| block.family == family).unwrap()
+}
+
+#[test]
+fn what_is_around_the_experts_in_words() {
+    let said = |checkpoint: Checkpoint| checkpoint.inspect().routing.unwrap();
+    let golden = |name: &str| said(Checkpoint::open(path(name)).unwrap());
+    let made = |family: &str| said(Checkpoint::open(block_of(family).model().path()).unwrap());
+    for (text, words) in [
+        (
+            golden("longcat_flash"),
+            "the 4 of 8 experts and 4 that return the token itself with the largest softmax score plus",
+        ),
+        (
+            golden("inkling"),
+            "the 3 of 8 experts with the largest sigmoid score plus a correction bias and always to 2 more,",
+        ),
+        (
+            golden("nemotron_h_latent"),
+            ", the experts working in a width of 16 between two projections, and every token also",
+        ),
+        (
+            golden("switch_transformers"),
+            ", an expert taking at most 6 slots of a sequence, the first ones, the others adding nothing.",
+        ),
+        (golden("gemma4"), ", the router reading the token through a norm, logits times 0.14433756, weighted by their"),
+        (
+            golden("gemma4"),
+            " divided by their sum times a factor of each expert, and every token also to a shared expert of width 28,",
+        ),
+        (
+            golden("gemma4"),
+            ", with norms before the experts, behind their sum, before the shared expert, behind it and behind everything.",
+        ),
+        (
+            made("zaya"),
+            "the one of 8 experts and 1 that returns zero with the largest softmax score plus a correction bias, the router ",
+        ),
+        (
+            made("zaya"),
+            "having layers of its own of width 7, whose state goes on to the router of the next block, weighted",
+        ),
+        (made("axk1"), ", with a norm behind everything."),
+        (made("muse_spark"), ", logits times 0.4, weighted by"),
+        (made("muse_spark"), ", with norms before the experts and behind each expert."),
+        (
+            made("nllb_moe_decoder"),
+            "at most as many slots as 0.2 of the tokens of a sequence, the first ones, the others adding nothing, the weights of \
+             those that stay divided by their sum.",
+        ),
+    ] {
+        assert!(text.contains(words), "{text}");
+    }
+    let sizes = Checkpoint::open(path("nemotron_h_latent")).unwrap().inspect().sizes.unwrap();
+    assert_eq!((sizes.hidden, sizes.latent), (48, Some(16)));
+    // a bias of the sum is there once
+    let jetmoe = Checkpoint::open(path("jetmoe")).unwrap().inspect();
+    assert_eq!(jetmoe.parameters, 8 * 48 + 8 * 3 * 20 * 48 + 48);
+    for (name, beside) in [("gemma4", "layer_scalar"), ("jetmoe", "self_attention"), ("longcat_flash", "mlps.0")] {
+        assert!(Checkpoint::open(path(name)).unwrap().inspect().beside.unwrap().contains(beside));
+    }
+}
+
+/// Both stacks of a model lie in one file: the one that writes comes first.
+#[test]
+fn encoder_and_decoder() {
+    let checkpoint = Checkpoint::open(path("switch_transformers")).unwrap();
+    assert_eq!(checkpoint.parts(), ["switch_transformers_decoder", "switch_transformers_encoder"]);
+    assert_eq!(checkpoint.layer(1).unwrap().name, "decoder.block.1.layer.2.mlp");
+    let encoder = Checkpoint::open_part(path("switch_transformers"), "switch_transformers_encoder").unwrap();
+    assert_eq!(encoder.layer(1).unwrap().name, "encoder.block.1.layer.1.mlp");
+
+    let known: Vec<&str> = known_model_types().collect();
+    for name in ["switch_transformers", "nllb_moe", "nllb-moe"] {
+        assert_eq!(known.iter().filter(|known| **known == name).count(), 1);
+    }
+}
+
+/// Random choices cannot be held to anything.
+#[test]
+fn a_second_expert_by_chance() {
+    let block = block_of("nllb_moe_decoder");
+    let model = block.model();
+    let mut config = block.config.clone();
+    config["second_expert_policy"] = json!("sampling");
+    std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+    let error = Checkpoint::open(model.path()).unwrap().layer(3).unwrap_err().to_string();
+    assert!(error.contains("field second_expert_policy expected all, got \"sampling\""), "{error}");
+}
+
+/// What config.json does not ask for is not left out in silence.
+#[test]
+fn tensors_that_nothing_asks_for() {
+    let golden = |name: &str, pointer: &str, value: Value| {
+        let text = std::fs::read(path(name).join("config.json")).unwrap();
+        let mut config: Value = serde_json::from_slice(&text).unwrap();
+        *config.pointer_mut(pointer).unwrap() = value;
+        let model = Model::new(&config, &std::fs::read(path(name).join("model.safetensors")).unwrap());
+        Checkpoint::open(model.path()).unwrap().layer(1).unwrap_err().to_string()
+    };
+    let error = golden("nemotron_h_latent", "/moe_latent_size", json!(null));
+    assert!(
+        error.contains("fc1_latent_proj.weight is there, and moe_latent_size of config.json is absent or 0"),
+        "{error}"
+    );
+    let error = golden("inkling", "/text_config/n_shared_experts", json!(0));
+    assert!(error.contains("mlp.shared_experts.shared_w2_weight is there, and n_shared_experts of"), "{error}");
+    assert!(error.contains("gate.weight expected [8, 48], got [10, 48]"), "{error}");
+    let error = golden("longcat_flash", "/zero_expert_num", json!(3));
+    assert!(error.contains("classifier.weight expected [11, 48], got [12, 48]"), "{error}");
+    assert!(error.contains("e_score_correction_bias expected [11], got [12]"), "{error}");
+}
+
+/// The factor on all weights is read when the layer is.
+#[test]
+fn a_factor_in_a_tensor() {
+    let bytes = std::fs::read(path("inkling").join("model.safetensors")).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let name = "model.llm.layers.1.mlp.gate.global_scale";
+    let start = header[name]["data_offsets"][0].as_u64().unwrap() as usize + 8 + length;
+    let config = serde_json::from_slice(&std::fs::read(path("inkling").join("config.json")).unwrap()).unwrap();
+    let scale = |factor: f32| {
+        let mut bytes = bytes.clone();
+        bytes[start..start + 4].copy_from_slice(&factor.to_le_bytes());
+        let model = Model::new(&config, &bytes);
+        let checkpoint = Checkpoint::open(model.path()).unwrap();
+        checkpoint.layer(1).map(|layer| layer.config.routing.weights.scale)
+    };
+    assert_eq!(scale(0.25).unwrap(), 2.0);
+    let error = scale(f32::INFINITY).unwrap_err().to_string();
+    assert!(error.contains(&format!("{name} expected a finite number, got inf")), "{error}");
 }

@@ -20,7 +20,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "openai_privacy_filter",
         model_types: &["openai_privacy_filter"],
-        routing: &[always(scaled(TOP_LOGITS, Number::Inverse(BASE.top_k)))],
+        routing: &[always(scaled(TOP_LOGITS, Number::Inverse(TOP_K)))],
         matrices: &[Layout::Joint {
             gate_up: "experts.gate_up_proj",
             down: "experts.down_proj",
@@ -58,6 +58,14 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family { name: "granitemoeshared", model_types: &["granitemoeshared"], ..GRANITE_SHARED },
     Family { name: "granitemoehybrid", model_types: &["granitemoehybrid"], ..GRANITE_SHARED },
+    Family {
+        name: "jetmoe",
+        model_types: &["jetmoe"],
+        beside: Some("the experts of the attention (self_attention.experts), which are not read"),
+        blocks: &["layers.{l}.mlp"],
+        sum_bias: &["bias"],
+        ..GRANITE
+    },
     Family {
         name: "cohere2_moe",
         model_types: &["cohere2_moe"],

@@ -1,12 +1,9 @@
 //! The model families: one entry each, nothing but data, by the kinship of their routing; what they share is in
-//! `parts`. Those that no layer can be made of yet are in `refused`.
+//! `parts`.
 
 mod logits;
-mod refused;
 mod sigmoid;
 mod softmax;
-
-pub(super) use refused::REFUSED;
 
 use super::family::Family;
 

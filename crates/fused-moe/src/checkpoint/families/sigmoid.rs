@@ -1,6 +1,5 @@
 //! A score for each expert by itself, mostly with a correction bias: DeepSeek and its kin.
 
-use super::refused::LATENT;
 use crate::checkpoint::family::*;
 use crate::checkpoint::parts::*;
 use fused_moe_core::config::{GroupScore, Masked, Score, SelectBy};
@@ -103,6 +102,12 @@ pub(super) const FAMILIES: &[Family] = &[
         ..DEEPSEEK
     },
     Family {
+        name: "axk1",
+        model_types: &["axk1"],
+        around: Around { out: Some(rms("../post_mlp_layernorm.weight")), ..PLAIN },
+        ..DEEPSEEK
+    },
+    Family {
         name: "axk2",
         model_types: &["axk2"],
         sparse: ONE_DENSE,
@@ -110,6 +115,7 @@ pub(super) const FAMILIES: &[Family] = &[
             select: grouped(Flag::Always, GroupScore::SumOfBestTwo, Masked::Zero),
             ..deepseek(factor(2.5))
         })],
+        around: Around { out: Some(Rms { optional: true, ..rms("../post_mlp_layernorm.weight") }), ..PLAIN },
         ..DEEPSEEK
     },
     Family {
@@ -156,7 +162,6 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "nemotron_h",
         model_types: &["nemotron_h"],
-        lacks: &[(&["moe_latent_size"], LATENT)],
         roots: &["backbone.", "model."],
         blocks: &["layers.{l}.mixer"],
         kinds: &["layers_block_type", "hybrid_override_pattern"],
@@ -167,7 +172,7 @@ pub(super) const FAMILIES: &[Family] = &[
         routing: &[always(deepseek(factor(1.0)))],
         activation: RELU_SQUARED,
         matrices: &[
-            Layout::Plain { up: "experts.{e}.up_proj.weight", down: "experts.{e}.down_proj.weight" },
+            Layout::Plain { up: "experts.{e}.up_proj.weight", down: "experts.{e}.down_proj.weight", biases: None },
             Layout::Joint {
                 gate_up: "experts.up_proj",
                 down: "experts.down_proj",
@@ -176,12 +181,24 @@ pub(super) const FAMILIES: &[Family] = &[
             },
         ],
         shared: Some(Shared {
-            matrices: &[Layout::Plain { up: "shared_experts.up_proj.weight", down: "shared_experts.down_proj.weight" }],
+            matrices: &[Layout::Plain {
+                up: "shared_experts.up_proj.weight",
+                down: "shared_experts.down_proj.weight",
+                biases: None,
+            }],
             width: &["moe_shared_expert_intermediate_size"],
             times: None,
             activation: RELU_SQUARED,
             ..SHARED_EXPERTS
         }),
+        around: Around {
+            latent: Some(Latent {
+                width: &["moe_latent_size"],
+                down: "fc1_latent_proj.weight",
+                up: "fc2_latent_proj.weight",
+            }),
+            ..PLAIN
+        },
         ..DEEPSEEK
     },
     Family {
@@ -233,7 +250,7 @@ pub(super) const FAMILIES: &[Family] = &[
         correction_bias: &["expert_bias"],
         routing: &[always(Routing {
             normalize: Norm::Sum { when: Flag::Always, eps: 1e-20 },
-            ..scaled(SIGMOID, field(&["route_scale"], None))
+            ..scaled(SIGMOID, ROUTE_SCALE)
         })],
         shared: Some(SHARED_EXPERTS),
         ..BASE
@@ -298,4 +315,79 @@ pub(super) const FAMILIES: &[Family] = &[
         shared: Some(SHARED_EXPERT),
         ..BASE
     },
+    Family {
+        name: "inkling",
+        model_types: &["inkling", "inkling_mm_model"],
+        always: Some(Always {
+            count: &["n_shared_experts"],
+            matrices: &[Layout::Joint {
+                gate_up: "shared_experts.shared_w13_weight",
+                down: "shared_experts.shared_w2_weight",
+                layout: INTERLEAVED,
+                biases: None,
+            }],
+        }),
+        scale: &["gate.global_scale"],
+        routing: &[always(scaled(SIGMOID, ROUTE_SCALE))],
+        ..INKLING
+    },
+    Family {
+        name: "inkling2",
+        model_types: &["inkling2", "inkling2_mm_model"],
+        routing: &[Case {
+            when: &[(&["scoring_func"], "sigmoid")],
+            then: Routing { normalize: Norm::Sum { when: Flag::Always, eps: 1e-20 }, ..scaled(SIGMOID, ROUTE_SCALE) },
+        }],
+        activation: Act::SoftcappedSilu {
+            gate_cap: field(&["mlp_gate_softcap"], Some(4.0)),
+            up_cap: field(&["mlp_up_softcap"], Some(25.0)),
+        },
+        ..INKLING
+    },
+    Family {
+        name: "muse_spark",
+        model_types: &["muse_spark"],
+        sparse: FIRST_DENSE,
+        router_scale: field(&["output_multiplier"], None),
+        correction_bias: &["gate.e_score_correction_bias"],
+        routing: &[always(Routing {
+            normalize: Norm::Sum { when: Flag::Always, eps: 1e-15 },
+            ..scaled(SIGMOID, SCALING_FACTOR)
+        })],
+        matrices: &[FUSED, PER_EXPERT],
+        around: Around {
+            latent: Some(Latent {
+                width: &["moe_hidden_size"],
+                down: "pre_expert_proj.weight",
+                up: "post_expert_proj.weight",
+            }),
+            // post_norm_eps is that of the norm behind the experts, by its name; the one before them has the model's
+            experts_in: Some(Rms { unit_offset: true, ..rms("pre_expert_norm.weight") }),
+            expert_out: Some(Rms {
+                unit_offset: true,
+                eps: field(&["post_norm_eps"], None),
+                ..rms("experts.post_expert_norm.weight")
+            }),
+            ..PLAIN
+        },
+        ..BASE
+    },
 ];
+
+const INKLING: Family = Family {
+    roots: &["model.llm.", "model.language_model.", "model."],
+    intermediate: &["moe_intermediate_size", "intermediate_size"],
+    sparse: FIRST_DENSE,
+    correction_bias: &["gate.bias"],
+    matrices: &[Layout::Joint {
+        gate_up: "experts.w13_weight",
+        down: "experts.w2_weight",
+        layout: INTERLEAVED,
+        biases: None,
+    }],
+    ..BASE
+};
+
+const INTERLEAVED: StackLayout = StackLayout { order: GateUpOrder::Interleaved, ..OUT_IN };
+
+const ROUTE_SCALE: Number = field(&["route_scale"], None);

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::family::*;
 use crate::checkpoint::parts::*;
-use fused_moe_core::config::{GroupScore, Masked};
+use fused_moe_core::config::{Function, GroupScore, Masked, SelectBy, ZeroOutput};
 use fused_moe_core::weights::{Orientation, StackLayout};
 
 pub(super) const FAMILIES: &[Family] = &[
@@ -141,13 +141,13 @@ pub(super) const FAMILIES: &[Family] = &[
         blocks: &["blocks.{l}.ffn"],
         intermediate: &["ffn_config.ffn_hidden_size"],
         experts: &["ffn_config.moe_num_experts"],
-        top_k: &["ffn_config.moe_top_k"],
+        top_k: Size::Field(&["ffn_config.moe_top_k"]),
         router: &["router.layer.weight"],
         routing: &[always(Routing {
             normalize: Norm::Lp { p: &["ffn_config.moe_normalize_expert_weights"], default: 1.0 },
             ..SOFTMAX
         })],
-        activation: Act::Gated { named: &["ffn_config.ffn_act_fn.name"] },
+        activation: Act::Gated { named: &["ffn_config.ffn_act_fn.name"], default: Function::Silu },
         matrices: &[Layout::Stacks {
             gate: "experts.mlp.w1",
             up: "experts.mlp.v1",
@@ -186,4 +186,175 @@ pub(super) const FAMILIES: &[Family] = &[
         shared: Some(Shared { matrices: &[SHARED_MLP], width: &["intermediate_size"], times: None, ..SHARED_EXPERTS }),
         ..BASE
     },
+    Family {
+        name: "longcat_flash",
+        model_types: &["longcat_flash"],
+        beside: Some("the two dense MLPs beside the block (mlps.0, mlps.1)"),
+        layers: &["num_layers", "num_hidden_layers"],
+        intermediate: &["expert_ffn_hidden_size"],
+        zero_experts: Some(Zero { count: Size::Field(&["zero_expert_num"]), output: ZeroOutput::Copy }),
+        router: &["router.classifier.weight"],
+        correction_bias: &["router.e_score_correction_bias"],
+        routing: &[always(scaled(BIASED, factor(6.0)))],
+        ..BASE
+    },
+    Family {
+        name: "zaya",
+        model_types: &["zaya"],
+        zero_experts: Some(Zero { count: Size::Fixed(1), output: ZeroOutput::Zero }),
+        router: &["gate.router_mlp.out_proj.weight"],
+        router_mlp: Some(RouterLayers {
+            width: &["router_hidden_size"],
+            function: Function::GeluErf,
+            down: ["gate.down_proj.weight", "gate.down_proj.bias"],
+            state_scale: "gate.router_states_scale",
+            norm: "gate.router_mlp.norm.weight",
+            eps: field(&["rms_norm_eps", "norm_epsilon"], None),
+            fc1: ["gate.router_mlp.fc1.weight", "gate.router_mlp.fc1.bias"],
+            fc2: ["gate.router_mlp.fc2.weight", "gate.router_mlp.fc2.bias"],
+        }),
+        correction_bias: &["gate.balancing_biases"],
+        // the model's own code sets the choice without an expert to this when it loads a file
+        correction_end: Some(-1.0),
+        routing: &[always(BIASED)],
+        matrices: &[FUSED, PER_EXPERT],
+        ..BASE
+    },
+    Family { name: "gemma4", model_types: &["gemma4"], ..GEMMA },
+    Family {
+        name: "diffusion_gemma",
+        model_types: &["diffusion_gemma"],
+        roots: &["model.decoder.", "model."],
+        ..GEMMA
+    },
+    Family {
+        name: "switch_transformers_decoder",
+        model_types: &["switch_transformers"],
+        roots: &["decoder."],
+        blocks: &["block.{l}.layer.2.mlp"],
+        layers: &["num_decoder_layers", "num_layers"],
+        sparse: &[Sparse::SecondOf { step: &["decoder_sparse_step"] }],
+        ..SWITCH
+    },
+    Family {
+        name: "switch_transformers_encoder",
+        model_types: &["switch_transformers"],
+        roots: &["encoder."],
+        blocks: &["block.{l}.layer.1.mlp"],
+        layers: &["num_layers"],
+        sparse: &[Sparse::SecondOf { step: &["encoder_sparse_step"] }],
+        ..SWITCH
+    },
+    Family {
+        name: "nllb_moe_decoder",
+        model_types: &["nllb_moe", "nllb-moe"],
+        roots: &["model.decoder.", "decoder."],
+        layers: &["decoder_layers"],
+        intermediate: &["decoder_ffn_dim"],
+        sparse: &[Sparse::Step { step: &["decoder_sparse_step"], except: &[] }],
+        ..NLLB
+    },
+    Family {
+        name: "nllb_moe_encoder",
+        model_types: &["nllb_moe", "nllb-moe"],
+        roots: &["model.encoder.", "encoder."],
+        layers: &["encoder_layers", "num_hidden_layers"],
+        intermediate: &["encoder_ffn_dim"],
+        sparse: &[Sparse::Step { step: &["encoder_sparse_step"], except: &[] }],
+        ..NLLB
+    },
 ];
+
+/// Chosen with a correction bias.
+const BIASED: Routing =
+    Routing { select: Select::TopK { by: SelectBy::Score, bias: Flag::Always, groups: None }, ..SOFTMAX };
+
+/// A norm before and one behind both the experts and a dense MLP beside them, and one of their sum; the router has its own.
+const GEMMA: Family = Family {
+    beside: Some("the layer's residual and its factor: a decoder layer is (x + y) * layer_scalar"),
+    blocks: &["layers.{l}"],
+    top_k: Size::Field(&["top_k_experts"]),
+    sparse: &[Sparse::If(Flag::Field { field: &["enable_moe_block"], default: Some(false) })],
+    router: &["router.proj.weight"],
+    router_norm: Some(("router.scale", RMS_EPS)),
+    router_scale: Number::InverseRoot(BASE.hidden),
+    expert_scale: &["router.per_expert_scale"],
+    routing: &[always(NORMALIZED)],
+    activation: GEGLU,
+    matrices: &[FUSED],
+    shared: Some(Shared {
+        matrices: &[Layout::Apart {
+            gate: "mlp.gate_proj.weight",
+            up: "mlp.up_proj.weight",
+            down: "mlp.down_proj.weight",
+        }],
+        width: &["intermediate_size"],
+        times: None,
+        activation: GEGLU,
+        ..SHARED_EXPERTS
+    }),
+    around: Around {
+        experts_in: Some(rms("pre_feedforward_layernorm_2.weight")),
+        routed_out: Some(rms("post_feedforward_layernorm_2.weight")),
+        shared_in: Some(rms("pre_feedforward_layernorm.weight")),
+        shared_out: Some(rms("post_feedforward_layernorm_1.weight")),
+        out: Some(rms("post_feedforward_layernorm.weight")),
+        ..PLAIN
+    },
+    ..BASE
+};
+
+const GEGLU: Act = Act::Gated { named: &["hidden_activation"], default: Function::GeluTanh };
+
+/// One expert a token, as long as it has room; without gates.
+const SWITCH: Family = Family {
+    intermediate: &["d_ff"],
+    top_k: Size::Fixed(1),
+    router: &["router.classifier.weight"],
+    router_bias: &["router.classifier.bias"],
+    router_biased: Flag::Field { field: &["router_bias"], default: Some(false) },
+    capacity: Some(Slots {
+        fraction: &[],
+        count: &["expert_capacity"],
+        share: None,
+        by_score: Flag::Never,
+        renormalize: Flag::Never,
+    }),
+    activation: Act::Plain { named: &["dense_act_fn"], default: Function::Relu },
+    matrices: &[Layout::Plain {
+        up: "experts.expert_{e}.wi.weight",
+        down: "experts.expert_{e}.wo.weight",
+        biases: None,
+    }],
+    ..BASE
+};
+
+/// Two experts a token, as long as they have room, with biases. Of the policies for the second expert the others are random.
+const NLLB: Family = Family {
+    blocks: &["layers.{l}.ffn"],
+    top_k: Size::Fixed(2),
+    routing: &[Case {
+        when: &[(&["second_expert_policy"], "all")],
+        then: Routing {
+            normalize: Norm::Sum { when: Flag::Field { field: BEFORE_DROPPING, default: Some(false) }, eps: 0.0 },
+            ..SOFTMAX
+        },
+    }],
+    capacity: Some(Slots {
+        fraction: &["moe_eval_capacity_token_fraction"],
+        count: &["expert_capacity"],
+        share: Some(2),
+        by_score: Flag::Field { field: &["batch_prioritized_routing"], default: Some(false) },
+        renormalize: Flag::Not(BEFORE_DROPPING),
+    }),
+    activation: Act::Plain { named: &["activation_function"], default: Function::Relu },
+    routed_scale: &[always(Number::OneLess(&["moe_token_dropout"]))],
+    matrices: &[Layout::Plain {
+        up: "experts.expert_{e}.fc1.weight",
+        down: "experts.expert_{e}.fc2.weight",
+        biases: Some(["experts.expert_{e}.fc1.bias", "experts.expert_{e}.fc2.bias"]),
+    }],
+    ..SWITCH
+};
+
+const BEFORE_DROPPING: Field = &["normalize_router_prob_before_dropping"];
