@@ -2,6 +2,8 @@
 //
 // Without norm a row is cut into pieces for several blocks. With it a block has the row: it sums the squares, keeping the
 // values in shared memory if STASH (else they are formed again), and then writes.
+//
+// COPIES: a slot whose expert is one of copies_first .. copies_end has the token itself in place of its row.
 
 __device__ __forceinline__ void value_of(const CombineParams& p, u64 t, u64 h, f32 shared_factor, f32 (&value)[VEC]) {
 #pragma unroll
@@ -9,13 +11,19 @@ __device__ __forceinline__ void value_of(const CombineParams& p, u64 t, u64 h, f
 #pragma unroll 4
     for (u32 k = 0; k < p.top_k; k++) {
         u64 row = t * p.top_k + k;
-        if (p.slot_row.data) {
+        bool copied = false;
+        if (COPIES) {
+            const u32 e = row_of<const u32>(p.experts, t)[k];
+            copied = e >= p.copies_first && e < p.copies_end;
+        }
+        if (p.slot_row.data && !copied) {
             row = reinterpret_cast<const u32*>(p.slot_row.data)[row];
             if (row >= p.rows) continue;
         }
         const f32 w = p.weights.data ? row_of<const f32>(p.weights, t)[k] : 1.0f;
         f32 y[VEC];
-        load<VEC>(row_of<const Y_T>(p.y, row) + h, y);
+        if (copied) load<VEC>(p.copied, t, h, y);
+        else load<VEC>(row_of<const Y_T>(p.y, row) + h, y);
 #pragma unroll
         for (int j = 0; j < VEC; j++) value[j] = fmaf(w, y[j], value[j]);
     }

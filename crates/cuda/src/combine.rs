@@ -6,8 +6,8 @@ use fused_moe_core::operation::{Combine, Residual, SlotRows};
 params! {
     CombineParams {
         y: Tensor, slot_row: Tensor, weights: Tensor, shared: Tensor, factor: Tensor, logit: Tensor, residual: Tensor,
-        norm_weight: Tensor, normed: Tensor, out: Tensor, tokens: u64, hidden: u64, rows: u64, top_k: u32,
-        routed_scale: f32, shared_scale: f32, eps: f32,
+        norm_weight: Tensor, normed: Tensor, out: Tensor, copied: Tensor, experts: Tensor, tokens: u64, hidden: u64,
+        rows: u64, top_k: u32, copies_first: u32, copies_end: u32, routed_scale: f32, shared_scale: f32, eps: f32,
     }
 }
 
@@ -15,7 +15,9 @@ impl CombineParams {
     /// Whether groups of so many elements may be read and written at once.
     fn aligned(&self, elements: u64) -> bool {
         let vector = Tensor { stride: 0, ..self.norm_weight };
-        [self.y, self.shared, self.residual, vector, self.normed, self.out].iter().all(|t| t.aligned(elements))
+        [self.y, self.shared, self.residual, vector, self.normed, self.out, self.copied]
+            .iter()
+            .all(|t| t.aligned(elements))
     }
 }
 
@@ -26,7 +28,7 @@ pub(crate) fn combine(cuda: &Cuda, stream: &CudaStream, operands: Combine<'_, Cu
         SlotRows::Permuted { y, slot_row } => (Tensor::of(y)?, Tensor::of(slot_row)?, y.rows()),
     };
     let out = Tensor::of(&operands.out)?;
-    let (shared, norm) = (operands.shared.as_ref(), operands.norm.as_ref());
+    let (shared, norm, copies) = (operands.shared.as_ref(), operands.norm.as_ref(), operands.copies.as_ref());
     let column = |view: Option<_>| view.map_or(Ok(Tensor::default()), Tensor::column);
     let params = CombineParams {
         y,
@@ -47,10 +49,14 @@ pub(crate) fn combine(cuda: &Cuda, stream: &CudaStream, operands: Combine<'_, Cu
         hidden: problem.hidden as u64,
         rows: rows as u64,
         top_k: problem.top_k as u32,
+        copied: Tensor::maybe(copies.map(|copies| &copies.x))?,
+        experts: Tensor::maybe(copies.map(|copies| &copies.experts))?,
+        copies_first: copies.map_or(0, |copies| copies.first as u32),
+        copies_end: copies.map_or(0, |copies| copies.end as u32),
         routed_scale: operands.routed_scale,
         shared_scale: shared.map_or(0.0, |shared| shared.scale),
         eps: norm.map_or(0.0, |norm| norm.eps),
     };
-    let plan = plan::combine(&problem, norm.is_some(), |n| params.aligned(n));
+    let plan = plan::combine(&problem, copies.is_some(), norm.is_some(), |n| params.aligned(n));
     launch(cuda, stream, plan.kernel, plan.grid, &params)
 }

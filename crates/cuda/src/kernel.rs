@@ -4,7 +4,7 @@ use crate::grouped::GroupedKernel;
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
-use crate::{accumulate, activation, combine, copy, gate, linear, measure, permute, route};
+use crate::{accumulate, activation, combine, copy, drop_overflow, gate, linear, measure, permute, route};
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 
@@ -21,9 +21,10 @@ pub(crate) enum Kernel {
     PermuteCount,
     PermuteScan,
     PermuteScatter,
+    DropOverflow,
     TileSchedule,
     Activation { activation: ActivationKind },
-    Combine { y: DType, vector: u8, norm: bool, stash: bool },
+    Combine { y: DType, vector: u8, copies: bool, norm: bool, stash: bool },
     Linear { x: DType, weight: DType, vector: u8 },
     LinearTiled { x: DType, weight: DType, vector: u8 },
     LinearMma { format: DType, tile: SplitTile },
@@ -105,6 +106,7 @@ impl Kernel {
             Self::PermuteCount => "permute_count",
             Self::PermuteScan => "permute_scan",
             Self::PermuteScatter => "permute_scatter",
+            Self::DropOverflow => "drop_overflow",
             Self::TileSchedule => "tile_schedule",
             Self::Activation { .. } => "activation",
             Self::Combine { .. } => "combine",
@@ -130,6 +132,7 @@ impl Kernel {
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter => {
                 permute::PermuteParams::DEFINITION
             }
+            Self::DropOverflow => drop_overflow::DropOverflowParams::DEFINITION,
             Self::TileSchedule => permute::TileScheduleParams::DEFINITION,
             Self::Activation { .. } => activation::ActivationParams::DEFINITION,
             Self::Combine { .. } => combine::CombineParams::DEFINITION,
@@ -161,6 +164,7 @@ impl Kernel {
             Self::PermuteCount => vec![own, PERMUTE, include_str!("permute_count.cu")],
             Self::PermuteScan => vec![own, PERMUTE, include_str!("permute_scan.cu")],
             Self::PermuteScatter => vec![own, PERMUTE, include_str!("permute_scatter.cu")],
+            Self::DropOverflow => vec![REDUCE, own, include_str!("drop_overflow.cu")],
             Self::TileSchedule => vec![permute, PERMUTE, own, include_str!("tile_schedule.cu")],
             Self::Activation { .. } => vec![ACTIVATION, own, include_str!("activation.cu")],
             Self::Combine { .. } => vec![REDUCE, own, include_str!("combine.cu")],
@@ -223,9 +227,10 @@ impl Kernel {
             Self::Activation { activation } => {
                 vec![("FORM", activation.form.to_string()), ("FUNCTION", activation.function.to_string())]
             }
-            Self::Combine { y, vector, norm, stash } => vec![
+            Self::Combine { y, vector, copies, norm, stash } => vec![
                 ("Y_T", y.to_string()),
                 ("VEC", number(vector.into())),
+                ("COPIES", copies.to_string()),
                 ("NORM", norm.to_string()),
                 ("STASH", stash.to_string()),
             ],
@@ -238,6 +243,7 @@ impl Kernel {
             | Self::PermuteCount
             | Self::PermuteScan
             | Self::PermuteScatter
+            | Self::DropOverflow
             | Self::TileSchedule
             | Self::Zero
             | Self::Accumulate
@@ -255,6 +261,7 @@ impl Kernel {
             Self::PermuteCount,
             Self::PermuteScan,
             Self::PermuteScatter,
+            Self::DropOverflow,
             Self::TileSchedule,
             Self::Zero,
             Self::Accumulate,
@@ -273,7 +280,7 @@ impl Kernel {
             all.push(Self::GatherWeights { scores: x });
             for vector in [1, 4] {
                 for (norm, stash) in [(false, false), (true, false), (true, true)] {
-                    all.push(Self::Combine { y: x, vector, norm, stash });
+                    all.extend([false, true].map(|copies| Self::Combine { y: x, vector, copies, norm, stash }));
                 }
             }
             for w in FLOATS {

@@ -1,3 +1,6 @@
+mod routing;
+mod shared;
+
 use crate::copy;
 use crate::down::down_of;
 use crate::error::Result;
@@ -6,14 +9,17 @@ use crate::grouped::Groups;
 use crate::launch::Tensor;
 use crate::memory::{Memory, Mut, Ref};
 use crate::pack::{Experts, floats};
-use crate::workspace::{Buffer, PermutationScratch, RoutingScratch, SharedScratch, Workspace};
+use crate::workspace::{Buffer, Scratch, Workspace};
 use crate::{Cuda, CudaStream};
-use fused_moe_core::DType::{F16, F32, U32};
-use fused_moe_core::config::{LayerConfig, Selection, SharedConfig, WeightOn};
+use fused_moe_core::DType::{F16, F32};
+use fused_moe_core::config::{LayerConfig, RmsNorm, Selection, WeightOn, ZeroOutput};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
-use fused_moe_core::weights::{LayerWeights, SharedWeights};
+use fused_moe_core::surroundings::{On, Reads, Surroundings};
+use fused_moe_core::weights::LayerWeights;
 use fused_moe_core::{Backend, DType, HostView, Layer, Numerics, Options, Permutation, Routing, View};
+use routing::RoutesFrom;
+use shared::SharedExpert;
 use std::ops::Range;
 
 type In<'a> = View<Ref<'a>>;
@@ -40,7 +46,9 @@ pub struct CudaLayer {
     expert_scale: Option<Memory>,
     table: Option<(Memory, usize)>,
     experts: Experts,
+    expert_out: Option<OutputNorm>,
     shared: Option<SharedExpert>,
+    surroundings: Option<Surroundings<Cuda>>,
     /// For calls that are explained and not run.
     pub(crate) idle: CudaStream,
 }
@@ -53,12 +61,11 @@ pub(crate) struct Router {
     bias: Option<Memory>,
 }
 
-/// The shared expert's matrices, as those of one expert, and f32 `[H]`.
+/// The norm of the experts' outputs: f32 `[H]`, to which one is added already where the factor is `1 + weight`.
 #[derive(Debug)]
-struct SharedExpert {
-    config: SharedConfig,
-    matrices: Experts,
-    gate: Option<Memory>,
+struct OutputNorm {
+    weight: Option<Memory>,
+    eps: f32,
 }
 
 impl CudaLayer {
@@ -71,10 +78,12 @@ impl CudaLayer {
         let problem = LayerProblem::new(config, weights, options)?;
         let router = weights.router.map(|view| Router::new(cuda, view, weights.router_bias)).transpose()?;
         let experts: Vec<_> = weights.experts.iter().collect();
-        let shared = match (config.shared, &weights.shared) {
+        let shared = match (problem.core.shared, &weights.shared) {
             (Some(config), Some(weights)) => Some(SharedExpert::new(cuda, config, weights)?),
             _ => None,
         };
+        let surroundings = config.has_surroundings().then(|| Surroundings::new(cuda, config, weights)).transpose()?;
+        let expert_out = config.norms.expert_out.map(|norm| OutputNorm::new(cuda, norm, weights.norms.expert_out));
         let table = weights.table.as_ref().map(|table| {
             Ok::<_, crate::Error>((upload(cuda, bytemuck::cast_slice(&table.experts))?, table.vocabulary))
         });
@@ -87,7 +96,9 @@ impl CudaLayer {
             expert_scale: vector_of(cuda, weights.expert_scale)?,
             table: table.transpose()?,
             experts: Experts::local(cuda, &experts, problem.local.clone())?,
+            expert_out: expert_out.transpose()?,
             shared,
+            surroundings,
             idle: cuda.stream()?,
             problem,
         })
@@ -110,10 +121,14 @@ impl Router {
     }
 }
 
-impl SharedExpert {
-    fn new(cuda: &Cuda, config: SharedConfig, weights: &SharedWeights<'_>) -> Result<Self> {
-        let matrices = Experts::local(cuda, &[&weights.matrices], 0..1)?;
-        Ok(Self { config, matrices, gate: vector_of(cuda, weights.gate)? })
+impl OutputNorm {
+    fn new(cuda: &Cuda, norm: RmsNorm, weight: Option<HostView<'_>>) -> Result<Self> {
+        let offset = if norm.unit_offset { 1.0 } else { 0.0 };
+        let weight = weight.map(|view| {
+            let factors: Vec<f32> = floats(view)?.into_iter().map(|weight| weight + offset).collect();
+            upload(cuda, bytemuck::cast_slice(&factors))
+        });
+        Ok(Self { weight: weight.transpose()?, eps: norm.eps })
     }
 }
 
@@ -127,8 +142,10 @@ impl Layer<Cuda> for CudaLayer {
         let router = self.router.as_ref().map_or(0, |router| router.matrix.bytes() + bytes(&router.bias));
         let vectors = [&self.router_norm, &self.correction_bias, &self.expert_scale].map(bytes);
         let table = self.table.as_ref().map_or(0, |(table, _)| table.bytes());
-        let shared = self.shared.as_ref().map_or(0, |shared| shared.matrices.bytes() + bytes(&shared.gate));
-        router + vectors.iter().sum::<usize>() + table + self.experts.bytes() + shared
+        let expert_out = self.expert_out.as_ref().map_or(0, |norm| bytes(&norm.weight));
+        let shared = self.shared.as_ref().map_or(0, SharedExpert::bytes);
+        let around = self.surroundings.as_ref().map_or(0, Surroundings::weight_bytes);
+        router + vectors.iter().sum::<usize>() + table + self.experts.bytes() + expert_out + shared + around
     }
 
     fn workspace_bytes(&self, max_tokens: usize) -> Result<usize> {
@@ -158,7 +175,7 @@ impl Layer<Cuda> for CudaLayer {
 }
 
 impl CudaLayer {
-    /// The stages in order.
+    /// The stages, and what stands around them.
     pub(crate) fn run_on(
         &self,
         cuda: &Cuda,
@@ -167,28 +184,53 @@ impl CudaLayer {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let tokens = self.problem.forward(&call)?.tokens;
-        let mut scratch = workspace.carve("forward", &self.problem, tokens)?;
-        let config = &self.problem.config;
+        let (scratch, around) = workspace.carve("forward", &self.problem, tokens)?;
+        let Some(surroundings) = &self.surroundings else {
+            let reads = Reads { router: call.x, experts: call.x };
+            return self.stages(cuda, stream, call, reads, scratch);
+        };
+        let (_, between) = formats(call.x.dtype(), self.problem.gate_up, self.problem.down);
+        let rows_at_once = if self.invariant() { INVARIANT_TOKENS } else { tokens };
+        let on = On { backend: cuda, stream, between, rows_at_once };
+        surroundings.run(&on, call, around, |call, reads| self.stages(cuda, stream, call, reads, scratch))
+    }
+
+    /// The stages in order.
+    fn stages(
+        &self,
+        cuda: &Cuda,
+        stream: &CudaStream,
+        call: Forward<'_, Cuda>,
+        reads: Reads<'_, Cuda>,
+        mut scratch: Scratch<'_>,
+    ) -> Result<()> {
+        let LayerProblem { core: config, local, gate_up, down, .. } = &self.problem;
+        let (tokens, choices) = (call.x.rows(), config.choices());
         let (hidden, rows, invariant) = (config.hidden, tokens * config.top_k, self.invariant());
         let alone = tokens == 1 && call.counts.is_none() && self.slots_are_rows(&call.source);
-        let Forward { x, source, token_ids, sequences: _, router_state: _, residual, norm, routes, counts, y } = call;
+        let Forward { source, token_ids, sequences, residual, norm, routes, counts, y, .. } = call;
 
+        let from = |logits| RoutesFrom { logits, x: reads.router, token_ids, sequences };
         let routing = match source {
             Source::Routes(Routing { experts, weights }) => Routing { experts, weights },
-            Source::Logits(logits) => self.route(cuda, stream, logits, token_ids, &mut scratch.routing)?,
-            Source::Router => self.gate_route(cuda, stream, x, token_ids, &mut scratch.routing)?,
+            Source::Logits(logits) => {
+                self.routing(cuda, stream, from(Some(logits)), &mut scratch.routing, &mut scratch.permutation)?
+            }
+            Source::Router => self.routing(cuda, stream, from(None), &mut scratch.routing, &mut scratch.permutation)?,
         };
         if !alone {
-            self.permute(cuda, stream, routing.experts, &mut scratch.permutation)?;
+            self.permute(cuda, stream, routing.experts, local.clone(), &mut scratch.permutation)?;
         }
-        let Permutation { row_slot, slot_row, offsets } = scratch.permutation.views(rows, config.experts)?;
+        let Permutation { row_slot, slot_row, offsets } = scratch.permutation.views(rows, choices)?;
+        // experts without weights have no rows
+        let offsets = offsets.columns(0, config.experts + 1)?;
         let groups = if alone {
             Groups::Slots { experts: Tensor::of(&routing.experts)? }
         } else {
             Groups::Offsets { offsets: Tensor::of(&offsets)?, row_slot: Tensor::of(&row_slot)? }
         };
-        let x = self.expert_input(cuda, stream, x, &mut scratch.tokens, &mut scratch.y)?;
-        let (between, outputs) = formats(x.dtype(), self.problem.gate_up, self.problem.down);
+        let x = self.expert_input(cuda, stream, reads.experts, &mut scratch.tokens, &mut scratch.y)?;
+        let (between, outputs) = formats(x.dtype(), *gate_up, *down);
         let on_input = config.weight_on == WeightOn::Input;
         gate_up_of(
             cuda,
@@ -220,17 +262,21 @@ impl CudaLayer {
             groups,
             invariant,
         )?;
+        let nothing = x.row_range(0, 0)?;
+        let y_rows =
+            self.expert_output(cuda, stream, nothing, (outputs, rows), [&mut scratch.y, &mut scratch.normed])?;
         let shared = match &self.shared {
             Some(shared) => Some(shared.run(cuda, stream, x, &mut scratch.shared, invariant)?),
             None => None,
         };
-        let y_rows = scratch.y.view(outputs, [rows, hidden])?;
+        let copies =
+            self.copies_tokens().then_some(Copies { x, experts: routing.experts, first: config.experts, end: choices });
         cuda.combine(
             stream,
             Combine {
                 rows: if alone { SlotRows::Slots(y_rows) } else { SlotRows::Permuted { y: y_rows, slot_row } },
                 weights: (!on_input).then_some(routing.weights),
-                copies: None,
+                copies,
                 routed_scale: config.routed_scale,
                 shared,
                 residual: residual.map(for_a_while),
@@ -250,105 +296,16 @@ impl CudaLayer {
 
     /// Whether every slot is sure to have an expert that is here, so that one token's need no permutation.
     fn slots_are_rows(&self, source: &Source<'_, Cuda>) -> bool {
-        let LayerProblem { config, local, .. } = &self.problem;
+        let LayerProblem { core: config, local, .. } = &self.problem;
         let ours = !matches!(source, Source::Routes(_)) && config.routing.selection != Selection::Table;
-        ours && *local == (0..config.experts) && !self.invariant()
+        let kept = config.zero_experts.is_none() && config.capacity.is_none();
+        ours && kept && *local == (0..config.experts) && !self.invariant()
     }
 
-    /// The routes that the layer's rule makes of logits.
-    fn route<'s>(
-        &self,
-        cuda: &Cuda,
-        stream: &CudaStream,
-        logits: In<'_>,
-        token_ids: Option<In<'_>>,
-        scratch: &'s mut RoutingScratch<'_>,
-    ) -> Result<Routing<'s, Cuda>> {
-        let (slots, RoutingScratch { experts, weights, .. }) = ([logits.rows(), self.problem.config.top_k], scratch);
-        let choice = self.choice(token_ids, experts.view_mut(U32, slots)?, weights.view_mut(F32, slots)?)?;
-        cuda.route(stream, Route { logits, choice })?;
-        Ok(Routing { experts: experts.view(U32, slots)?, weights: weights.view(F32, slots)? })
-    }
-
-    /// The routes that the layer's router makes of tokens.
-    fn gate_route<'s>(
-        &self,
-        cuda: &Cuda,
-        stream: &CudaStream,
-        x: In<'_>,
-        token_ids: Option<In<'_>>,
-        scratch: &'s mut RoutingScratch<'_>,
-    ) -> Result<Routing<'s, Cuda>> {
-        let (config, tokens) = (&self.problem.config, x.rows());
-        let (slots, all) = ([tokens, config.top_k], [tokens, config.experts]);
-        let RoutingScratch { logits, experts, weights } = scratch;
-        let Some(router) = &self.router else {
-            return Ok(Routing { experts: experts.view(U32, slots)?, weights: weights.view(F32, slots)? });
-        };
-        let choice = self.choice(token_ids, experts.view_mut(U32, slots)?, weights.view_mut(F32, slots)?)?;
-        if self.invariant() {
-            for Range { start, end } in pieces(tokens, true) {
-                let some = logits.view_mut(F32, all)?.row_range(start, end - start)?;
-                cuda.gate(stream, self.gate(router, x.row_range(start, end - start)?, some)?)?;
-            }
-            cuda.route(stream, Route { logits: logits.view(F32, all)?, choice })?;
-        } else {
-            let gate = self.gate(router, x, logits.view_mut(F32, all)?)?;
-            cuda.gate_route(stream, GateRoute { gate, choice })?;
-        }
-        Ok(Routing { experts: experts.view(U32, slots)?, weights: weights.view(F32, slots)? })
-    }
-
-    fn gate<'s>(&'s self, router: &'s Router, x: In<'s>, logits: Out<'s>) -> Result<Gate<'s, Cuda>> {
-        let config = &self.problem.config;
-        Ok(Gate {
-            x,
-            router: View::new(router.matrix.read(), router.dtype, 0, [config.experts, config.hidden])?,
-            bias: vector(&router.bias, config.experts)?,
-            norm_weight: vector(&self.router_norm, config.hidden)?,
-            config: config.gate,
-            normed: None,
-            logits,
-        })
-    }
-
-    fn choice<'s>(&'s self, token_ids: Option<In<'s>>, experts: Out<'s>, weights: Out<'s>) -> Result<Choice<'s, Cuda>> {
-        let config = &self.problem.config;
-        let table = match (&self.table, token_ids) {
-            (Some((table, vocabulary)), Some(token_ids)) => {
-                Some(TokenTable { token_ids, experts: View::new(table.read(), U32, 0, [*vocabulary, config.top_k])? })
-            }
-            _ => None,
-        };
-        Ok(Choice {
-            rule: config.routing,
-            correction_bias: vector(&self.correction_bias, config.experts)?,
-            expert_scale: vector(&self.expert_scale, config.experts)?,
-            table,
-            experts,
-            weights,
-            witness: None,
-        })
-    }
-
-    /// The slots of the experts that are here, by expert.
-    fn permute(
-        &self,
-        cuda: &Cuda,
-        stream: &CudaStream,
-        experts: In<'_>,
-        scratch: &mut PermutationScratch<'_>,
-    ) -> Result<()> {
-        let (slots, experts_total) = (experts.rows() * experts.cols(), self.problem.config.experts);
-        let operands = Permute {
-            experts,
-            experts_total,
-            local: self.problem.local.clone(),
-            row_slot: scratch.row_slot.view_mut(U32, [slots])?,
-            slot_row: scratch.slot_row.view_mut(U32, [slots])?,
-            offsets: scratch.offsets.view_mut(U32, [experts_total + 1])?,
-        };
-        cuda.permute(stream, operands)
+    /// Whether the slots of experts that copy the token count here: with the last of the others.
+    fn copies_tokens(&self) -> bool {
+        let LayerProblem { core: config, local, .. } = &self.problem;
+        local.end == config.experts && config.zero_experts.is_some_and(|zero| zero.output == ZeroOutput::Copy)
     }
 
     /// What the experts read: x, or its norm where the gate's norm feeds them. `spare` is used up to `[T, H]`.
@@ -360,7 +317,7 @@ impl CudaLayer {
         tokens: &'s mut Buffer<'_>,
         spare: &mut Buffer<'_>,
     ) -> Result<In<'s>> {
-        let config = &self.problem.config;
+        let config = &self.problem.core;
         let Some(norm) = config.gate.norm.filter(|norm| norm.feeds_experts) else { return Ok(x) };
         let (shape, dtype) = ([x.rows(), x.cols()], x.dtype());
         let normed = NextNorm {
@@ -368,90 +325,48 @@ impl CudaLayer {
             eps: norm.eps,
             out: tokens.view_mut(dtype, shape)?,
         };
-        // the norm of x is that of x plus no rows at all
-        cuda.combine(
-            stream,
-            Combine {
-                rows: SlotRows::Slots(x.row_range(0, 0)?),
-                weights: None,
-                copies: None,
-                routed_scale: 1.0,
-                shared: None,
-                residual: Some(Residual::Of(x)),
-                norm: Some(normed),
-                out: spare.view_mut(dtype, shape)?,
-            },
-        )?;
+        let nothing = x.row_range(0, 0)?;
+        cuda.combine(stream, norm_alone(nothing, Residual::Of(x), normed, spare.view_mut(dtype, shape)?))?;
         tokens.view(dtype, shape)
     }
-}
 
-impl PermutationScratch<'_> {
-    fn views(&self, slots: usize, experts: usize) -> Result<Permutation<'_, Cuda>> {
-        Ok(Permutation {
-            row_slot: self.row_slot.view(U32, [slots])?,
-            slot_row: self.slot_row.view(U32, [slots])?,
-            offsets: self.offsets.view(U32, [experts + 1])?,
-        })
-    }
-}
-
-impl SharedExpert {
-    /// What the shared expert makes of every token.
-    fn run<'s>(
+    /// The experts' outputs y `[R, H]`, or the norm of each. `nothing` is `[0, H]`.
+    fn expert_output<'s>(
         &self,
         cuda: &Cuda,
         stream: &CudaStream,
-        x: In<'_>,
-        scratch: &'s mut SharedScratch<'_>,
-        invariant: bool,
-    ) -> Result<Shared<'s, Cuda>> {
-        let (tokens, hidden, width) = (x.rows(), x.cols(), self.config.intermediate);
-        let [gate_up, down] = self.matrices.formats();
-        let (between, outputs) = formats(x.dtype(), gate_up, down);
-        // two numbers that nobody reads: all rows are the one expert's
-        let slots = scratch.slots.view(U32, [tokens])?;
-        let offsets = scratch.ends.view(U32, [2])?;
-        gate_up_of(
-            cuda,
-            stream,
-            &GateUp {
-                x,
-                rows: RowSource::Rows,
-                permutation: Permutation { row_slot: slots, slot_row: slots, offsets },
-                input_weights: None,
-                matrices: Matrices::Packed(&self.matrices),
-                bias: None,
-                activation: self.config.activation,
-                output: GateUpOutput::Activated,
-                out: scratch.a.view_mut(between, [tokens, width])?,
-            },
-            Groups::One,
-            invariant,
-        )?;
-        down_of(
-            cuda,
-            stream,
-            &Down {
-                a: scratch.a.view(between, [tokens, width])?,
-                offsets,
-                matrices: Matrices::Packed(&self.matrices),
-                bias: None,
-                out: scratch.y.view_mut(outputs, [tokens, hidden])?,
-            },
-            Groups::One,
-            invariant,
-        )?;
-        if let Some(gate) = &self.gate {
-            for piece in pieces(tokens, invariant) {
-                let out = scratch.logit.view_mut(F32, [tokens, 1])?.row_range(piece.start, piece.len())?;
-                let x = x.row_range(piece.start, piece.len())?;
-                let weight = View::new(gate.read(), F32, 0, [1, hidden])?;
-                cuda.linear(stream, Linear { x, weight, bias: None, out })?;
-            }
-        }
-        let logit = self.gate.as_ref().map(|_| scratch.logit.view(F32, [tokens, 1])).transpose()?;
-        Ok(Shared { y: scratch.y.view(outputs, [tokens, hidden])?, factor: None, logit, scale: self.config.scale })
+        nothing: In<'_>,
+        (dtype, rows): (DType, usize),
+        [y, normed]: [&'s mut Buffer<'_>; 2],
+    ) -> Result<In<'s>> {
+        let hidden = self.problem.core.hidden;
+        let Some(norm) = &self.expert_out else { return y.view(dtype, [rows, hidden]) };
+        let next = NextNorm {
+            weight: vector(&norm.weight, hidden)?,
+            eps: norm.eps,
+            out: normed.view_mut(dtype, [rows, hidden])?,
+        };
+        cuda.combine(stream, norm_alone(nothing, Residual::InPlace, next, y.view_mut(dtype, [rows, hidden])?))?;
+        normed.view(dtype, [rows, hidden])
+    }
+}
+
+/// A norm by itself: that of something plus no rows at all.
+fn norm_alone<'a>(
+    nothing: In<'a>,
+    of: Residual<'a, Cuda>,
+    norm: NextNorm<'a, Cuda>,
+    out: Out<'a>,
+) -> Combine<'a, Cuda> {
+    Combine {
+        rows: SlotRows::Slots(nothing),
+        weights: None,
+        copies: None,
+        routed_scale: 1.0,
+        shared: None,
+        residual: Some(of),
+        norm: Some(norm),
+        out,
     }
 }
 

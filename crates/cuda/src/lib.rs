@@ -77,6 +77,7 @@ mod dense;
 #[allow(unsafe_code)]
 mod device;
 mod down;
+mod drop_overflow;
 mod error;
 mod gate;
 mod gate_up;
@@ -288,10 +289,8 @@ impl Backend for Cuda {
         permute::permute(self, stream, operands)
     }
 
-    fn drop_overflow(&self, _stream: &CudaStream, operands: DropOverflow<'_, Self>) -> Result<()> {
-        operands.problem()?;
-        Err(fused_moe_core::Error::Unsupported { operation: "drop_overflow", part: "all of it", backend: "cuda" }
-            .into())
+    fn drop_overflow(&self, stream: &CudaStream, operands: DropOverflow<'_, Self>) -> Result<()> {
+        drop_overflow::drop_overflow(self, stream, &operands)
     }
 
     fn tile_schedule(&self, stream: &CudaStream, operands: TileSchedule<'_, Self>) -> Result<()> {

@@ -6,7 +6,9 @@ use crate::device::DeviceNumbers;
 use crate::kernel::{GATE_ROUTE_THREADS, Kernel, SPLIT_THREADS, SplitTile, TOKENS};
 use crate::launch::Grid;
 use fused_moe_core::DType;
-use fused_moe_core::problem::{ChoiceProblem, CombineProblem, GateProblem, LinearProblem, PermuteProblem};
+use fused_moe_core::problem::{
+    ChoiceProblem, CombineProblem, DropOverflowProblem, GateProblem, LinearProblem, PermuteProblem,
+};
 
 /// A kernel, its grid, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,11 +192,16 @@ pub(crate) fn permute(problem: &PermuteProblem, device: &DeviceNumbers) -> Permu
     PermutePlan { launches, blocks, slots_per_block, parts }
 }
 
-pub(crate) fn combine(problem: &CombineProblem, norm: bool, aligned: impl Fn(u64) -> bool) -> Plan {
+pub(crate) fn drop_overflow(problem: &DropOverflowProblem) -> Plan {
+    let why = "a warp a token counts the slots that come before its own";
+    Plan { kernel: Kernel::DropOverflow, grid: Grid::line(problem.tokens.div_ceil(4), 128), why }
+}
+
+pub(crate) fn combine(problem: &CombineProblem, copies: bool, norm: bool, aligned: impl Fn(u64) -> bool) -> Plan {
     let &CombineProblem { tokens, hidden, y, .. } = problem;
     let vector = if hidden.is_multiple_of(4) { vector(4, aligned) } else { 1 };
     let stash = norm && 4 * hidden <= 40 * 1024;
-    let kernel = Kernel::Combine { y, vector, norm, stash };
+    let kernel = Kernel::Combine { y, vector, copies, norm, stash };
     let (pieces, why) = if norm {
         (1, "a block a token: its norm needs all of it")
     } else {
@@ -337,11 +344,11 @@ pub(crate) mod tests {
     fn combine_keeps_a_row_where_it_fits() {
         let problem = |hidden| CombineProblem { tokens: 3, top_k: 2, hidden, y: DType::BF16, out: DType::BF16 };
         assert!(matches!(
-            combine(&problem(2048), true, |_| true).kernel,
-            Kernel::Combine { stash: true, vector: 4, .. }
+            combine(&problem(2048), false, true, |_| true).kernel,
+            Kernel::Combine { stash: true, vector: 4, copies: false, .. }
         ));
-        assert!(matches!(combine(&problem(20000), true, |_| true).kernel, Kernel::Combine { stash: false, .. }));
-        assert!(matches!(combine(&problem(2047), false, |_| true).kernel, Kernel::Combine { vector: 1, .. }));
-        assert_eq!(combine(&problem(2048), false, |_| true).grid.blocks, [3, 2, 1]);
+        assert!(matches!(combine(&problem(20000), false, true, |_| true).kernel, Kernel::Combine { stash: false, .. }));
+        assert!(matches!(combine(&problem(2047), false, false, |_| true).kernel, Kernel::Combine { vector: 1, .. }));
+        assert_eq!(combine(&problem(2048), true, false, |_| true).grid.blocks, [3, 2, 1]);
     }
 }

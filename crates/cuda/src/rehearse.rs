@@ -14,6 +14,7 @@ use fused_moe_core::{Layer, Routing, View};
 /// Calls that stand for all there can be.
 #[derive(Clone, Copy)]
 enum Rehearsed {
+    /// With the state of the router before, where it has one.
     Router,
     PlainLogits,
     /// With a norm and counts.
@@ -48,7 +49,8 @@ impl CudaLayer {
 
     /// A call on memory that is not there, which `cuda` records.
     fn rehearse(&self, cuda: &Cuda, tokens: usize, source: Rehearsed) -> Result<()> {
-        let LayerConfig { hidden, experts, top_k, .. } = self.problem.config;
+        let LayerConfig { hidden, experts, top_k, router_mlp, .. } = self.problem.config;
+        let choices = self.problem.config.choices();
         let all = || Memory::placeholder(usize::MAX >> 1);
         let (x, logits, ids) = (all(), all(), all());
         let (mut y, mut norm, mut counts, mut out) = (all(), all(), all(), [all(), all()]);
@@ -63,12 +65,15 @@ impl CudaLayer {
             call.token_ids = Some(View::new(ids.read(), U32, 0, [tokens])?);
         }
         match source {
-            Rehearsed::Router => {}
+            Rehearsed::Router => {
+                let previous = router_mlp.map(|mlp| View::new(logits.read(), F32, 0, [tokens, mlp.width]));
+                call.router_state.previous = previous.transpose()?;
+            }
             Rehearsed::PlainLogits => {
-                call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
+                call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, choices])?);
             }
             Rehearsed::Logits => {
-                call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, experts])?);
+                call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, choices])?);
                 call.counts = Some(View::new(counts.write(), U32, 0, [experts])?);
                 let out = View::new(norm.write(), dtype, 0, [tokens, hidden])?;
                 call.norm = Some(NextNorm { weight: None, eps: 0.0, out });

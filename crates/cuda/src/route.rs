@@ -9,7 +9,7 @@ params! {
     ChoiceParams {
         experts: Tensor, weights: Tensor, bias: Tensor, scale: Tensor, token_ids: Tensor, table: Tensor,
         witness_keys: Tensor, witness_experts: Tensor, vocabulary: u64, status: u64,
-        experts_total: u32, top_k: u32, score: u32, selection: u32, by_logit: u32,
+        experts_total: u32, top_k: u32, always: u32, score: u32, selection: u32, by_logit: u32,
         groups: u32, groups_kept: u32, group_by_two: u32, masked_to_zero: u32,
         softmax_of_chosen: u32, scale_when: u32, normalize: u32,
         jitter: f32, normalize_by: f32, weight_scale: f32,
@@ -43,6 +43,7 @@ impl ChoiceParams {
             status: stream.status_address(),
             experts_total: problem.experts as u32,
             top_k: problem.top_k as u32,
+            always: rule.always as u32,
             score: match rule.score {
                 Score::Softmax => 0,
                 Score::Sigmoid => 1,

@@ -1,7 +1,7 @@
 // Logits of one token to its experts and weights, by N threads: a warp or a block.
 //
 //   key[e] = score, logit or sum with the bias; groups masked
-//   K (and one more for the witness) times: the largest key, equal ones by expert
+//   K (and one more for the witness) times: the largest key, equal ones by expert; those that are always chosen follow
 //   value -> scale -> norm -> scale
 //
 // A key is kept as a word that sorts as it should: [not masked | the key's bits, made monotonic | lower expert first].
@@ -63,7 +63,7 @@ struct RouteScratch {
 
 template <int N>
 __device__ void limit_to_groups(const ChoiceParams& p, u32 lane, const RouteScratch& s) {
-    const u32 size = p.experts_total / p.groups;
+    const u32 size = (p.experts_total - p.always) / p.groups;
     for (u32 g = lane; g < p.groups; g += N) {
         f32 best = -INFINITE, second = -INFINITE;
         for (u32 e = g * size; e < (g + 1) * size; e++) {
@@ -94,8 +94,9 @@ __device__ void limit_to_groups(const ChoiceParams& p, u32 lane, const RouteScra
 template <class L, int N>
 __device__ void choose_top_k(const ChoiceParams& p, const L* logits, u64 t, u32 lane, const Scores& scores, bool by_logit,
                              const RouteScratch& s) {
-    const u32 experts_total = p.experts_total;
-    for (u32 e = lane; e < experts_total; e += N) {
+    // the last experts, which are always chosen, do not compete
+    const u32 competing = p.experts_total - p.always, chosen = p.top_k - p.always;
+    for (u32 e = lane; e < competing; e += N) {
         const f32 logit = to_f32(logits[e]);
         f32 key = by_logit ? logit : scores.of(logit);
         if (p.bias.data) key += element(p.bias, 0, e);
@@ -104,26 +105,27 @@ __device__ void choose_top_k(const ChoiceParams& p, const L* logits, u64 t, u32 
     sync<N>();
     if (p.groups) limit_to_groups<N>(p, lane, s);
     u64 mine = TAKEN;
-    for (u32 e = lane; e < experts_total; e += N) mine = Max::of(mine, s.words[e]);
+    for (u32 e = lane; e < competing; e += N) mine = Max::of(mine, s.words[e]);
     u32* experts = row_of<u32>(p.experts, t);
     const bool witness = p.witness_keys.data != 0;
-    const u32 rounds = p.top_k + (witness && p.top_k < experts_total ? 1 : 0);
+    const u32 rounds = chosen + (witness && chosen < competing ? 1 : 0);
     for (u32 k = 0; k < rounds; k++) {
         const u64 word = reduce<Max, N>(mine, s.parts);
         const u32 e = expert_of_word(word);
         if (lane == 0) {
-            if (k < p.top_k) experts[k] = e;
-            if (witness && k + 1 >= p.top_k) {
-                row_of<f32>(p.witness_keys, t)[k + 1 - p.top_k] = key_of_word(word);
-                row_of<u32>(p.witness_experts, t)[k + 1 - p.top_k] = e;
+            if (k < chosen) experts[k] = e;
+            if (witness && k + 1 >= chosen) {
+                row_of<f32>(p.witness_keys, t)[k + 1 - chosen] = key_of_word(word);
+                row_of<u32>(p.witness_experts, t)[k + 1 - chosen] = e;
             }
         }
         if (e % N == lane) {
             s.words[e] = mine = TAKEN;
-            for (u32 other = lane; other < experts_total; other += N) mine = Max::of(mine, s.words[other]);
+            for (u32 other = lane; other < competing; other += N) mine = Max::of(mine, s.words[other]);
         }
     }
-    if (witness && p.top_k == experts_total && lane == 0) {
+    for (u32 a = lane; a < p.always; a += N) experts[chosen + a] = competing + a;
+    if (witness && chosen == competing && lane == 0) {
         row_of<f32>(p.witness_keys, t)[1] = -INFINITE;
         row_of<u32>(p.witness_experts, t)[1] = NO_EXPERT;
     }

@@ -8,10 +8,10 @@ use fused_moe_cuda::{Cuda, CudaLayer, CudaStream, Error, Graph, Memory, Result};
 use half::bf16;
 
 pub(crate) const H: usize = 64;
-const I: usize = 48;
-const E: usize = 12;
-const K: usize = 3;
-const S: usize = 40;
+pub(crate) const I: usize = 48;
+pub(crate) const E: usize = 12;
+pub(crate) const K: usize = 3;
+pub(crate) const S: usize = 40;
 
 /// Numbers in -1 .. 1 that differ with the seed.
 pub(crate) fn numbers(count: usize, seed: u32) -> Vec<bf16> {
@@ -77,11 +77,16 @@ pub(crate) fn direct(cuda: &Cuda, layer: &CudaLayer, stream: &CudaStream, x: &[b
 
 pub(crate) fn a_captured_layer_replays_with_new_tokens_and_allocates_nothing() -> Result<()> {
     let cuda = Cuda::new(0)?;
-    let layer = prepare(&cuda, Numerics::Fast).unwrap();
+    replays_with_new_tokens(&cuda, &prepare(&cuda, Numerics::Fast)?);
+    Ok(())
+}
+
+/// Captured before anything ran, and replayed without allocating, with the bits of calls that are not captured.
+pub(crate) fn replays_with_new_tokens(cuda: &Cuda, layer: &CudaLayer) {
     for tokens in [1, 2, 5, 40, 300, 3000] {
         let stream = cuda.stream().unwrap();
         let mut workspace = layer.workspace(tokens).unwrap();
-        let (mut x, mut y) = (upload(&cuda, &numbers(tokens * H, 8)), upload(&cuda, &vec![bf16::NAN; tokens * H]));
+        let (mut x, mut y) = (upload(cuda, &numbers(tokens * H, 8)), upload(cuda, &vec![bf16::NAN; tokens * H]));
         // nothing ran before: a workspace is all that a capture needs
         let graph = {
             let from = View::new(x.read(), DType::BF16, 0, [tokens, H]).unwrap();
@@ -96,25 +101,28 @@ pub(crate) fn a_captured_layer_replays_with_new_tokens_and_allocates_nothing() -
             let fresh = numbers(tokens * H, seed);
             cuda.upload(bytemuck::cast_slice(&fresh), &mut x).unwrap();
             graph.replay(&stream).unwrap();
-            let replayed = download(&cuda, &stream, &y, tokens * H);
+            let replayed = download(cuda, &stream, &y, tokens * H);
             assert_eq!(cuda.free_bytes().unwrap(), free);
-            assert!(replayed == direct(&cuda, &layer, &stream, &fresh), "{tokens} tokens");
+            assert!(replayed == direct(cuda, layer, &stream, &fresh), "{tokens} tokens");
         }
     }
-    Ok(())
 }
 
 pub(crate) fn a_token_alone_has_the_bits_it_has_in_a_batch() -> Result<()> {
     let cuda = Cuda::new(0)?;
-    let layer = prepare(&cuda, Numerics::BatchInvariant).unwrap();
+    invariant_in_any_batch(&cuda, &prepare(&cuda, Numerics::BatchInvariant)?);
+    Ok(())
+}
+
+/// Some of 2000 tokens have the bits that they have among all.
+pub(crate) fn invariant_in_any_batch(cuda: &Cuda, layer: &CudaLayer) {
     let stream = cuda.stream().unwrap();
     let x = numbers(2000 * H, 9);
-    let all = direct(&cuda, &layer, &stream, &x);
+    let all = direct(cuda, layer, &stream, &x);
     for (first, count) in [(0, 1), (1, 1), (7, 5), (100, 33), (500, 700)] {
-        let some = direct(&cuda, &layer, &stream, &x[first * H..(first + count) * H]);
+        let some = direct(cuda, layer, &stream, &x[first * H..(first + count) * H]);
         assert!(some == all[first * H..(first + count) * H], "{count} tokens from {first}");
     }
-    Ok(())
 }
 
 pub(crate) fn too_much_says_how_much() -> Result<()> {

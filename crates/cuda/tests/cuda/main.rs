@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod around;
 mod compile;
 mod conformance;
 mod graph;
@@ -38,6 +39,9 @@ const DEVICE: &[Test] = &[
         layer::a_captured_layer_replays_with_new_tokens_and_allocates_nothing,
     ),
     ("a_token_alone_has_the_bits_it_has_in_a_batch", layer::a_token_alone_has_the_bits_it_has_in_a_batch),
+    ("a_captured_layer_with_a_capacity_replays", around::a_captured_layer_with_a_capacity_replays),
+    ("a_captured_layer_with_surroundings_replays", around::a_captured_layer_with_surroundings_replays),
+    ("surroundings_do_not_depend_on_the_batch", around::surroundings_do_not_depend_on_the_batch),
     ("too_much_says_how_much", layer::too_much_says_how_much),
     ("experts_beyond_4_gib", layer::experts_beyond_4_gib),
     ("no_such_device", hostile::no_such_device),
