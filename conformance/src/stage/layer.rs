@@ -311,7 +311,7 @@ impl Check for LayerCase {
         let (routes, router_state) = (output.routes.clone(), output.router_state.take());
         if let Some(local) = &self.local {
             // of several devices with some experts each, the one with the last has those without weights too
-            let end = if local.end == experts { self.config.choices() } else { local.end };
+            let end = if local.contains(&(experts - 1)) { self.config.choices() } else { local.end };
             let here = |&id: &u32| {
                 let elsewhere = (id as usize) < self.config.choices() && !(local.start..end).contains(&(id as usize));
                 if elsewhere { NO_EXPERT } else { id }

@@ -163,7 +163,8 @@ pub struct Options {
     /// What results may depend on.
     pub numerics: Numerics,
     /// The experts that live here (expert parallelism); all of them by default. Weights of others are not copied, and
-    /// their slots contribute nothing.
+    /// their slots contribute nothing. Experts without weights are where the last of the others is, so that the results of
+    /// several devices add up.
     pub local_experts: Option<Range<usize>>,
 }
 

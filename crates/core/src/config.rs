@@ -391,7 +391,9 @@ pub struct SharedConfig {
 /// Experts without weights (zero-computation experts, Jin et al., MoE++, arXiv:2410.07348): the router has `count` rows
 /// behind those of the E experts, and a slot with id `E .. E + count` contributes its weight times `output`.
 ///
-/// The correction bias and the per-expert scale have `E + count` entries then, and groups divide all of them.
+/// They are where expert E - 1 is, if the experts are shared out
+/// ([`local_experts`](crate::Options::local_experts)). The correction bias and the per-expert scale have `E + count` entries
+/// then, and groups divide all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ZeroExperts {
     /// How many.
@@ -483,6 +485,8 @@ pub struct RmsNorm {
 /// h      = gelu(fc1 . h + bias1);  h = gelu(fc2 . h + bias2)
 /// logits = gate(h)                                                the router's matrix is [E, width]
 /// ```
+///
+/// What lies between its layers is f32, as logits are.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RouterMlp {
     /// Width of its layers.

@@ -11,7 +11,7 @@ use crate::workspace::{Buffer, Scratch, Workspace};
 use crate::{Cpu, CpuStream};
 use fused_moe_core::DType::F32;
 use fused_moe_core::backend::share;
-use fused_moe_core::config::{LayerConfig, RmsNorm, WeightOn, ZeroOutput};
+use fused_moe_core::config::{LayerConfig, RmsNorm, WeightOn};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::surroundings::{On, Reads, Surroundings};
@@ -226,16 +226,13 @@ impl CpuLayer {
             Some(shared) => Some(shared.run(cpu, stream, x, &mut scratch.shared)?),
             None => None,
         };
-        // Of several devices with some experts each, the one with the last has the copies.
-        let copying = config.zero_experts.filter(|zero| zero.output == ZeroOutput::Copy && local.end == config.experts);
-        let copies =
-            copying.map(|_| Copies { x, experts: routing.experts, first: config.experts, end: config.choices() });
+        let copies = Copies { x, experts: routing.experts, first: config.experts, end: config.choices() };
         cpu.combine(
             stream,
             Combine {
                 rows: SlotRows::Permuted { y: scratch.y.view(F32, [rows, config.hidden])?, slot_row },
                 weights: (!on_input).then_some(routing.weights),
-                copies,
+                copies: self.problem.has_copies().then_some(copies),
                 routed_scale: config.routed_scale,
                 shared,
                 residual: residual.map(|residual| match residual {

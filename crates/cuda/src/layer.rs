@@ -12,7 +12,7 @@ use crate::pack::{Experts, floats};
 use crate::workspace::{Buffer, Scratch, Workspace};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType::{F16, F32};
-use fused_moe_core::config::{LayerConfig, RmsNorm, Selection, WeightOn, ZeroOutput};
+use fused_moe_core::config::{LayerConfig, RmsNorm, Selection, WeightOn};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::surroundings::{On, Reads, Surroundings};
@@ -269,8 +269,12 @@ impl CudaLayer {
             Some(shared) => Some(shared.run(cuda, stream, x, &mut scratch.shared, invariant)?),
             None => None,
         };
-        let copies =
-            self.copies_tokens().then_some(Copies { x, experts: routing.experts, first: config.experts, end: choices });
+        let copies = self.problem.has_copies().then_some(Copies {
+            x,
+            experts: routing.experts,
+            first: config.experts,
+            end: choices,
+        });
         cuda.combine(
             stream,
             Combine {
@@ -300,12 +304,6 @@ impl CudaLayer {
         let ours = !matches!(source, Source::Routes(_)) && config.routing.selection != Selection::Table;
         let kept = config.zero_experts.is_none() && config.capacity.is_none();
         ours && kept && *local == (0..config.experts) && !self.invariant()
-    }
-
-    /// Whether the slots of experts that copy the token count here: with the last of the others.
-    fn copies_tokens(&self) -> bool {
-        let LayerProblem { core: config, local, .. } = &self.problem;
-        local.end == config.experts && config.zero_experts.is_some_and(|zero| zero.output == ZeroOutput::Copy)
     }
 
     /// What the experts read: x, or its norm where the gate's norm feeds them. `spare` is used up to `[T, H]`.

@@ -16,7 +16,7 @@ use crate::workspace::{ScheduleScratch, Scratch, Workspace};
 use crate::{Wgpu, WgpuStream, copy, permute, plan};
 use fused_moe_core::DType::{F32, U32};
 use fused_moe_core::backend::{shorten, shorten_mut};
-use fused_moe_core::config::{GateNorm, LayerConfig, Selection, WeightOn, ZeroOutput};
+use fused_moe_core::config::{GateNorm, LayerConfig, Selection, WeightOn};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::surroundings::{On, Reads, Surroundings};
@@ -344,12 +344,11 @@ impl WgpuLayer {
         ours && all && !self.invariant()
     }
 
-    /// The slots of experts that copy the token, which are those's who have the last of the others.
+    /// The slots of experts that copy the token, if these are here.
     fn copies<'s>(&self, x: In<'s>, experts: In<'s>) -> Option<Copies<'s, Wgpu>> {
-        let LayerProblem { config, local, .. } = &self.problem;
-        let copying = config.zero_experts.is_some_and(|zero| zero.output == ZeroOutput::Copy);
+        let config = &self.problem.config;
         let copies = Copies { x, experts, first: config.experts, end: config.choices() };
-        (copying && local.end == config.experts).then_some(copies)
+        self.problem.has_copies().then_some(copies)
     }
 
     /// The tiles of the experts' rows `[M, 3]` and the most rows of one, where there are so many that a list is worth it;

@@ -108,7 +108,7 @@ fn zero_experts() -> Vec<Case> {
             ];
             for (source_name, source) in sources {
                 for (tokens, local) in
-                    [(12, None), (12, Some(2..7)), (12, Some(6..10)), (1, None), (1, Some(4..4)), (1, Some(3..10))]
+                    [(12, None), (12, Some(2..7)), (12, Some(6..10)), (1, None), (1, Some(10..10)), (1, Some(3..10))]
                 {
                     let here = local.as_ref().map_or(String::new(), |local| format!(" local {local:?}"));
                     let layer = LayerCase { source, local, ..LayerCase::new(tokens, config.clone(), dtypes) };

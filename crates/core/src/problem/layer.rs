@@ -2,7 +2,7 @@ use super::routes::{BIAS_REASONS, SCALE_REASONS, TABLE_REASONS};
 use super::rows::tail;
 use super::{Check, MAX_EXPERTS};
 use crate::backend::{Backend, Options};
-use crate::config::{Activation, LayerConfig, Selection};
+use crate::config::{Activation, LayerConfig, Selection, ZeroOutput};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::operation::{Forward, Source};
@@ -102,6 +102,12 @@ impl LayerProblem {
         };
         check.around_weights(config, weights, options)?;
         Ok(Self { config: config.clone(), core: config.core(), gate_up, down, router, shared, local })
+    }
+
+    /// Whether experts that copy the token are here: with the last of the others.
+    pub fn has_copies(&self) -> bool {
+        let copy = self.config.zero_experts.is_some_and(|zero| zero.output == ZeroOutput::Copy);
+        copy && self.local.contains(&(self.config.experts - 1))
     }
 
     /// Checks one call.

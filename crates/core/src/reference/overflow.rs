@@ -34,6 +34,7 @@ pub struct DropOverflow<'a> {
 ///
 /// Token t is in sequence `n` where n is the number of `sequences[1..N]` (without both ends) that are `<= t`; the length L
 /// of a sequence is that of its tokens among the T. `Fraction` is reckoned in f32, `ceil(fraction * L)`.
+/// Where weights are divided, a NaN among a token's makes all of them NaN.
 ///
 /// ```
 /// use fused_moe_core::{config::*, NO_EXPERT, reference::{DropOverflow, drop_overflow}};
