@@ -150,8 +150,20 @@ impl Rows {
         let Some(norm) = norm else { return self };
         let offset = if norm.unit_offset { 1.0 } else { 0.0 };
         let weight: Option<Vec<f64>> = weight.map(|weight| weight.iter().map(|w| w + offset).collect());
-        let values = rms_norm(&self.values, weight.as_deref(), f64::from(norm.eps), width);
-        let errors = norm_errors(&self.values, &values, &self.errors, width);
+        let (rows, weight) = match &weight {
+            Some(weight) if norm.scaled_first => (self.scaled(weight, part), None),
+            _ => (self, weight.as_deref()),
+        };
+        let values = rms_norm(&rows.values, weight, f64::from(norm.eps), width);
+        let errors = norm_errors(&rows.values, &values, &rows.errors, width);
         Self { values, errors }.with(part)
+    }
+
+    /// Each column times its weight, stored.
+    fn scaled(self, weight: &[f64], part: f64) -> Self {
+        let times = |rows: &[f64], of: fn(f64) -> f64| -> Vec<f64> {
+            rows.iter().enumerate().map(|(i, x)| x * of(weight[i % weight.len()])).collect()
+        };
+        Self { values: times(&self.values, |w| w), errors: times(&self.errors, f64::abs) }.with(part)
     }
 }

@@ -81,8 +81,19 @@ pub struct Accumulate {
     pub sizes: [usize; 2],
     /// Formats of the sum and of what is added.
     pub dtypes: [DType; 2],
-    /// Whether each row has a factor of its own.
-    pub per_row: bool,
+    /// What has a factor of its own.
+    pub factors: Factors,
+}
+
+/// What has a factor of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factors {
+    /// Nothing: there is one.
+    Value,
+    /// Each row.
+    PerRow,
+    /// Each column.
+    PerColumn,
 }
 
 const FACTOR: f32 = -0.625;
@@ -94,14 +105,19 @@ impl Check for Accumulate {
         let acc = data.of("acc").tokens(self.dtypes[0], [rows, hidden]);
         let mut prepared = Prepared::default();
         prepared.input("y", data.of("y").normal(self.dtypes[1], [rows, hidden], 1.0));
-        prepared.input_if("weight", self.per_row.then(|| data.of("weight").normal(DType::F32, [rows], 0.5)));
+        let count = match self.factors {
+            Factors::Value => None,
+            Factors::PerRow => Some(rows),
+            Factors::PerColumn => Some(hidden),
+        };
+        prepared.input_if("weight", count.map(|count| data.of("weight").normal(DType::F32, [count], 0.5)));
         let (y, mut sum) = (prepared.floats("y"), acc.as_floats().to_vec());
         let mut magnitude = magnitudes(&sum);
-        for row in 0..rows {
-            let weight = prepared.floats_if("weight").map_or(f64::from(FACTOR), |weights| weights[row]);
-            let (range, y) = (row * hidden..(row + 1) * hidden, &y[row * hidden..(row + 1) * hidden]);
-            reference::accumulate(&mut sum[range.clone()], weight, y);
-            reference::accumulate(&mut magnitude[range], weight.abs(), &magnitudes(y));
+        for i in 0..rows * hidden {
+            let place = if self.factors == Factors::PerRow { i / hidden } else { i % hidden };
+            let weight = prepared.floats_if("weight").map_or(f64::from(FACTOR), |weights| weights[place]);
+            reference::accumulate(&mut sum[i..=i], weight, &y[i..=i]);
+            reference::accumulate(&mut magnitude[i..=i], weight.abs(), &magnitudes(&y[i..=i]));
         }
         let errors = magnitude.iter().map(|&m| tolerance::sum(2, m)).collect();
         prepared.output(Output::floats("acc", self.dtypes[0], [rows, hidden], [sum, errors]).over(acc));
@@ -112,6 +128,7 @@ impl Check for Accumulate {
         let operands = operation::Accumulate {
             acc: operands.output("acc")?,
             weight: match operands.input_if("weight") {
+                Some(weights) if self.factors == Factors::PerColumn => operation::Factor::PerColumn(weights),
                 Some(weights) => operation::Factor::PerRow(weights),
                 None => operation::Factor::Value(FACTOR),
             },
@@ -165,9 +182,11 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         for dtypes in
             FLOATS.map(|dtype| [dtype; 2]).into_iter().chain([[f32, bf16], [bf16, f32], [f16, f32], [f32, f16]])
         {
-            for per_row in [false, true] {
-                let name = format!("{} T={t} H={h}", if per_row { "per row" } else { "value" });
-                let operation = Operation::Accumulate(Accumulate { sizes, dtypes, per_row });
+            for (kind, factors) in
+                [("value", Factors::Value), ("per row", Factors::PerRow), ("per column", Factors::PerColumn)]
+            {
+                let name = format!("{kind} T={t} H={h}");
+                let operation = Operation::Accumulate(Accumulate { sizes, dtypes, factors });
                 push(Stage::Accumulate, name, dtype_name(dtypes), operation, t == 5);
             }
         }

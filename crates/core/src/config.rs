@@ -475,6 +475,9 @@ pub struct RmsNorm {
     pub eps: f32,
     /// Whether the factor is `1 + weight`.
     pub unit_offset: bool,
+    /// Whether the factor comes first: `n = z * rsqrt(mean(z^2) + eps)` with `z = x * weight`. For
+    /// [`Norms::expert_out`] alone.
+    pub scaled_first: bool,
 }
 
 /// A router of several layers, whose first hidden state goes on to the next block's router:

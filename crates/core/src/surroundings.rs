@@ -218,15 +218,12 @@ impl<B: Backend> RouterLayers<B> {
         };
         on.linear(x, &self.down, self.down_bias.as_ref(), reborrow::<B>(&mut handed_on))?;
         if let Some(previous) = previous {
-            let scaled = match &self.state_scale {
-                Some(diagonal) => {
-                    on.linear(previous, diagonal, None, first.write(F32, shape)?)?;
-                    first.read(F32, shape)?
-                }
-                None => shorten::<B>(previous),
+            let weight = match &self.state_scale {
+                Some(scale) => Factor::PerColumn(scale.view()?),
+                None => Factor::Value(1.0),
             };
-            let acc = reborrow::<B>(&mut handed_on);
-            on.backend.accumulate(on.stream, Accumulate { acc, weight: Factor::Value(1.0), y: scaled })?;
+            let (acc, y) = (reborrow::<B>(&mut handed_on), shorten::<B>(previous));
+            on.backend.accumulate(on.stream, Accumulate { acc, weight, y })?;
         }
         let in_f32 = On { backend: on.backend, stream: on.stream, between: F32, rows_at_once: on.rows_at_once };
         in_f32.norm(share::<B>(&handed_on), Some(&self.norm), first, second)?;

@@ -213,22 +213,32 @@ pub(crate) fn zero(cpu: &Cpu, operands: Zero<'_, Cpu>) -> Result<()> {
 pub(crate) fn accumulate(cpu: &Cpu, operands: Accumulate<'_, Cpu>) -> Result<()> {
     let problem = operands.problem()?;
     let y = Floats::new(&operands.y)?;
-    let (value, per_row) = match operands.weight {
-        Factor::Value(value) => (value, None),
-        Factor::PerRow(weights) => (0.0, Some(Floats::new(&weights)?)),
+    let (value, per_row, per_column) = match operands.weight {
+        Factor::Value(value) => (value, None, None),
+        Factor::PerRow(weights) => (0.0, Some(Floats::new(&weights)?), None),
+        Factor::PerColumn(weights) => (0.0, None, Some(weights.typed::<f32>()?.row(0))),
     };
     let (kernels, hidden) = (cpu.kernels, problem.hidden);
     if hidden == 0 {
         return Ok(());
     }
     share_rows(&cpu.pool, FloatsMut::new(operands.acc)?, problem.rows, RowsPlan::elements(hidden), |range, mut acc| {
-        let mut sum = [0.0; CHUNK];
+        let (mut sum, mut part) = ([0.0; CHUNK], [0.0; CHUNK]);
         for (i, t) in range.enumerate() {
             let w = per_row.as_ref().map_or(value, |weights| weights.element(t));
             for col in (0..hidden).step_by(CHUNK) {
                 let sum = &mut sum[..CHUNK.min(hidden - col)];
                 acc.load(kernels, i, col, sum);
-                y.axpy(kernels, w, [t, col], sum);
+                match per_column.and_then(|weights| weights.get(col..col + sum.len())) {
+                    None => y.axpy(kernels, w, [t, col], sum),
+                    Some(weights) => {
+                        let part = &mut part[..sum.len()];
+                        y.load(kernels, t, col, part);
+                        for ((sum, y), w) in sum.iter_mut().zip(part).zip(weights) {
+                            *sum += *y * w;
+                        }
+                    }
+                }
                 acc.store(kernels, i, col, sum);
             }
         }

@@ -50,7 +50,7 @@ struct Router {
 /// The norm of what each expert makes of a token.
 #[derive(Debug)]
 struct ExpertNorm {
-    eps: f32,
+    norm: RmsNorm,
     /// The factors `[H]`, whether or not one was added to the weight.
     weight: Option<Vec<f32>>,
 }
@@ -94,7 +94,7 @@ impl ExpertNorm {
         if norm.unit_offset {
             weight.iter_mut().flatten().for_each(|weight| *weight += 1.0);
         }
-        Self { eps: norm.eps, weight }
+        Self { norm, weight }
     }
 }
 
@@ -218,9 +218,9 @@ impl CpuLayer {
                 out: scratch.y.view_mut(F32, [rows, config.hidden])?,
             },
         )?;
-        if let Some(ExpertNorm { eps, weight }) = &self.expert_norm {
+        if let Some(ExpertNorm { norm, weight }) = &self.expert_norm {
             let here = offsets.typed::<u32>()?.row(0).last().map_or(0, |&end| end as usize);
-            rms_norm(cpu, scratch.y.view_mut(F32, [rows, config.hidden])?, here, (*eps, weight.as_deref()))?;
+            rms_norm(cpu, scratch.y.view_mut(F32, [rows, config.hidden])?, here, (*norm, weight.as_deref()))?;
         }
         let shared = match &self.shared {
             Some(shared) => Some(shared.run(cpu, stream, x, &mut scratch.shared)?),

@@ -42,7 +42,7 @@ fn forward_allocates_nothing() {
         shared: Some(SharedConfig { intermediate: i, activation: Activation::default(), gated: true, scale: 1.0 }),
         ..LayerConfig::new(h, i, e, k)
     };
-    let norm = Some(RmsNorm { eps: 1e-6, unit_offset: true });
+    let norm = Some(RmsNorm { eps: 1e-6, unit_offset: true, scaled_first: false });
     let (experts_in, expert_out, routed_out, shared_in, shared_out, out) = (norm, norm, norm, norm, norm, norm);
     let rare = LayerConfig {
         latent: Some(40),

@@ -8,7 +8,7 @@ params! {
 }
 
 params! {
-    AccumulateParams { acc: Tensor, weights: Tensor, y: Tensor, rows: u64, width: u64, weight: f32 }
+    AccumulateParams { acc: Tensor, weights: Tensor, y: Tensor, rows: u64, width: u64, weight: f32, per_column: u32 }
 }
 
 pub(crate) fn zero(cuda: &Cuda, stream: &CudaStream, operands: Zero<'_, Cuda>) -> Result<()> {
@@ -23,6 +23,7 @@ pub(crate) fn accumulate(cuda: &Cuda, stream: &CudaStream, operands: Accumulate<
     let (weights, weight) = match &operands.weight {
         Factor::Value(weight) => (Tensor::default(), *weight),
         Factor::PerRow(weights) => (Tensor::column(weights)?, 0.0),
+        Factor::PerColumn(weights) => (Tensor::of(weights)?, 0.0),
     };
     let params = AccumulateParams {
         acc: Tensor::of(&operands.acc)?,
@@ -31,6 +32,7 @@ pub(crate) fn accumulate(cuda: &Cuda, stream: &CudaStream, operands: Accumulate<
         rows: problem.rows as u64,
         width: problem.hidden as u64,
         weight,
+        per_column: matches!(operands.weight, Factor::PerColumn(_)).into(),
     };
     launch(cuda, stream, Kernel::Accumulate, plan::elementwise(problem.rows, problem.hidden), &params)
 }

@@ -65,7 +65,7 @@ pub(crate) struct Router {
 #[derive(Debug)]
 struct OutputNorm {
     weight: Option<Memory>,
-    eps: f32,
+    config: RmsNorm,
 }
 
 impl CudaLayer {
@@ -128,7 +128,7 @@ impl OutputNorm {
             let factors: Vec<f32> = floats(view)?.into_iter().map(|weight| weight + offset).collect();
             upload(cuda, bytemuck::cast_slice(&factors))
         });
-        Ok(Self { weight: weight.transpose()?, eps: norm.eps })
+        Ok(Self { weight: weight.transpose()?, config: norm })
     }
 }
 
@@ -339,13 +339,18 @@ impl CudaLayer {
     ) -> Result<In<'s>> {
         let hidden = self.problem.core.hidden;
         let Some(norm) = &self.expert_out else { return y.view(dtype, [rows, hidden]) };
-        let next = NextNorm {
-            weight: vector(&norm.weight, hidden)?,
-            eps: norm.eps,
-            out: normed.view_mut(dtype, [rows, hidden])?,
+        let (shape, eps, weight) = ([rows, hidden], norm.config.eps, vector(&norm.weight, hidden)?);
+        let (Some(weight), true) = (weight, norm.config.scaled_first) else {
+            let next = NextNorm { weight, eps, out: normed.view_mut(dtype, shape)? };
+            cuda.combine(stream, norm_alone(nothing, Residual::InPlace, next, y.view_mut(dtype, shape)?))?;
+            return normed.view(dtype, shape);
         };
-        cuda.combine(stream, norm_alone(nothing, Residual::InPlace, next, y.view_mut(dtype, [rows, hidden])?))?;
-        normed.view(dtype, [rows, hidden])
+        cuda.zero(stream, Zero { out: normed.view_mut(dtype, shape)? })?;
+        let (acc, weight) = (normed.view_mut(dtype, shape)?, Factor::PerColumn(weight));
+        cuda.accumulate(stream, Accumulate { acc, weight, y: y.view(dtype, shape)? })?;
+        let next = NextNorm { weight: None, eps, out: y.view_mut(dtype, shape)? };
+        cuda.combine(stream, norm_alone(nothing, Residual::InPlace, next, normed.view_mut(dtype, shape)?))?;
+        y.view(dtype, shape)
     }
 }
 

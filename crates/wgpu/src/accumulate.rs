@@ -10,7 +10,7 @@ params! {
 }
 
 params! {
-    AccumulateParams { acc: Tensor, weights: Tensor, y: Tensor, rows: u32, width: u32, weight: f32 }
+    AccumulateParams { acc: Tensor, weights: Tensor, y: Tensor, rows: u32, width: u32, weight: f32, per_column: u32 }
 }
 
 pub(crate) fn zero(wgpu: &Wgpu, stream: &WgpuStream, operands: Zero<'_, Wgpu>) -> Result<()> {
@@ -29,15 +29,21 @@ pub(crate) fn accumulate(wgpu: &Wgpu, stream: &WgpuStream, operands: Accumulate<
     let (weights, weight) = match &operands.weight {
         Factor::Value(weight) => (None, *weight),
         Factor::PerRow(weights) => (Some(Operand::column(device, "accumulate", weights)?), 0.0),
+        Factor::PerColumn(weights) => (Some(Operand::of(device, "accumulate", weights)?), 0.0),
     };
+    let per_column = matches!(operands.weight, Factor::PerColumn(_));
     let (y, acc) = (&operands.y, &operands.acc);
     for rows in pieces(wgpu, problem.rows, 4 * acc.row_stride().max(y.row_stride())) {
         let (count, mut place) = (rows.len() as u32, tensor(&weights));
-        place.offset += rows.start as u32 * place.stride;
+        if !per_column {
+            place.offset += rows.start as u32 * place.stride;
+        }
         let y = Operand::rows(device, "accumulate", y, rows.clone())?;
         let acc = Operand::rows(device, "accumulate", acc, rows)?;
         let width = problem.hidden as u32;
-        let params = AccumulateParams { acc: acc.tensor, weights: place, y: y.tensor, rows: count, width, weight };
+        let (acc_place, y_place, per_column) = (acc.tensor, y.tensor, per_column.into());
+        let params =
+            AccumulateParams { acc: acc_place, weights: place, y: y_place, rows: count, width, weight, per_column };
         let operands = [weights, Some(y), Some(acc)];
         launch(wgpu, stream, Kernel::Accumulate, &operands, (pairs(count, problem.hidden), &params))?;
     }

@@ -1,4 +1,4 @@
-// acc += w * y, w one number or one a row.
+// acc += w * y, w one number, one a row or one a column.
 
 @compute @workgroup_size(256)
 fn accumulate(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -7,11 +7,15 @@ fn accumulate(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     let row = n / pieces;
     let i = (n % pieces) * 512u + 2u * thread;
     if (row >= p.rows || i >= p.width) { return; }
-    var w = p.weight;
-    if (has_weights) { w = load_weights(at(p.weights, row, 0u)); }
     let acc = at(p.acc, row, i);
     let y = at(p.y, row, i);
-    let a = load_acc(acc) + w * load_y(y);
+    let a = load_acc(acc) + factor(row, i) * load_y(y);
     if (i + 1u == p.width) { store_acc(acc, a); return; }
-    store_pair_acc(acc, a, load_acc(acc + 1u) + w * load_y(y + 1u));
+    store_pair_acc(acc, a, load_acc(acc + 1u) + factor(row, i + 1u) * load_y(y + 1u));
+}
+
+fn factor(row: u32, i: u32) -> f32 {
+    if (!has_weights) { return p.weight; }
+    if (p.per_column == 1u) { return load_weights(at(p.weights, 0u, i)); }
+    return load_weights(at(p.weights, row, 0u));
 }

@@ -315,12 +315,7 @@ impl WgpuLayer {
             let matrices = Matrices::Packed(&self.experts);
             down_of(wgpu, stream, &Down { a, offsets, matrices, bias: None, out }, groups(Stage::Down), invariant)?;
             let y = match &self.expert_out {
-                Some(expert_out) => {
-                    let next = expert_out.next(scratch.normed.view_mut(BETWEEN, [rows, hidden])?)?;
-                    let y = scratch.y.view_mut(BETWEEN, [rows, hidden])?;
-                    norm(wgpu, stream, x, (Residual::InPlace, next), y)?;
-                    scratch.normed.view(BETWEEN, [rows, hidden])?
-                }
+                Some(norm) => norm.run(wgpu, stream, x, [&mut scratch.y, &mut scratch.normed], rows)?,
                 None => scratch.y.view(BETWEEN, [rows, hidden])?,
             };
             combine.rows = if alone { SlotRows::Slots(y) } else { SlotRows::Permuted { y, slot_row } };

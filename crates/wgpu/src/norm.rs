@@ -1,12 +1,13 @@
 //! RMSNorm on its own, by combine.
 
 use crate::error::Result;
-use crate::layer::{In, Out, shorten_norm, shorten_residual, upload, vector};
+use crate::layer::{BETWEEN, In, Out, shorten_norm, shorten_residual, upload, vector};
 use crate::memory::Memory;
 use crate::pack::floats;
+use crate::workspace::Buffer;
 use crate::{Wgpu, WgpuStream};
 use fused_moe_core::config::RmsNorm;
-use fused_moe_core::operation::{Combine, NextNorm, Residual, SlotRows};
+use fused_moe_core::operation::{Accumulate, Combine, Factor, NextNorm, Residual, SlotRows, Zero};
 use fused_moe_core::{Backend, HostView};
 
 /// The norm of rows, which is that of rows plus no slots at all; `out` gets, or has, the rows themselves. `wide` is anything
@@ -38,13 +39,13 @@ pub(crate) fn norm(
 pub(crate) struct ExpertNorm {
     weight: Option<Memory>,
     width: usize,
-    eps: f32,
+    config: RmsNorm,
 }
 
 impl ExpertNorm {
     pub(crate) fn of(wgpu: &Wgpu, norm: Option<RmsNorm>, weight: Option<HostView<'_>>) -> Result<Option<Self>> {
-        let Some(RmsNorm { eps, unit_offset }) = norm else { return Ok(None) };
-        let offset = if unit_offset { 1.0 } else { 0.0 };
+        let Some(config) = norm else { return Ok(None) };
+        let offset = if config.unit_offset { 1.0 } else { 0.0 };
         let width = weight.map_or(0, |weight| weight.cols());
         let weight = match weight {
             Some(weight) => {
@@ -53,15 +54,33 @@ impl ExpertNorm {
             }
             None => None,
         };
-        Ok(Some(Self { weight, width, eps }))
+        Ok(Some(Self { weight, width, config }))
     }
 
     pub(crate) fn bytes(&self) -> usize {
         self.weight.as_ref().map_or(0, Memory::bytes)
     }
 
-    /// Of rows, into `out`.
-    pub(crate) fn next<'s>(&'s self, out: Out<'s>) -> Result<NextNorm<'s, Wgpu>> {
-        Ok(NextNorm { weight: vector(&self.weight, self.width)?, eps: self.eps, out })
+    /// Of the rows y, with a second buffer of their size; returns which of the two has it. `wide` is anything of their width.
+    pub(crate) fn run<'s>(
+        &self,
+        wgpu: &Wgpu,
+        stream: &WgpuStream,
+        wide: In<'_>,
+        [y, other]: [&'s mut Buffer<'_>; 2],
+        rows: usize,
+    ) -> Result<In<'s>> {
+        let (shape, eps, weight) = ([rows, wide.cols()], self.config.eps, vector(&self.weight, self.width)?);
+        let (Some(weight), true) = (weight, self.config.scaled_first) else {
+            let next = NextNorm { weight, eps, out: other.view_mut(BETWEEN, shape)? };
+            norm(wgpu, stream, wide, (Residual::InPlace, next), y.view_mut(BETWEEN, shape)?)?;
+            return other.view(BETWEEN, shape);
+        };
+        wgpu.zero(stream, Zero { out: other.view_mut(BETWEEN, shape)? })?;
+        let (acc, weight) = (other.view_mut(BETWEEN, shape)?, Factor::PerColumn(weight));
+        wgpu.accumulate(stream, Accumulate { acc, weight, y: y.view(BETWEEN, shape)? })?;
+        let next = NextNorm { weight: None, eps, out: y.view_mut(BETWEEN, shape)? };
+        norm(wgpu, stream, wide, (Residual::InPlace, next), other.view_mut(BETWEEN, shape)?)?;
+        y.view(BETWEEN, shape)
     }
 }

@@ -51,7 +51,11 @@ fn shared(gated: bool) -> Option<SharedConfig> {
 }
 
 fn norm(eps: f32, unit_offset: bool) -> Option<RmsNorm> {
-    Some(RmsNorm { eps, unit_offset })
+    Some(RmsNorm { eps, unit_offset, scaled_first: false })
+}
+
+fn scaled_first(norm: RmsNorm) -> RmsNorm {
+    RmsNorm { scaled_first: true, ..norm }
 }
 
 /// Each of them with an eps of its own.
@@ -269,6 +273,7 @@ fn norms() -> Vec<Case> {
         for (name, norms) in [
             ("norm experts_in", Norms { experts_in: all.experts_in, ..none }),
             ("norm expert_out", Norms { expert_out: all.expert_out, ..none }),
+            ("norm expert_out scaled first", Norms { expert_out: all.expert_out.map(scaled_first), ..none }),
             ("norm routed_out", Norms { routed_out: all.routed_out, ..none }),
             ("norm shared_in", Norms { shared_in: all.shared_in, ..none }),
             ("norm shared_out", Norms { shared_out: all.shared_out, ..none }),
@@ -397,7 +402,11 @@ fn blocks() -> Vec<Case> {
         activation: capped,
         shared: Some(SharedConfig { activation: capped, ..beside }),
         latent: Some(17),
-        norms: Norms { experts_in: norm(0.02, true), expert_out: norm(0.05, true), ..Norms::default() },
+        norms: Norms {
+            experts_in: norm(0.02, true),
+            expert_out: norm(0.05, true).map(scaled_first),
+            ..Norms::default()
+        },
         routing: biased(),
         ..LayerConfig::new(41, 20, 12, 3)
     };

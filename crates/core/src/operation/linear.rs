@@ -28,10 +28,12 @@ pub struct Accumulate<'a, B: Backend> {
     pub y: In<'a, B>,
 }
 
-/// A factor of rows.
+/// A factor of rows or columns.
 pub enum Factor<'a, B: Backend> {
     /// One number for all rows.
     Value(f32),
     /// f32 `[T]`: a number a row.
     PerRow(In<'a, B>),
+    /// f32 `[H]`: a number a column.
+    PerColumn(In<'a, B>),
 }

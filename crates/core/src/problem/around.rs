@@ -60,6 +60,8 @@ impl Check {
         ] {
             if let Some(norm) = norm {
                 self.not_negative(name, norm.eps)?;
+                let possible = !norm.scaled_first || name == "norms.expert_out.eps";
+                self.value(possible, "norms.scaled_first", "false but for norms.expert_out", norm.scaled_first)?;
             }
         }
         let beside = shared_in.is_none() && shared_out.is_none() || config.shared.is_some();

@@ -135,9 +135,16 @@ impl<B: Backend> Accumulate<'_, B> {
         let acc = check.float("acc", &self.acc)?;
         let y = check.float("y", &self.y)?;
         check.rows("y", &self.y, "[T, H]", [rows, hidden])?;
-        if let Factor::PerRow(weights) = &self.weight {
-            check.only("weight", weights, DType::F32)?;
-            check.column("weight", weights, "[T]", rows)?;
+        match &self.weight {
+            Factor::Value(_) => {}
+            Factor::PerRow(weights) => {
+                check.only("weight", weights, DType::F32)?;
+                check.column("weight", weights, "[T]", rows)?;
+            }
+            Factor::PerColumn(weights) => {
+                check.only("weight", weights, DType::F32)?;
+                check.vector("weight", weights, "[H]", hidden)?;
+            }
         }
         Ok(AccumulateProblem { rows, hidden, acc, y })
     }

@@ -118,7 +118,13 @@ pub(super) fn normed(norm: Option<RmsNorm>, weight: Option<&[f64]>, rows: Vec<f6
     let Some(norm) = norm else { return rows };
     let offset = if norm.unit_offset { 1.0 } else { 0.0 };
     let weight: Option<Vec<f64>> = weight.map(|weight| weight.iter().map(|w| w + offset).collect());
-    rms_norm(&rows, weight.as_deref(), f64::from(norm.eps), width)
+    match &weight {
+        Some(weight) if norm.scaled_first => {
+            let scaled: Vec<f64> = rows.iter().enumerate().map(|(i, x)| x * weight[i % width]).collect();
+            rms_norm(&scaled, None, f64::from(norm.eps), width)
+        }
+        _ => rms_norm(&rows, weight.as_deref(), f64::from(norm.eps), width),
+    }
 }
 
 /// `routed_scale * sum_k w[t,k] * ..`, `[T, L]` or `[T, H]`.

@@ -103,7 +103,7 @@ pub(super) struct RouterLayers<B: Backend> {
     pub(super) config: RouterMlp,
     pub(super) down: Tensor<B>,
     pub(super) down_bias: Option<Tensor<B>>,
-    /// `[M, M]`, zero but on its diagonal: what makes the product with the previous state one of its elements.
+    /// f32 `[M]`.
     pub(super) state_scale: Option<Tensor<B>>,
     pub(super) norm: NormTensor<B>,
     pub(super) fc1: Tensor<B>,
@@ -114,21 +114,23 @@ pub(super) struct RouterLayers<B: Backend> {
 
 impl<B: Backend> RouterLayers<B> {
     fn new(backend: &B, config: RouterMlp, weights: &RouterMlpWeights<'_>) -> Result<Self, B::Error> {
-        let width = config.width;
-        let diagonal = |scale: HostView<'_>| -> Result<Tensor<B>, B::Error> {
-            let scale = floats(scale)?;
-            let mut matrix = vec![0.0f32; width * width];
-            for (row, numbers) in matrix.chunks_exact_mut(width).enumerate() {
-                numbers[row] = if scale.len() == 1 { scale[0] } else { scale[row] };
+        let state_scale = |scale: HostView<'_>| -> Result<Tensor<B>, B::Error> {
+            let mut scale = floats(scale)?;
+            if let &[one] = &scale[..] {
+                scale = vec![one; config.width];
             }
-            Tensor::new(backend, bytemuck::cast_slice(&matrix), F32, [width, width])
+            Tensor::new(backend, bytemuck::cast_slice(&scale), F32, [config.width])
         };
         Ok(Self {
             config,
             down: Tensor::matrix(backend, weights.down)?,
             down_bias: Tensor::optional(backend, weights.down_bias)?,
-            state_scale: weights.state_scale.map(diagonal).transpose()?,
-            norm: NormTensor::new(backend, RmsNorm { eps: config.eps, unit_offset: false }, weights.norm)?,
+            state_scale: weights.state_scale.map(state_scale).transpose()?,
+            norm: NormTensor::new(
+                backend,
+                RmsNorm { eps: config.eps, unit_offset: false, scaled_first: false },
+                weights.norm,
+            )?,
             fc1: Tensor::matrix(backend, weights.fc1)?,
             fc1_bias: Tensor::optional(backend, weights.fc1_bias)?,
             fc2: Tensor::matrix(backend, weights.fc2)?,

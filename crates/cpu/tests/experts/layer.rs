@@ -153,7 +153,7 @@ fn rare_configs() -> Vec<LayerConfig> {
     let grouped = Selection::TopK { by: SelectBy::Score, bias: false, groups: Some(groups) };
     let sigmoid = RoutingRule { score: Score::Sigmoid, selection: bias, ..RoutingRule::default() };
     let scaled = WeightRule { expert_scale: Some(ExpertScale::AfterNormalize), ..WeightRule::default() };
-    let norm = |unit_offset| Some(RmsNorm { eps: 1e-5, unit_offset });
+    let norm = |unit_offset| Some(RmsNorm { eps: 1e-5, unit_offset, scaled_first: false });
     let capacity = |limit, order, renormalize| Some(Capacity { limit, order, renormalize });
     let all = Norms {
         experts_in: norm(false),

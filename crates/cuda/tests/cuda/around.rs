@@ -18,7 +18,10 @@ fn with_capacity(cuda: &Cuda) -> Result<CudaLayer> {
     let config = LayerConfig {
         zero_experts: Some(ZeroExperts { count: Z, output: ZeroOutput::Copy }),
         capacity: Some(Capacity { limit, order, renormalize: Some(1e-3) }),
-        norms: Norms { expert_out: Some(RmsNorm { eps: 1e-6, unit_offset: true }), ..Norms::default() },
+        norms: Norms {
+            expert_out: Some(RmsNorm { eps: 1e-6, unit_offset: true, scaled_first: false }),
+            ..Norms::default()
+        },
         ..LayerConfig::new(H, I, E, K)
     };
     let (router, gate_up, down) = (numbers((E + Z) * H, 1), numbers(E * 2 * I * H, 2), numbers(E * H * I, 3));
@@ -34,7 +37,7 @@ fn with_capacity(cuda: &Cuda) -> Result<CudaLayer> {
 
 /// Everything that may stand around the experts, some of which are always chosen.
 fn surrounded(cuda: &Cuda, numerics: Numerics) -> Result<CudaLayer> {
-    let norm = Some(RmsNorm { eps: 1e-6, unit_offset: false });
+    let norm = Some(RmsNorm { eps: 1e-6, unit_offset: false, scaled_first: false });
     let config = LayerConfig {
         routing: RoutingRule { always: 1, ..RoutingRule::default() },
         shared: Some(SharedConfig { intermediate: S, activation: Default::default(), gated: true, scale: 0.5 }),

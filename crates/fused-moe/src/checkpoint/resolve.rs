@@ -213,7 +213,7 @@ fn norms(config: &ModelConfig, around: &Around, layer: usize, stored: &dyn Fn(&s
     let norm = |norm: Option<Rms>| -> Result<Option<RmsNorm>> {
         let there = norm.filter(|norm| !norm.optional || stored(norm.weight));
         let Some(Rms { eps, unit_offset, .. }) = there else { return Ok(None) };
-        Ok(Some(RmsNorm { eps: config.number(eps, layer)?, unit_offset }))
+        Ok(Some(RmsNorm { eps: config.number(eps, layer)?, unit_offset, scaled_first: false }))
     };
     Ok(Norms {
         experts_in: norm(around.experts_in)?,

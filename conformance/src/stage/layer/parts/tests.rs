@@ -41,8 +41,13 @@ fn changed(layer: &LayerCase) -> Vec<(&'static str, LayerConfig)> {
     ];
     for (name, pick) in norms {
         let mut without = config.clone();
-        if pick(&mut without.norms).take().is_some() {
+        if let Some(norm) = pick(&mut without.norms).take() {
             all.push((name, without));
+            let mut later = config.clone();
+            *pick(&mut later.norms) = Some(RmsNorm { scaled_first: false, ..norm });
+            if norm.scaled_first {
+                all.push(("what is scaled first", later));
+            }
         }
     }
     all
