@@ -11,7 +11,7 @@ fn changed(layer: &LayerCase) -> Vec<(&'static str, LayerConfig)> {
     let config = &layer.config;
     let mut all = Vec::new();
     // a device without the last expert has no copies
-    let here = layer.local.as_ref().is_none_or(|local| local.end == config.experts);
+    let here = layer.local.as_ref().is_none_or(|local| local.contains(&(config.experts - 1)));
     if let (Some(ZeroExperts { count, output: ZeroOutput::Copy }), true) = (config.zero_experts, here) {
         let zero_experts = Some(ZeroExperts { count, output: ZeroOutput::Zero });
         all.push(("copies", LayerConfig { zero_experts, ..config.clone() }));
@@ -45,7 +45,7 @@ fn changed(layer: &LayerCase) -> Vec<(&'static str, LayerConfig)> {
             all.push((name, without));
             let mut later = config.clone();
             *pick(&mut later.norms) = Some(RmsNorm { scaled_first: false, ..norm });
-            if norm.scaled_first {
+            if norm.scaled_first && layer.around.norm_weights {
                 all.push(("what is scaled first", later));
             }
         }
