@@ -156,8 +156,6 @@ pub(super) struct Rms {
     pub(super) eps: Number,
     /// Whether the factor is `1 + weight`.
     pub(super) unit_offset: bool,
-    /// Whether there is no norm where there is no weight.
-    pub(super) optional: bool,
 }
 
 /// What stands around the experts.

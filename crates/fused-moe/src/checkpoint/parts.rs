@@ -62,7 +62,7 @@ pub(super) const RMS_EPS: Number = field(&["rms_norm_eps"], None);
 
 /// A norm whose factor is its weight.
 pub(super) const fn rms(weight: &'static str) -> Rms {
-    Rms { weight, eps: RMS_EPS, unit_offset: false, optional: false }
+    Rms { weight, eps: RMS_EPS, unit_offset: false }
 }
 
 /// Experts w1, w2, w3 of width `intermediate_size` in every layer.
@@ -118,19 +118,18 @@ pub(super) const GRANITE: Family = Family {
 };
 
 /// With the shared expert beside the block.
-pub(super) const GRANITE_SHARED: Family = Family {
-    shared: Some(Shared {
-        matrices: &[Layout::Joint {
-            gate_up: "../shared_mlp.input_linear.weight",
-            down: "../shared_mlp.output_linear.weight",
-            layout: OUT_IN,
-            biases: None,
-        }],
-        width: &["shared_intermediate_size"],
-        times: None,
-        ..SHARED_EXPERTS
-    }),
-    ..GRANITE
+pub(super) const GRANITE_SHARED: Family = Family { shared: Some(SHARED_BESIDE), ..GRANITE };
+
+pub(super) const SHARED_BESIDE: Shared = Shared {
+    matrices: &[Layout::Joint {
+        gate_up: "../shared_mlp.input_linear.weight",
+        down: "../shared_mlp.output_linear.weight",
+        layout: OUT_IN,
+        biases: None,
+    }],
+    width: &["shared_intermediate_size"],
+    times: None,
+    ..SHARED_EXPERTS
 };
 
 /// Logits with a bias, activation and biases in the experts, `x W`.

@@ -111,13 +111,8 @@ fn divisor(config: &ModelConfig, field: Field) -> Result<usize> {
     }
 }
 
-/// The description of one layer, checked; `stored` says which tensors of its block there are.
-pub(super) fn layer_config(
-    config: &ModelConfig,
-    family: &Family,
-    layer: usize,
-    stored: &dyn Fn(&str) -> bool,
-) -> Result<LayerConfig> {
+/// The description of one layer, checked.
+pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) -> Result<LayerConfig> {
     let mut routing = routing(config, config.case(family.routing, layer)?, layer)?;
     if let Some(table) = &family.table
         && Rule::new(config, table.layers)?.holds(config, layer)?
@@ -160,7 +155,7 @@ pub(super) fn layer_config(
             Some(latent) => Some(config.count(Size::Field(latent.width), layer)?).filter(|&width| width > 0),
             None => None,
         },
-        norms: norms(config, &family.around, layer, stored)?,
+        norms: norms(config, &family.around, layer)?,
         router_mlp: match family.router_mlp {
             Some(RouterLayers { width, eps, function, .. }) => {
                 Some(RouterMlp { width: config.size(width, layer)?, eps: config.number(eps, layer)?, function })
@@ -209,10 +204,9 @@ fn capacity(config: &ModelConfig, slots: &Slots, layer: usize) -> Result<Capacit
     Ok(Capacity { limit, order, renormalize })
 }
 
-fn norms(config: &ModelConfig, around: &Around, layer: usize, stored: &dyn Fn(&str) -> bool) -> Result<Norms> {
+fn norms(config: &ModelConfig, around: &Around, layer: usize) -> Result<Norms> {
     let norm = |norm: Option<Rms>| -> Result<Option<RmsNorm>> {
-        let there = norm.filter(|norm| !norm.optional || stored(norm.weight));
-        let Some(Rms { eps, unit_offset, .. }) = there else { return Ok(None) };
+        let Some(Rms { eps, unit_offset, .. }) = norm else { return Ok(None) };
         Ok(Some(RmsNorm { eps: config.number(eps, layer)?, unit_offset }))
     };
     Ok(Norms {

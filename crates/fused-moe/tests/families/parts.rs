@@ -1,6 +1,6 @@
 //! Several language models in one directory, and other ways to say the same.
 
-use crate::block::Row;
+use crate::block::{Row, with};
 use crate::common::model::{Model, file, tensors};
 use crate::common::{Extra, path, specified};
 use crate::disk::Block;
@@ -251,6 +251,22 @@ fn encoder_and_decoder() {
     for name in ["switch_transformers", "nllb_moe", "nllb-moe"] {
         assert_eq!(known.iter().filter(|known| **known == name).count(), 1);
     }
+}
+
+/// The family decides which norms there are, not what happens to be stored.
+#[test]
+fn a_norm_of_another_family() {
+    let block = block_of("axk1");
+    let model = block.model();
+    let has_norm = |family: &str| {
+        std::fs::write(
+            model.join("config.json"),
+            with(block.config.clone(), json!({ "model_type": family })).to_string(),
+        )
+        .unwrap();
+        Checkpoint::open(model.path()).unwrap().layer(1).unwrap().config.norms.out.is_some()
+    };
+    assert_eq!(["axk1", "axk2"].map(has_norm), [true, false]);
 }
 
 /// Random choices cannot be held to anything.

@@ -50,10 +50,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "granitemoe_swa",
         model_types: &["granitemoe_swa"],
-        shared: match GRANITE_SHARED.shared {
-            Some(shared) => Some(Shared { optional: true, ..shared }),
-            None => None,
-        },
+        shared: Some(Shared { optional: true, ..SHARED_BESIDE }),
         ..GRANITE
     },
     Family { name: "granitemoeshared", model_types: &["granitemoeshared"], ..GRANITE_SHARED },

@@ -115,7 +115,6 @@ pub(super) const FAMILIES: &[Family] = &[
             select: grouped(Flag::Always, GroupScore::SumOfBestTwo, Masked::Zero),
             ..deepseek(factor(2.5))
         })],
-        around: Around { out: Some(Rms { optional: true, ..rms("../post_mlp_layernorm.weight") }), ..PLAIN },
         ..DEEPSEEK
     },
     Family {
@@ -333,7 +332,7 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family {
         name: "inkling2",
-        model_types: &["inkling2", "inkling2_mm_model"],
+        model_types: &["inkling2"],
         routing: &[Case {
             when: &[(&["scoring_func"], "sigmoid")],
             then: Routing { normalize: Norm::Sum { when: Flag::Always, eps: 1e-20 }, ..scaled(SIGMOID, ROUTE_SCALE) },
