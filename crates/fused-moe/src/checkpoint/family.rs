@@ -41,6 +41,8 @@ pub(super) struct Family {
     pub(super) kinds: Field,
     pub(super) hidden: Field,
     pub(super) intermediate: Field,
+    /// Where the first of two fields is there, the second is `intermediate`.
+    pub(super) intermediate_beside: Option<[Field; 2]>,
     /// The routed ones; those of `always` come besides.
     pub(super) experts: Field,
     /// Those that are chosen; those of `always` come besides.
@@ -232,13 +234,10 @@ pub(super) enum Sparse {
         field: Field,
         moe: char,
     },
-    /// The layer's number is in a list.
+    /// The layer's number is in a list, or in a text between commas.
     Listed(Field),
-    /// The layer's number is not in a list.
-    Unlisted {
-        field: Field,
-        default: &'static [u64],
-    },
+    /// The layer's entry in a list of 0 and 1; a field that is no list does not decide.
+    Marked(Field),
     /// `l >= n`.
     From {
         first: Field,
@@ -250,10 +249,17 @@ pub(super) enum Sparse {
         end: Field,
         default: usize,
     },
+    /// `l >= n` and `l % step == 0`.
+    EveryFrom {
+        first: Field,
+        default: usize,
+        step: Field,
+    },
     /// `(l + 1) % step == 0`, and not in the list of exceptions.
     Step {
         step: Field,
         except: Field,
+        default: &'static [u64],
     },
     /// `first <= l <= last` and `(l + 1) % interval == 0`.
     Range {
@@ -266,8 +272,12 @@ pub(super) enum Sparse {
         period: Field,
         offset: Field,
     },
-    /// `l % step == 1`, or every layer if the step is 1.
+    /// `l % step == 1`, or every layer if the step is 1, or none if it is 0.
     SecondOf {
+        step: Field,
+    },
+    /// `(l + 1) % step == 0`, or none if the step is 0.
+    LastOf {
         step: Field,
     },
     /// All, or none.

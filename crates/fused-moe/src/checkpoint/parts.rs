@@ -15,6 +15,7 @@ pub(super) const BASE: Family = Family {
     kinds: &[],
     hidden: &["hidden_size", "d_model"],
     intermediate: &["moe_intermediate_size"],
+    intermediate_beside: None,
     experts: &["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"],
     top_k: Size::Field(TOP_K),
     zero_experts: None,
@@ -162,7 +163,7 @@ pub(super) const ERNIE: Family = Family {
 pub(super) const SPARSE_BLOCK: Names = &["layers.{l}.block_sparse_moe", "layers.{l}.mlp"];
 
 pub(super) const QWEN_SPARSE: &[Sparse] =
-    &[Sparse::Step { step: &["decoder_sparse_step"], except: &["mlp_only_layers"] }];
+    &[Sparse::Step { step: &["decoder_sparse_step"], except: &["mlp_only_layers"], default: &[] }];
 
 pub(super) const MLP_LAYER_TYPES: Sparse = Sparse::Kind { field: &["mlp_layer_types"], moe: &["sparse", "moe"] };
 

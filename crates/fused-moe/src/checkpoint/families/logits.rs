@@ -34,7 +34,10 @@ pub(super) const FAMILIES: &[Family] = &[
         model_types: &["llama4"],
         blocks: &["layers.{l}.feed_forward"],
         intermediate: &["intermediate_size"],
-        sparse: &[Sparse::Listed(&["moe_layers"]), Sparse::Step { step: &["interleave_moe_layer_step"], except: &[] }],
+        sparse: &[
+            Sparse::Listed(&["moe_layers"]),
+            Sparse::Step { step: &["interleave_moe_layer_step"], except: &[], default: &[] },
+        ],
         router: &["router.weight"],
         routing: &[always(Routing {
             score: &[always(Score::Sigmoid)],

@@ -65,7 +65,11 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "dots3_note",
         model_types: &["dots3_note"],
         beside: Some("the experts of the vision encoder, which are not read"),
-        sparse: ONE_DENSE,
+        sparse: &[
+            MLP_LAYER_TYPES,
+            MOE_LAYER_FREQ,
+            Sparse::EveryFrom { first: &["first_k_dense_replace"], default: 1, step: &["moe_layer_freq"] },
+        ],
         routing: &[always(deepseek(factor(1.0)))],
         shared: Some(Shared {
             width: &["moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"],
@@ -83,6 +87,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "exaone_moe",
         model_types: &["exaone_moe"],
+        sparse: ONE_DENSE,
         correction_bias: &["e_score_correction_bias"],
         ..DEEPSEEK
     },
@@ -104,6 +109,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "axk1",
         model_types: &["axk1"],
+        sparse: ONE_DENSE,
         around: Around { out: Some(rms("../post_mlp_layernorm.weight")), ..PLAIN },
         ..DEEPSEEK
     },
@@ -210,12 +216,23 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "minimax_m3_vl",
         model_types: &["minimax_m3_vl"],
-        sparse: FIRST_DENSE,
-        correction_bias: &["e_score_correction_bias"],
+        sparse: &[MLP_LAYER_TYPES, MOE_LAYER_FREQ, FIRST_K_DENSE, Sparse::Every],
+        // the text model alone is stored as the model's code names it: stacks, the bias with the gate
+        correction_bias: &["e_score_correction_bias", "gate.e_score_correction_bias"],
         routing: &[always(SIGMOID)],
         activation: SWIGLU_OAI,
         routed_scale: &[always(SCALING_FACTOR)],
+        matrices: &[W123, FUSED],
         shared: Some(Shared {
+            matrices: &[
+                SHARED_APART,
+                Layout::Joint {
+                    gate_up: "shared_experts.gate_up_proj.weight",
+                    down: "shared_experts.down_proj.weight",
+                    layout: OUT_IN,
+                    biases: None,
+                },
+            ],
             width: &["shared_intermediate_size"],
             times: None,
             activation: SWIGLU_OAI,
@@ -258,7 +275,7 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "step3p7",
         model_types: &["step3p7", "step3p5"],
         blocks: &["layers.{l}.moe"],
-        sparse: FIRST_DENSE,
+        sparse: &[MLP_LAYER_TYPES, Sparse::Listed(&["moe_layers_enum"]), Sparse::Behind(3)],
         correction_bias: &["router_bias"],
         routing: &[always(SIGMOID)],
         activation: Act::SiluThenClamp { limit: &["swiglu_limits"] },
@@ -309,7 +326,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "flint",
         model_types: &["flint"],
-        sparse: &[Sparse::Unlisted { field: &["mlp_only_layers"], default: &[0, 1] }],
+        sparse: &[Sparse::Step { step: &["decoder_sparse_step"], except: &["mlp_only_layers"], default: &[0, 1] }],
         routing: &[always(Routing { score: &[always(Score::Sigmoid)], normalize: norm_if(None, 0.0), ..SOFTMAX })],
         shared: Some(SHARED_EXPERT),
         ..BASE
@@ -376,7 +393,8 @@ pub(super) const FAMILIES: &[Family] = &[
 const INKLING: Family = Family {
     roots: &["model.llm.", "model.language_model.", "model."],
     intermediate: &["moe_intermediate_size", "intermediate_size"],
-    sparse: FIRST_DENSE,
+    intermediate_beside: Some([&["dense_intermediate_size"], &["intermediate_size"]]),
+    sparse: &[MLP_LAYER_TYPES, Sparse::From { first: &["dense_mlp_idx"] }, Sparse::Every],
     correction_bias: &["gate.bias"],
     matrices: &[Layout::Joint {
         gate_up: "experts.w13_weight",
@@ -388,5 +406,7 @@ const INKLING: Family = Family {
 };
 
 const INTERLEAVED: StackLayout = StackLayout { order: GateUpOrder::Interleaved, ..OUT_IN };
+
+const MOE_LAYER_FREQ: Sparse = Sparse::Marked(&["moe_layer_freq"]);
 
 const ROUTE_SCALE: Number = field(&["route_scale"], None);

@@ -253,7 +253,7 @@ pub(super) const FAMILIES: &[Family] = &[
         roots: &["model.decoder.", "decoder."],
         layers: &["decoder_layers"],
         intermediate: &["decoder_ffn_dim"],
-        sparse: &[Sparse::Step { step: &["decoder_sparse_step"], except: &[] }],
+        sparse: &[Sparse::LastOf { step: &["decoder_sparse_step"] }],
         ..NLLB
     },
     Family {
@@ -262,7 +262,7 @@ pub(super) const FAMILIES: &[Family] = &[
         roots: &["model.encoder.", "encoder."],
         layers: &["encoder_layers", "num_hidden_layers"],
         intermediate: &["encoder_ffn_dim"],
-        sparse: &[Sparse::Step { step: &["encoder_sparse_step"], except: &[] }],
+        sparse: &[Sparse::LastOf { step: &["encoder_sparse_step"] }],
         ..NLLB
     },
 ];
