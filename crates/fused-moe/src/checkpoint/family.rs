@@ -30,6 +30,8 @@ pub(super) struct Family {
     pub(super) name: &'static str,
     /// `model_type`s in config.json, each also with `_text` behind it.
     pub(super) model_types: &'static [&'static str],
+    /// Flags that ask for what is not read, and what that is.
+    pub(super) unread: &'static [(Field, &'static str)],
     /// What of the block is no part of the layer, if it has more.
     pub(super) beside: Option<&'static str>,
     /// What tensor names may begin with.
@@ -124,6 +126,8 @@ pub(super) struct Always {
 /// How many slots of a sequence an expert takes: the first of these that there is.
 #[derive(Clone, Copy)]
 pub(super) struct Slots {
+    /// Whether all tokens of a call are one sequence.
+    pub(super) whole_call: bool,
     /// A part of its tokens, not above 0 for none. Empty: none, else it must be there.
     pub(super) fraction: Field,
     /// So many.

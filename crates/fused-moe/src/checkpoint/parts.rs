@@ -8,6 +8,7 @@ use fused_moe_core::weights::{GateUpOrder, Orientation, StackLayout};
 pub(super) const BASE: Family = Family {
     name: "",
     model_types: &[],
+    unread: &[],
     beside: None,
     roots: &["model.", "model.language_model.", "language_model.model.", "transformer.", ""],
     blocks: &["layers.{l}.mlp"],

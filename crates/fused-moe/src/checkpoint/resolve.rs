@@ -121,6 +121,12 @@ fn divisor(config: &ModelConfig, field: Field) -> Result<usize> {
 
 /// The description of one layer, checked.
 pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) -> Result<LayerConfig> {
+    for &(field, what) in family.unread {
+        if config.flag(Flag::Field { field, default: Some(false) }, layer)? {
+            let expected = format!("false, as {what} are not read");
+            return Err(config.wrong(field.first().unwrap_or(&""), &expected, &Value::from(true)));
+        }
+    }
     let mut routing = routing(config, config.case(family.routing, layer)?, layer)?;
     if let Some(table) = &family.table
         && Rule::new(config, table.layers)?.holds(config, layer)?

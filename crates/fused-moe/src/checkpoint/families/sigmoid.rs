@@ -167,6 +167,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "nemotron_h",
         model_types: &["nemotron_h"],
+        unread: &[(&["mlp_bias"], "biases of experts")],
         roots: &["backbone.", "model."],
         blocks: &["layers.{l}.mixer"],
         kinds: &["layers_block_type", "hybrid_override_pattern"],

@@ -316,6 +316,7 @@ const SWITCH: Family = Family {
     router_bias: &["router.classifier.bias"],
     router_biased: Flag::Field { field: &["router_bias"], default: Some(false) },
     capacity: Some(Slots {
+        whole_call: false,
         fraction: &[],
         count: &["expert_capacity"],
         share: None,
@@ -343,6 +344,7 @@ const NLLB: Family = Family {
         },
     }],
     capacity: Some(Slots {
+        whole_call: true,
         fraction: &["moe_eval_capacity_token_fraction"],
         count: &["expert_capacity"],
         share: Some(2),
