@@ -1,9 +1,10 @@
 //! A layer's routing in one English sentence.
 
+use super::family::Family;
 use fused_moe_core::config::*;
 
 /// What happens to a token, in one sentence.
-pub(super) fn sentence(config: &LayerConfig) -> String {
+pub(super) fn sentence(config: &LayerConfig, family: &Family) -> String {
     let rule = &config.routing;
     let (experts, top_k) = (config.experts - rule.always, config.top_k - rule.always);
     let chosen = match (top_k, experts) {
@@ -38,7 +39,8 @@ pub(super) fn sentence(config: &LayerConfig) -> String {
     let (logits, weights) = (logits(config), weights(config));
     let mut text = format!("Each token goes to {choice}{always}{logits}, {weights}");
     if let Some(capacity) = &config.capacity {
-        text += &room(capacity);
+        let whole_call = family.capacity.is_some_and(|slots| slots.whole_call);
+        text += &room(capacity, if whole_call { "call" } else { "sequence" });
     }
     if let Some(width) = config.latent {
         text += &format!(", the experts working in a width of {width} between two projections");
@@ -71,12 +73,12 @@ fn logits(config: &LayerConfig) -> String {
     text
 }
 
-fn room(capacity: &Capacity) -> String {
+fn room(capacity: &Capacity, of: &str) -> String {
     let limit = match capacity.limit {
-        CapacityLimit::Slots(1) => "1 slot of a sequence".to_owned(),
-        CapacityLimit::Slots(slots) => format!("{slots} slots of a sequence"),
-        CapacityLimit::Fraction(part) => format!("as many slots as {part} of the tokens of a sequence"),
-        CapacityLimit::EvenShare { factor } => format!("{factor} times an even share of the tokens of a sequence"),
+        CapacityLimit::Slots(1) => format!("1 slot of a {of}"),
+        CapacityLimit::Slots(slots) => format!("{slots} slots of a {of}"),
+        CapacityLimit::Fraction(part) => format!("as many slots as {part} of the tokens of a {of}"),
+        CapacityLimit::EvenShare { factor } => format!("{factor} times an even share of the tokens of a {of}"),
     };
     let first = match capacity.order {
         CapacityOrder::Position => "the first ones",

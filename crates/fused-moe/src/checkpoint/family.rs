@@ -30,6 +30,8 @@ pub(super) struct Family {
     pub(super) name: &'static str,
     /// `model_type`s in config.json, each also with `_text` behind it.
     pub(super) model_types: &'static [&'static str],
+    /// Flags that ask for what is not read, and what that is.
+    pub(super) unread: &'static [(Field, &'static str)],
     /// What of the block is no part of the layer, if it has more.
     pub(super) beside: Option<&'static str>,
     /// What tensor names may begin with.
@@ -41,6 +43,8 @@ pub(super) struct Family {
     pub(super) kinds: Field,
     pub(super) hidden: Field,
     pub(super) intermediate: Field,
+    /// Where the first of two fields is there, the second is `intermediate`.
+    pub(super) intermediate_beside: Option<[Field; 2]>,
     /// The routed ones; those of `always` come besides.
     pub(super) experts: Field,
     /// Those that are chosen; those of `always` come besides.
@@ -122,6 +126,8 @@ pub(super) struct Always {
 /// How many slots of a sequence an expert takes: the first of these that there is.
 #[derive(Clone, Copy)]
 pub(super) struct Slots {
+    /// Whether all tokens of a call are one sequence.
+    pub(super) whole_call: bool,
     /// A part of its tokens, not above 0 for none. Empty: none, else it must be there.
     pub(super) fraction: Field,
     /// So many.
@@ -156,8 +162,8 @@ pub(super) struct Rms {
     pub(super) eps: Number,
     /// Whether the factor is `1 + weight`.
     pub(super) unit_offset: bool,
-    /// Whether there is no norm where there is no weight.
-    pub(super) optional: bool,
+    /// Whether it comes before the norm.
+    pub(super) scaled_first: bool,
 }
 
 /// What stands around the experts.
@@ -234,13 +240,10 @@ pub(super) enum Sparse {
         field: Field,
         moe: char,
     },
-    /// The layer's number is in a list.
+    /// The layer's number is in a list, or in a text between commas.
     Listed(Field),
-    /// The layer's number is not in a list.
-    Unlisted {
-        field: Field,
-        default: &'static [u64],
-    },
+    /// The layer's entry in a list of 0 and 1; a field that is no list does not decide.
+    Marked(Field),
     /// `l >= n`.
     From {
         first: Field,
@@ -252,10 +255,17 @@ pub(super) enum Sparse {
         end: Field,
         default: usize,
     },
+    /// `l >= n` and `l % step == 0`.
+    EveryFrom {
+        first: Field,
+        default: usize,
+        step: Field,
+    },
     /// `(l + 1) % step == 0`, and not in the list of exceptions.
     Step {
         step: Field,
         except: Field,
+        default: &'static [u64],
     },
     /// `first <= l <= last` and `(l + 1) % interval == 0`.
     Range {
@@ -268,8 +278,12 @@ pub(super) enum Sparse {
         period: Field,
         offset: Field,
     },
-    /// `l % step == 1`, or every layer if the step is 1.
+    /// `l % step == 1`, or every layer if the step is 1, or none if it is 0.
     SecondOf {
+        step: Field,
+    },
+    /// `(l + 1) % step == 0`, or none if the step is 0.
+    LastOf {
         step: Field,
     },
     /// All, or none.

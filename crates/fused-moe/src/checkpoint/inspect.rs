@@ -1,6 +1,7 @@
 //! What a checkpoint holds, from its headers.
 
 use super::describe::{activation, sentence};
+use super::family::Family;
 use super::layer::CheckpointLayer;
 use super::{Checkpoint, Error, TensorProblem};
 use fused_moe_core::config::LayerConfig;
@@ -102,7 +103,7 @@ pub(super) fn summary(checkpoint: &Checkpoint) -> Summary {
     };
     for &index in &checkpoint.moe {
         match checkpoint.layer(index) {
-            Ok(layer) => summary.add(&layer),
+            Ok(layer) => summary.add(&layer, checkpoint.family),
             Err(error) => summary.layers.push(LayerSummary {
                 index,
                 name: None,
@@ -117,10 +118,10 @@ pub(super) fn summary(checkpoint: &Checkpoint) -> Summary {
 }
 
 impl Summary {
-    fn add(&mut self, layer: &CheckpointLayer<'_>) {
+    fn add(&mut self, layer: &CheckpointLayer<'_>, family: &Family) {
         if self.sizes.is_none() {
             self.sizes = Some(sizes(&layer.config));
-            self.routing = Some(sentence(&layer.config));
+            self.routing = Some(sentence(&layer.config, family));
             self.activation = Some(activation(layer.config.activation));
         }
         let mut total = Tally::default();

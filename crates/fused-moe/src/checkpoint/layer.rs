@@ -54,7 +54,7 @@ pub(super) fn load(checkpoint: &Checkpoint, index: usize) -> Result<CheckpointLa
     let Checkpoint { files, family, .. } = checkpoint;
     let name = block(files, family, index);
     let mut tensors = Tensors::new(files, &name);
-    let mut config = resolve::layer_config(&checkpoint.config, family, index, &|name| tensors.has(name))?;
+    let mut config = resolve::layer_config(&checkpoint.config, family, index)?;
     let invalid = |source: fused_moe_core::Error| {
         let path = checkpoint.path.clone();
         Error::Layer { path, layer: index, source: source.into() }

@@ -119,11 +119,18 @@ impl ModelConfig {
         })
     }
 
-    /// The whole list that a field holds.
+    /// The whole list that a field holds, which may be a text with commas.
     pub(super) fn list(&self, field: Field) -> Result<Option<Vec<u64>>> {
         let found = field.iter().find_map(|name| Some((name, self.value(name).filter(|value| !value.is_null())?)));
         let Some((name, value)) = found else { return Ok(None) };
-        let numbers = value.as_array().and_then(|list| list.iter().map(Value::as_u64).collect());
+        let numbers = match value {
+            Value::Array(list) => list.iter().map(Value::as_u64).collect(),
+            Value::String(text) => {
+                let numbers = text.split(',').map(str::trim).filter(|number| !number.is_empty());
+                numbers.map(|number| number.parse().ok()).collect()
+            }
+            _ => None,
+        };
         match numbers {
             Some(numbers) => Ok(Some(numbers)),
             None => Err(self.wrong(name, "a list of layer numbers", value)),

@@ -8,6 +8,7 @@ use fused_moe_core::weights::{GateUpOrder, Orientation, StackLayout};
 pub(super) const BASE: Family = Family {
     name: "",
     model_types: &[],
+    unread: &[],
     beside: None,
     roots: &["model.", "model.language_model.", "language_model.model.", "transformer.", ""],
     blocks: &["layers.{l}.mlp"],
@@ -15,6 +16,7 @@ pub(super) const BASE: Family = Family {
     kinds: &[],
     hidden: &["hidden_size", "d_model"],
     intermediate: &["moe_intermediate_size"],
+    intermediate_beside: None,
     experts: &["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"],
     top_k: Size::Field(TOP_K),
     zero_experts: None,
@@ -62,7 +64,7 @@ pub(super) const RMS_EPS: Number = field(&["rms_norm_eps"], None);
 
 /// A norm whose factor is its weight.
 pub(super) const fn rms(weight: &'static str) -> Rms {
-    Rms { weight, eps: RMS_EPS, unit_offset: false, optional: false }
+    Rms { weight, eps: RMS_EPS, unit_offset: false, scaled_first: false }
 }
 
 /// Experts w1, w2, w3 of width `intermediate_size` in every layer.
@@ -118,19 +120,18 @@ pub(super) const GRANITE: Family = Family {
 };
 
 /// With the shared expert beside the block.
-pub(super) const GRANITE_SHARED: Family = Family {
-    shared: Some(Shared {
-        matrices: &[Layout::Joint {
-            gate_up: "../shared_mlp.input_linear.weight",
-            down: "../shared_mlp.output_linear.weight",
-            layout: OUT_IN,
-            biases: None,
-        }],
-        width: &["shared_intermediate_size"],
-        times: None,
-        ..SHARED_EXPERTS
-    }),
-    ..GRANITE
+pub(super) const GRANITE_SHARED: Family = Family { shared: Some(SHARED_BESIDE), ..GRANITE };
+
+pub(super) const SHARED_BESIDE: Shared = Shared {
+    matrices: &[Layout::Joint {
+        gate_up: "../shared_mlp.input_linear.weight",
+        down: "../shared_mlp.output_linear.weight",
+        layout: OUT_IN,
+        biases: None,
+    }],
+    width: &["shared_intermediate_size"],
+    times: None,
+    ..SHARED_EXPERTS
 };
 
 /// Logits with a bias, activation and biases in the experts, `x W`.
@@ -163,7 +164,7 @@ pub(super) const ERNIE: Family = Family {
 pub(super) const SPARSE_BLOCK: Names = &["layers.{l}.block_sparse_moe", "layers.{l}.mlp"];
 
 pub(super) const QWEN_SPARSE: &[Sparse] =
-    &[Sparse::Step { step: &["decoder_sparse_step"], except: &["mlp_only_layers"] }];
+    &[Sparse::Step { step: &["decoder_sparse_step"], except: &["mlp_only_layers"], default: &[] }];
 
 pub(super) const MLP_LAYER_TYPES: Sparse = Sparse::Kind { field: &["mlp_layer_types"], moe: &["sparse", "moe"] };
 

@@ -57,16 +57,17 @@ impl Rule {
         let decides = |rule: &&Sparse| match **rule {
             Sparse::Kind { field, .. } | Sparse::Letter { field, .. } | Sparse::Listed(field) => config.has(field),
             Sparse::From { first } => config.has(first),
+            Sparse::Marked(field) => config.length(field).is_some(),
             _ => true,
         };
         let sparse = rules.iter().find(decides).copied();
         let listed = match sparse {
-            Some(Sparse::Listed(field) | Sparse::Step { except: field, .. }) => config.list(field)?.unwrap_or_default(),
+            Some(Sparse::Listed(field)) => config.list(field)?.unwrap_or_default(),
+            Some(Sparse::Step { except, default, .. }) => config.list(except)?.unwrap_or_else(|| default.to_vec()),
             Some(Sparse::Letter { field, moe }) => {
                 let letters = (0..).zip(config.text(field, 0)?.unwrap_or_default().chars());
                 letters.filter(|&(_, letter)| letter == moe).map(|(layer, _)| layer).collect()
             }
-            Some(Sparse::Unlisted { field, default }) => config.list(field)?.unwrap_or_else(|| default.to_vec()),
             _ => Vec::new(),
         };
         Ok(Self { sparse, listed: listed.into_iter().collect() })
@@ -81,10 +82,14 @@ impl Rule {
                 moe.contains(&kind)
             }
             Sparse::Listed(_) | Sparse::Letter { .. } => is_listed(),
-            Sparse::Unlisted { .. } => !is_listed(),
+            Sparse::Marked(field) => config.size(field, layer)? != 0,
             Sparse::From { first } => layer >= config.optional_size(first, layer)?.unwrap_or(0),
             Sparse::Behind(first) => layer >= first,
             Sparse::Before { end, default } => layer < config.optional_size(end, layer)?.unwrap_or(default),
+            Sparse::EveryFrom { first, default, step } => {
+                layer >= config.optional_size(first, layer)?.unwrap_or(default)
+                    && layer.is_multiple_of(divisor(config, step)?)
+            }
             Sparse::Step { step, .. } => (layer + 1).is_multiple_of(divisor(config, step)?) && !is_listed(),
             Sparse::Range { first, last, interval } => {
                 layer >= config.optional_size(first, layer)?.unwrap_or(0)
@@ -94,10 +99,13 @@ impl Rule {
             Sparse::Period { period, offset } => {
                 layer % divisor(config, period)? == config.optional_size(offset, layer)?.unwrap_or(0)
             }
-            Sparse::SecondOf { step } => match divisor(config, step)? {
+            Sparse::SecondOf { step } => match config.optional_size(step, layer)?.unwrap_or(1) {
+                0 => false,
                 1 => true,
                 step => layer % step == 1,
             },
+            // of 0 only 0 is a multiple
+            Sparse::LastOf { step } => (layer + 1).is_multiple_of(config.optional_size(step, layer)?.unwrap_or(1)),
             Sparse::If(flag) => config.flag(flag, layer)?,
         })
     }
@@ -111,13 +119,14 @@ fn divisor(config: &ModelConfig, field: Field) -> Result<usize> {
     }
 }
 
-/// The description of one layer, checked; `stored` says which tensors of its block there are.
-pub(super) fn layer_config(
-    config: &ModelConfig,
-    family: &Family,
-    layer: usize,
-    stored: &dyn Fn(&str) -> bool,
-) -> Result<LayerConfig> {
+/// The description of one layer, checked.
+pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) -> Result<LayerConfig> {
+    for &(field, what) in family.unread {
+        if config.flag(Flag::Field { field, default: Some(false) }, layer)? {
+            let expected = format!("false, as {what} are not read");
+            return Err(config.wrong(field.first().unwrap_or(&""), &expected, &Value::from(true)));
+        }
+    }
     let mut routing = routing(config, config.case(family.routing, layer)?, layer)?;
     if let Some(table) = &family.table
         && Rule::new(config, table.layers)?.holds(config, layer)?
@@ -135,6 +144,10 @@ pub(super) fn layer_config(
     let top_k = match family.top_k {
         Size::Fixed(top_k) => top_k,
         Size::Field(field) => config.size(field, layer)?,
+    };
+    let intermediate = match family.intermediate_beside {
+        Some([beside, intermediate]) if config.has(beside) => intermediate,
+        _ => family.intermediate,
     };
     let described = LayerConfig {
         gate: gate(config, family, layer)?,
@@ -160,7 +173,7 @@ pub(super) fn layer_config(
             Some(latent) => Some(config.count(Size::Field(latent.width), layer)?).filter(|&width| width > 0),
             None => None,
         },
-        norms: norms(config, &family.around, layer, stored)?,
+        norms: norms(config, &family.around, layer)?,
         router_mlp: match family.router_mlp {
             Some(RouterLayers { width, eps, function, .. }) => {
                 Some(RouterMlp { width: config.size(width, layer)?, eps: config.number(eps, layer)?, function })
@@ -169,7 +182,7 @@ pub(super) fn layer_config(
         },
         ..LayerConfig::new(
             config.size(family.hidden, layer)?,
-            config.size(family.intermediate, layer)?,
+            config.size(intermediate, layer)?,
             config.size(family.experts, layer)?.saturating_add(always),
             top_k.saturating_add(always),
         )
@@ -209,11 +222,10 @@ fn capacity(config: &ModelConfig, slots: &Slots, layer: usize) -> Result<Capacit
     Ok(Capacity { limit, order, renormalize })
 }
 
-fn norms(config: &ModelConfig, around: &Around, layer: usize, stored: &dyn Fn(&str) -> bool) -> Result<Norms> {
+fn norms(config: &ModelConfig, around: &Around, layer: usize) -> Result<Norms> {
     let norm = |norm: Option<Rms>| -> Result<Option<RmsNorm>> {
-        let there = norm.filter(|norm| !norm.optional || stored(norm.weight));
-        let Some(Rms { eps, unit_offset, .. }) = there else { return Ok(None) };
-        Ok(Some(RmsNorm { eps: config.number(eps, layer)?, unit_offset, scaled_first: false }))
+        let Some(Rms { eps, unit_offset, scaled_first, .. }) = norm else { return Ok(None) };
+        Ok(Some(RmsNorm { eps: config.number(eps, layer)?, unit_offset, scaled_first }))
     };
     Ok(Norms {
         experts_in: norm(around.experts_in)?,

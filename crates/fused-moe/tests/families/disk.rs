@@ -24,8 +24,6 @@ pub(crate) struct Block {
     pub(crate) sizes: [usize; 2],
     /// Names relative to the block (`../`: to its parent).
     pub(crate) tensors: Vec<Tensor>,
-    /// A tensor that may be absent.
-    pub(crate) optional: &'static str,
     /// Calls are made with these.
     pub(crate) sequences: Option<Vec<u32>>,
     /// Width of the state that routers hand on.
@@ -241,9 +239,6 @@ impl Block {
             let both = [format!("expected {shape:?}"), format!("got {longer:?}")];
             let said = message.contains(name_in_error) && both.iter().all(|words| message.contains(words));
             assert!(said, "{}, {name}: {message}", self.family);
-            if name == self.optional {
-                continue;
-            }
             let message = error(&self.config, &changed(None));
             let said = message.contains(name_in_error) && message.contains(&format!("{shape:?} is missing"));
             assert!(said || message.contains("more tensors"), "{}, {name}: {message}", self.family);

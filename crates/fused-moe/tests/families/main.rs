@@ -7,6 +7,7 @@ mod common;
 
 mod block;
 mod disk;
+mod layers;
 mod limited;
 mod logits;
 mod parts;

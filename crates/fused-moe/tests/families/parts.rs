@@ -1,6 +1,6 @@
 //! Several language models in one directory, and other ways to say the same.
 
-use crate::block::Row;
+use crate::block::{Row, with};
 use crate::common::model::{Model, file, tensors};
 use crate::common::{Extra, path, specified};
 use crate::disk::Block;
@@ -222,7 +222,7 @@ fn what_is_around_the_experts_in_words() {
         (made("muse_spark"), ", with norms before the experts and behind each expert."),
         (
             made("nllb_moe_decoder"),
-            "at most as many slots as 0.2 of the tokens of a sequence, the first ones, the others adding nothing, the weights of \
+            "at most as many slots as 0.2 of the tokens of a call, the first ones, the others adding nothing, the weights of \
              those that stay divided by their sum.",
         ),
     ] {
@@ -253,6 +253,22 @@ fn encoder_and_decoder() {
     }
 }
 
+/// The family decides which norms there are, not what happens to be stored.
+#[test]
+fn a_norm_of_another_family() {
+    let block = block_of("axk1");
+    let model = block.model();
+    let has_norm = |family: &str| {
+        std::fs::write(
+            model.join("config.json"),
+            with(block.config.clone(), json!({ "model_type": family })).to_string(),
+        )
+        .unwrap();
+        Checkpoint::open(model.path()).unwrap().layer(1).unwrap().config.norms.out.is_some()
+    };
+    assert_eq!(["axk1", "axk2"].map(has_norm), [true, false]);
+}
+
 /// Random choices cannot be held to anything.
 #[test]
 fn a_second_expert_by_chance() {
@@ -263,6 +279,22 @@ fn a_second_expert_by_chance() {
     std::fs::write(model.join("config.json"), config.to_string()).unwrap();
     let error = Checkpoint::open(model.path()).unwrap().layer(3).unwrap_err().to_string();
     assert!(error.contains("field second_expert_policy expected all, got \"sampling\""), "{error}");
+}
+
+/// What config.json asks for and the layer does not have is no layer without it.
+#[test]
+fn biases_that_are_not_read() {
+    let with_bias = |value: Value| {
+        let text = std::fs::read(path("nemotron_h_latent").join("config.json")).unwrap();
+        let mut config: Value = serde_json::from_slice(&text).unwrap();
+        config["mlp_bias"] = value;
+        let model = Model::new(&config, &std::fs::read(path("nemotron_h_latent").join("model.safetensors")).unwrap());
+        let checkpoint = Checkpoint::open(model.path()).unwrap();
+        checkpoint.layer(1).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!((with_bias(json!(false)), with_bias(json!(null))), (Ok(()), Ok(())));
+    let error = with_bias(json!(true)).unwrap_err();
+    assert!(error.contains("field mlp_bias expected false, as biases of experts are not read, got true"), "{error}");
 }
 
 /// What config.json does not ask for is not left out in silence.

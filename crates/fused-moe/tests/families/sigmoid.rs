@@ -184,6 +184,24 @@ pub(crate) fn rows() -> Vec<Row> {
         });
     }
 
+    // the text model of minimax_m3_vl alone, named as in its code
+    all.push(Row {
+        moe: &[1],
+        correction: Some(("model.layers.1.mlp.gate.e_score_correction_bias", 1)),
+        experts: FUSED,
+        shared: Some(["shared_experts.gate_up_proj.weight", "", "shared_experts.down_proj.weight"]),
+        activation: swiglu_oai,
+        shared_activation: swiglu_oai,
+        route: |l, bias| ds3(l, bias, 3, 1.0),
+        routed_scale: 2.0,
+        fields: ["/hidden_size", "/intermediate_size", "/num_local_experts", "", "/shared_intermediate_size"],
+        ..row(
+            "minimax_m3_vl",
+            json!({ "model_type": "minimax_m3_vl_text", "num_local_experts": 8, "intermediate_size": 6,
+                    "dense_intermediate_size": 20, "shared_intermediate_size": 10, "routed_scaling_factor": 2.0,
+                    "moe_layer_freq": [0, 1] }),
+        )
+    });
     let own = json!({ "num_experts": 8, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 10 });
     let own_fields = ["/hidden_size", "/moe_intermediate_size", "/num_experts", "", "/shared_expert_intermediate_size"];
     let shared = |family: &'static str, more| Row {

@@ -18,19 +18,19 @@ fn stacks(experts: usize, hidden: usize, inner: usize) -> Vec<Tensor> {
 }
 
 /// The whole block normed, its norm beside the block.
-fn axk(family: &'static str, masked: f64) -> Block {
+fn axk1() -> Block {
     let experts = (0..8).flat_map(|e| mlp(&format!("experts.{e}"), 12, 6));
-    let rule = move |disk: &Disk, x: &[f64]| {
+    let rule = |disk: &Disk, x: &[f64]| {
         let logits = disk.times("gate.weight", x);
-        let routes = ds3_groups(&logits, disk.all("gate.e_score_correction_bias"), [3, 4, 2], masked, 2.5);
+        let routes = ds3_groups(&logits, disk.all("gate.e_score_correction_bias"), [3, 4, 2], f64::NEG_INFINITY, 2.5);
         let routed = sum(&routes, |e| disk.mlp(&format!("experts.{e}"), x, swiglu), 12);
         let both = add(&routed, &disk.mlp("shared_experts", x, swiglu));
         Answer { y: disk.rms("../post_mlp_layernorm.weight", &both, 0.03, 0.0), routes }
     };
     Block {
-        family,
+        family: "axk1",
         config: json!({
-            "model_type": family, "num_hidden_layers": 2, "hidden_size": 12, "moe_intermediate_size": 6,
+            "model_type": "axk1", "num_hidden_layers": 2, "hidden_size": 12, "moe_intermediate_size": 6,
             "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "n_group": 4, "topk_group": 2,
             "norm_topk_prob": true, "routed_scaling_factor": 2.5, "mlp_layer_types": ["dense", "sparse"],
             "rms_norm_eps": 0.03,
@@ -47,7 +47,6 @@ fn axk(family: &'static str, masked: f64) -> Block {
         .chain(experts)
         .chain(mlp("shared_experts", 12, 12))
         .collect(),
-        optional: if family == "axk2" { "../post_mlp_layernorm.weight" } else { "" },
         sequences: None,
         state: None,
         rule: alone(rule),
@@ -62,7 +61,13 @@ fn muse() -> Block {
         let ids = top(&plus(&s, disk.all("gate.e_score_correction_bias")), 3);
         let routes = times(normalized(of(&ids, &s), 1e-15), 1.5);
         let latent = disk.rms("pre_expert_norm.weight", &disk.times("pre_expert_proj.weight", x), 0.02, 1.0);
-        let expert = |e| disk.rms("experts.post_expert_norm.weight", &disk.fused(e, &latent, swiglu), 0.05, 1.0);
+        // the factor comes before the norm
+        let factors = disk.all("experts.post_expert_norm.weight");
+        let expert = |e| {
+            let z: Vec<f64> = disk.fused(e, &latent, swiglu).iter().zip(factors).map(|(y, w)| y * (1.0 + w)).collect();
+            let mean = z.iter().map(|z| z * z).sum::<f64>() / 5.0;
+            z.iter().map(|z| z / (mean + 0.05).sqrt()).collect()
+        };
         Answer { y: disk.times("post_expert_proj.weight", &sum(&routes, expert, 5)), routes }
     };
     Block {
@@ -86,7 +91,6 @@ fn muse() -> Block {
         .into_iter()
         .chain(stacks(8, 5, 6))
         .collect(),
-        optional: "",
         sequences: None,
         state: None,
         rule: alone(rule),
@@ -117,7 +121,7 @@ fn diffusion_gemma() -> Block {
         .chain(["post_feedforward_layernorm_1", "post_feedforward_layernorm_2"]);
     let text = json!({
         "model_type": "diffusion_gemma_text", "num_hidden_layers": 2, "hidden_size": 12, "intermediate_size": 10,
-        "moe_intermediate_size": 6, "num_experts": 8, "top_k_experts": 3, "enable_moe_block": true,
+        "moe_intermediate_size": 6, "num_experts": 8, "top_k_experts": 3,
         "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 0.01,
     });
     Block {
@@ -136,7 +140,6 @@ fn diffusion_gemma() -> Block {
         .chain(mlp("mlp", 12, 10))
         .chain(stacks(8, 12, 6))
         .collect(),
-        optional: "",
         sequences: None,
         state: None,
         rule: alone(rule),
@@ -169,7 +172,7 @@ fn inkling2() -> Block {
     });
     Block {
         family: "inkling2",
-        config: json!({ "model_type": "inkling2_mm_model", "text_config": text }),
+        config: json!({ "model_type": "inkling2", "text_config": text }),
         moe: &[1],
         name: "model.llm.layers.1.mlp",
         sizes: [12, 3],
@@ -179,7 +182,6 @@ fn inkling2() -> Block {
             tensor("experts.w13_weight", &[8, 12, 12], 0.6),
             tensor("experts.w2_weight", &[8, 12, 6], 0.6),
         ],
-        optional: "",
         sequences: None,
         state: None,
         rule: alone(rule),
@@ -245,7 +247,6 @@ fn zaya(state: bool) -> Block {
         .into_iter()
         .chain(stacks(8, 12, 6))
         .collect(),
-        optional: "",
         sequences: None,
         state: state.then_some(7),
         rule: Box::new(rule),
@@ -254,13 +255,5 @@ fn zaya(state: bool) -> Block {
 }
 
 pub(crate) fn blocks() -> Vec<Block> {
-    vec![
-        axk("axk1", f64::NEG_INFINITY),
-        axk("axk2", 0.0),
-        muse(),
-        diffusion_gemma(),
-        inkling2(),
-        zaya(false),
-        zaya(true),
-    ]
+    vec![axk1(), muse(), diffusion_gemma(), inkling2(), zaya(false), zaya(true)]
 }

@@ -34,7 +34,10 @@ pub(super) const FAMILIES: &[Family] = &[
         model_types: &["llama4"],
         blocks: &["layers.{l}.feed_forward"],
         intermediate: &["intermediate_size"],
-        sparse: &[Sparse::Listed(&["moe_layers"]), Sparse::Step { step: &["interleave_moe_layer_step"], except: &[] }],
+        sparse: &[
+            Sparse::Listed(&["moe_layers"]),
+            Sparse::Step { step: &["interleave_moe_layer_step"], except: &[], default: &[] },
+        ],
         router: &["router.weight"],
         routing: &[always(Routing {
             score: &[always(Score::Sigmoid)],
@@ -50,10 +53,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "granitemoe_swa",
         model_types: &["granitemoe_swa"],
-        shared: match GRANITE_SHARED.shared {
-            Some(shared) => Some(Shared { optional: true, ..shared }),
-            None => None,
-        },
+        shared: Some(Shared { optional: true, ..SHARED_BESIDE }),
         ..GRANITE
     },
     Family { name: "granitemoeshared", model_types: &["granitemoeshared"], ..GRANITE_SHARED },

@@ -65,7 +65,11 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "dots3_note",
         model_types: &["dots3_note"],
         beside: Some("the experts of the vision encoder, which are not read"),
-        sparse: ONE_DENSE,
+        sparse: &[
+            MLP_LAYER_TYPES,
+            MOE_LAYER_FREQ,
+            Sparse::EveryFrom { first: &["first_k_dense_replace"], default: 1, step: &["moe_layer_freq"] },
+        ],
         routing: &[always(deepseek(factor(1.0)))],
         shared: Some(Shared {
             width: &["moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"],
@@ -83,6 +87,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "exaone_moe",
         model_types: &["exaone_moe"],
+        sparse: ONE_DENSE,
         correction_bias: &["e_score_correction_bias"],
         ..DEEPSEEK
     },
@@ -104,6 +109,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "axk1",
         model_types: &["axk1"],
+        sparse: ONE_DENSE,
         around: Around { out: Some(rms("../post_mlp_layernorm.weight")), ..PLAIN },
         ..DEEPSEEK
     },
@@ -115,7 +121,6 @@ pub(super) const FAMILIES: &[Family] = &[
             select: grouped(Flag::Always, GroupScore::SumOfBestTwo, Masked::Zero),
             ..deepseek(factor(2.5))
         })],
-        around: Around { out: Some(Rms { optional: true, ..rms("../post_mlp_layernorm.weight") }), ..PLAIN },
         ..DEEPSEEK
     },
     Family {
@@ -162,6 +167,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "nemotron_h",
         model_types: &["nemotron_h"],
+        unread: &[(&["mlp_bias"], "biases of experts")],
         roots: &["backbone.", "model."],
         blocks: &["layers.{l}.mixer"],
         kinds: &["layers_block_type", "hybrid_override_pattern"],
@@ -211,12 +217,23 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "minimax_m3_vl",
         model_types: &["minimax_m3_vl"],
-        sparse: FIRST_DENSE,
-        correction_bias: &["e_score_correction_bias"],
+        sparse: &[MLP_LAYER_TYPES, MOE_LAYER_FREQ, FIRST_K_DENSE, Sparse::Every],
+        // the text model alone is stored as the model's code names it: stacks, the bias with the gate
+        correction_bias: &["e_score_correction_bias", "gate.e_score_correction_bias"],
         routing: &[always(SIGMOID)],
         activation: SWIGLU_OAI,
         routed_scale: &[always(SCALING_FACTOR)],
+        matrices: &[W123, FUSED],
         shared: Some(Shared {
+            matrices: &[
+                SHARED_APART,
+                Layout::Joint {
+                    gate_up: "shared_experts.gate_up_proj.weight",
+                    down: "shared_experts.down_proj.weight",
+                    layout: OUT_IN,
+                    biases: None,
+                },
+            ],
             width: &["shared_intermediate_size"],
             times: None,
             activation: SWIGLU_OAI,
@@ -259,7 +276,7 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "step3p7",
         model_types: &["step3p7", "step3p5"],
         blocks: &["layers.{l}.moe"],
-        sparse: FIRST_DENSE,
+        sparse: &[MLP_LAYER_TYPES, Sparse::Listed(&["moe_layers_enum"]), Sparse::Behind(3)],
         correction_bias: &["router_bias"],
         routing: &[always(SIGMOID)],
         activation: Act::SiluThenClamp { limit: &["swiglu_limits"] },
@@ -310,7 +327,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "flint",
         model_types: &["flint"],
-        sparse: &[Sparse::Unlisted { field: &["mlp_only_layers"], default: &[0, 1] }],
+        sparse: &[Sparse::Step { step: &["decoder_sparse_step"], except: &["mlp_only_layers"], default: &[0, 1] }],
         routing: &[always(Routing { score: &[always(Score::Sigmoid)], normalize: norm_if(None, 0.0), ..SOFTMAX })],
         shared: Some(SHARED_EXPERT),
         ..BASE
@@ -333,7 +350,7 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family {
         name: "inkling2",
-        model_types: &["inkling2", "inkling2_mm_model"],
+        model_types: &["inkling2"],
         routing: &[Case {
             when: &[(&["scoring_func"], "sigmoid")],
             then: Routing { normalize: Norm::Sum { when: Flag::Always, eps: 1e-20 }, ..scaled(SIGMOID, ROUTE_SCALE) },
@@ -364,6 +381,7 @@ pub(super) const FAMILIES: &[Family] = &[
             // post_norm_eps is that of the norm behind the experts, by its name; the one before them has the model's
             experts_in: Some(Rms { unit_offset: true, ..rms("pre_expert_norm.weight") }),
             expert_out: Some(Rms {
+                scaled_first: true,
                 unit_offset: true,
                 eps: field(&["post_norm_eps"], None),
                 ..rms("experts.post_expert_norm.weight")
@@ -377,7 +395,8 @@ pub(super) const FAMILIES: &[Family] = &[
 const INKLING: Family = Family {
     roots: &["model.llm.", "model.language_model.", "model."],
     intermediate: &["moe_intermediate_size", "intermediate_size"],
-    sparse: FIRST_DENSE,
+    intermediate_beside: Some([&["dense_intermediate_size"], &["intermediate_size"]]),
+    sparse: &[MLP_LAYER_TYPES, Sparse::From { first: &["dense_mlp_idx"] }, Sparse::Every],
     correction_bias: &["gate.bias"],
     matrices: &[Layout::Joint {
         gate_up: "experts.w13_weight",
@@ -389,5 +408,7 @@ const INKLING: Family = Family {
 };
 
 const INTERLEAVED: StackLayout = StackLayout { order: GateUpOrder::Interleaved, ..OUT_IN };
+
+const MOE_LAYER_FREQ: Sparse = Sparse::Marked(&["moe_layer_freq"]);
 
 const ROUTE_SCALE: Number = field(&["route_scale"], None);

@@ -190,7 +190,8 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "longcat_flash",
         model_types: &["longcat_flash"],
         beside: Some("the two dense MLPs beside the block (mlps.0, mlps.1)"),
-        layers: &["num_layers", "num_hidden_layers"],
+        // num_hidden_layers counts sublayers, two a layer
+        layers: &["num_layers"],
         intermediate: &["expert_ffn_hidden_size"],
         zero_experts: Some(Zero { count: Size::Field(&["zero_expert_num"]), output: ZeroOutput::Copy }),
         router: &["router.classifier.weight"],
@@ -209,7 +210,7 @@ pub(super) const FAMILIES: &[Family] = &[
             down: ["gate.down_proj.weight", "gate.down_proj.bias"],
             state_scale: "gate.router_states_scale",
             norm: "gate.router_mlp.norm.weight",
-            eps: field(&["rms_norm_eps", "norm_epsilon"], None),
+            eps: RMS_EPS,
             fc1: ["gate.router_mlp.fc1.weight", "gate.router_mlp.fc1.bias"],
             fc2: ["gate.router_mlp.fc2.weight", "gate.router_mlp.fc2.bias"],
         }),
@@ -225,6 +226,7 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "diffusion_gemma",
         model_types: &["diffusion_gemma"],
         roots: &["model.decoder.", "model."],
+        sparse: &[Sparse::If(Flag::Field { field: &["enable_moe_block"], default: Some(true) })],
         ..GEMMA
     },
     Family {
@@ -251,7 +253,7 @@ pub(super) const FAMILIES: &[Family] = &[
         roots: &["model.decoder.", "decoder."],
         layers: &["decoder_layers"],
         intermediate: &["decoder_ffn_dim"],
-        sparse: &[Sparse::Step { step: &["decoder_sparse_step"], except: &[] }],
+        sparse: &[Sparse::LastOf { step: &["decoder_sparse_step"] }],
         ..NLLB
     },
     Family {
@@ -260,7 +262,7 @@ pub(super) const FAMILIES: &[Family] = &[
         roots: &["model.encoder.", "encoder."],
         layers: &["encoder_layers", "num_hidden_layers"],
         intermediate: &["encoder_ffn_dim"],
-        sparse: &[Sparse::Step { step: &["encoder_sparse_step"], except: &[] }],
+        sparse: &[Sparse::LastOf { step: &["encoder_sparse_step"] }],
         ..NLLB
     },
 ];
@@ -314,6 +316,7 @@ const SWITCH: Family = Family {
     router_bias: &["router.classifier.bias"],
     router_biased: Flag::Field { field: &["router_bias"], default: Some(false) },
     capacity: Some(Slots {
+        whole_call: false,
         fraction: &[],
         count: &["expert_capacity"],
         share: None,
@@ -341,6 +344,7 @@ const NLLB: Family = Family {
         },
     }],
     capacity: Some(Slots {
+        whole_call: true,
         fraction: &["moe_eval_capacity_token_fraction"],
         count: &["expert_capacity"],
         share: Some(2),
