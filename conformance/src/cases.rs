@@ -52,6 +52,26 @@ pub enum Stage {
     ExpertLoop,
     /// Everything.
     Layer,
+    /// Tokens to rows.
+    CombineBackward,
+    /// Through the second matrix.
+    DownBackward,
+    /// Through the activation.
+    ActivationBackward,
+    /// Through the first matrix.
+    GateUpBackward,
+    /// Weights to logits.
+    RouteBackward,
+    /// Through the router's product.
+    GateBackward,
+    /// Through a norm.
+    NormBackward,
+    /// The load-balancing loss.
+    LoadBalanceLoss,
+    /// The router z-loss.
+    ZLoss,
+    /// Everything, forward and back.
+    LayerBackward,
 }
 
 impl Stage {
@@ -74,6 +94,16 @@ impl Stage {
             Self::Accumulate => "accumulate",
             Self::ExpertLoop => "expert_loop",
             Self::Layer => "layer",
+            Self::CombineBackward => "combine_backward",
+            Self::DownBackward => "down_backward",
+            Self::ActivationBackward => "activation_backward",
+            Self::GateUpBackward => "gate_up_backward",
+            Self::RouteBackward => "route_backward",
+            Self::GateBackward => "gate_backward",
+            Self::NormBackward => "norm_backward",
+            Self::LoadBalanceLoss => "load_balance_loss",
+            Self::ZLoss => "z_loss",
+            Self::LayerBackward => "layer_backward",
         }
     }
 }

@@ -13,6 +13,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod backward;
 pub mod cases;
 pub mod compare;
 pub mod data;
@@ -26,6 +27,7 @@ pub mod shapes;
 pub mod stage;
 pub mod tolerance;
 
+pub use backward::run_backward;
 pub use cases::{Case, Scale, Stage, cases};
 pub use compare::Comparison;
 pub use report::{CaseResult, Outcome, Report, Summary};

@@ -108,13 +108,13 @@ impl fmt::Display for Report {
         writeln!(f, "{} ({})", self.backend, self.device)?;
         let columns = ["stage", "operands", "cases", "failed", "gaps", "error", "tolerance", "error/tolerance"];
         let [stage, dtype, cases, failed, gaps, error, tolerance, ratio] = columns;
-        writeln!(f, "{stage:14} {dtype:18} {cases:>5} {failed:>6} {gaps:>4} {error:>9} {tolerance:>9} {ratio:>15}")?;
+        writeln!(f, "{stage:19} {dtype:18} {cases:>5} {failed:>6} {gaps:>4} {error:>9} {tolerance:>9} {ratio:>15}")?;
         for ((stage, dtype), line) in self.summary() {
             let Summary { cases, failed, gaps, max_error, tolerance, ratio } = line;
             let stage = stage.name();
             writeln!(
                 f,
-                "{stage:14} {dtype:18} {cases:>5} {failed:>6} {gaps:>4} {max_error:>9.1e} {tolerance:>9.1e} {ratio:>15.2}"
+                "{stage:19} {dtype:18} {cases:>5} {failed:>6} {gaps:>4} {max_error:>9.1e} {tolerance:>9.1e} {ratio:>15.2}"
             )?;
         }
         for failure in self.failures() {

@@ -1,9 +1,9 @@
 //! Runs cases on a backend: twice each, into poisoned outputs between sentinels, from inputs that must stay as they are.
 
-use crate::cases::{Case, Operation, Scale, cases};
+use crate::cases::{Case, Operation, Scale, Stage, cases};
 use crate::compare::{self, Comparison};
 use crate::data::{Values, decode};
-use crate::image::Window;
+use crate::image::{Placement, Window};
 use crate::operands::{Buffer, Expected, Operands, Output, Prepared};
 use crate::report::{CaseResult, Outcome, Report};
 use crate::stage::Check;
@@ -53,14 +53,43 @@ pub fn run<B: Backend>(
     if let Some(filter) = &options.filter {
         list.retain(|case| case.id().contains(filter));
     }
+    let headings: Vec<Heading> = list.iter().map(Heading::of).collect();
+    run_all(backend, options, &headings, progress, &mut |index| run_case(backend, &list[index]))
+}
+
+/// What a case is called in a report.
+pub(crate) struct Heading {
+    pub(crate) stage: Stage,
+    pub(crate) name: String,
+    pub(crate) dtype: String,
+}
+
+impl Heading {
+    fn of(case: &Case) -> Self {
+        Self { stage: case.stage, name: case.name.clone(), dtype: case.dtype.clone() }
+    }
+
+    fn id(&self) -> String {
+        format!("{}/{}/{}", self.stage, self.name, self.dtype)
+    }
+}
+
+/// Runs a list of cases, each by its place in the list.
+pub(crate) fn run_all<B: Backend>(
+    backend: &B,
+    options: &Options,
+    list: &[Heading],
+    progress: &mut dyn FnMut(&Progress<'_>),
+    case: &mut dyn FnMut(usize) -> Result<Verdict, B::Error>,
+) -> Result<Report, B::Error> {
     let mut report = Report::new(backend.name(), backend.describe());
-    for (index, case) in list.iter().enumerate() {
-        let id = case.id();
+    for (index, heading) in list.iter().enumerate() {
+        let id = heading.id();
         progress(&Progress { case: &id, index, count: list.len(), failures: report.failures().count() });
         let gap = options.gaps.iter().any(|gap| id.starts_with(gap.as_str()));
         let start = Instant::now();
-        let verdict = run_case(backend, case)?;
-        report.results.push(result(case, verdict, gap, start.elapsed().as_secs_f64()));
+        let verdict = case(index)?;
+        report.results.push(result(heading, verdict, gap, start.elapsed().as_secs_f64()));
         if options.fail_fast && report.failures().next().is_some() {
             break;
         }
@@ -69,9 +98,9 @@ pub fn run<B: Backend>(
 }
 
 /// What came of one case: the comparison, or what the operation returned.
-type Verdict = Result<Comparison, String>;
+pub(crate) type Verdict = Result<Comparison, String>;
 
-fn result(case: &Case, verdict: Verdict, gap: bool, seconds: f64) -> CaseResult {
+fn result(case: &Heading, verdict: Verdict, gap: bool, seconds: f64) -> CaseResult {
     let (outcome, comparison) = match (verdict, gap) {
         (Ok(comparison), false) => {
             (if comparison.failure.is_some() { Outcome::Failed } else { Outcome::Passed }, comparison)
@@ -118,23 +147,42 @@ fn run_case<B: Backend>(backend: &B, case: &Case) -> Result<Verdict, B::Error> {
 }
 
 fn check<B: Backend, O: Check>(backend: &B, case: &Case, operation: &O) -> Result<Verdict, B::Error> {
+    let call = |stream: &B::Stream, operands: Operands<'_, B>| operation.call(backend, stream, operands);
     let mut prepared = operation.prepare();
-    let mut inputs = Vec::with_capacity(prepared.inputs.len());
-    for (index, input) in prepared.inputs.iter().enumerate() {
-        inputs.push(Buffer::input(backend, input, case.placement, index)?);
-    }
-    let mut runs = Vec::with_capacity(2);
-    for attempt in 0..2 {
-        match attempt_case(backend, case, operation, (&prepared, &inputs), attempt)? {
-            Ok(run) => runs.push(run),
-            Err(message) => return Ok(Err(message)),
-        }
-    }
+    let runs = match run_twice(backend, case.placement, &prepared, &call)? {
+        Ok(runs) => runs,
+        Err(message) => return Ok(Err(message)),
+    };
     if let Some(run) = runs.first() {
         let found = run.values(&prepared);
         operation.resolve(&mut prepared, &found);
     }
     Ok(Ok(judge(&prepared, &runs)))
+}
+
+/// How an operation is called with the operands of a case.
+pub(crate) type Call<'c, B> =
+    dyn Fn(&<B as Backend>::Stream, Operands<'_, B>) -> Result<(), <B as Backend>::Error> + 'c;
+
+/// Two runs from the same inputs, or what the operation returned.
+pub(crate) fn run_twice<B: Backend>(
+    backend: &B,
+    placement: Placement,
+    prepared: &Prepared,
+    call: &Call<'_, B>,
+) -> Result<Result<Vec<Run>, String>, B::Error> {
+    let mut inputs = Vec::with_capacity(prepared.inputs.len());
+    for (index, input) in prepared.inputs.iter().enumerate() {
+        inputs.push(Buffer::input(backend, input, placement, index)?);
+    }
+    let mut runs = Vec::with_capacity(2);
+    for attempt in 0..2 {
+        match attempt_case(backend, placement, call, (prepared, &inputs), attempt)? {
+            Ok(run) => runs.push(run),
+            Err(message) => return Ok(Err(message)),
+        }
+    }
+    Ok(Ok(runs))
 }
 
 /// What one run of a case left behind.
@@ -154,17 +202,17 @@ impl Run {
     }
 }
 
-fn attempt_case<B: Backend, O: Check>(
+fn attempt_case<B: Backend>(
     backend: &B,
-    case: &Case,
-    operation: &O,
+    placement: Placement,
+    call: &Call<'_, B>,
     (prepared, inputs): (&Prepared, &[Buffer<B>]),
     attempt: usize,
 ) -> Result<Result<Run, String>, B::Error> {
     let stream = backend.stream()?;
     let mut outputs = Vec::with_capacity(prepared.outputs.len());
     for (index, output) in prepared.outputs.iter().enumerate() {
-        let placement = if output.contiguous { Default::default() } else { case.placement };
+        let placement = if output.contiguous { Default::default() } else { placement };
         let window = Window::new(output.dtype, output.shape, placement, inputs.len() + index);
         let before = match &output.initial {
             Some(initial) => window.image(initial.bytes()),
@@ -173,7 +221,7 @@ fn attempt_case<B: Backend, O: Check>(
         outputs.push(Buffer::new(backend, output.name, window, before)?);
     }
     let operands = Operands::new(inputs, &mut outputs, &prepared.host, attempt)?;
-    if let Err(error) = operation.call(backend, &stream, operands) {
+    if let Err(error) = call(&stream, operands) {
         return Ok(Err(error.to_string()));
     }
     let status = [stream.status()?, stream.status()?];
@@ -253,7 +301,6 @@ fn compare_output(output: &Output, elements: &[u8]) -> Comparison {
 mod tests {
     use super::*;
     use crate::data::{Tensor, encode};
-    use crate::image::Placement;
 
     fn prepared() -> Prepared {
         let mut prepared = Prepared::default();
@@ -374,9 +421,9 @@ mod tests {
     fn gaps() {
         let case = cases(Scale::Quick).swap_remove(0);
         let fine = || Ok(Comparison::default());
-        assert_eq!(result(&case, fine(), false, 0.0).outcome, Outcome::Passed);
-        assert_eq!(result(&case, fine(), true, 0.0).outcome, Outcome::Failed);
-        assert_eq!(result(&case, Err("unsupported".into()), true, 0.0).outcome, Outcome::Gap);
-        assert_eq!(result(&case, Err("unsupported".into()), false, 0.0).outcome, Outcome::Failed);
+        assert_eq!(result(&Heading::of(&case), fine(), false, 0.0).outcome, Outcome::Passed);
+        assert_eq!(result(&Heading::of(&case), fine(), true, 0.0).outcome, Outcome::Failed);
+        assert_eq!(result(&Heading::of(&case), Err("unsupported".into()), true, 0.0).outcome, Outcome::Gap);
+        assert_eq!(result(&Heading::of(&case), Err("unsupported".into()), false, 0.0).outcome, Outcome::Failed);
     }
 }

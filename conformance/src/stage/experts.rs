@@ -164,7 +164,7 @@ impl Experts {
 }
 
 /// Slots grouped by expert, as permute leaves them. Slots of `local` experts alone get rows.
-pub(super) fn permutation(
+pub(crate) fn permutation(
     data: Data,
     [tokens, top_k, experts]: [usize; 3],
     spread: Spread,
@@ -175,7 +175,7 @@ pub(super) fn permutation(
 }
 
 /// The sizes at which grouped products are tried: T, K, H, I, E and how the slots spread.
-pub(super) fn grouped_sizes() -> Vec<([usize; 5], Spread)> {
+pub(crate) fn grouped_sizes() -> Vec<([usize; 5], Spread)> {
     vec![
         ([0, 2, 16, 8, 4], Spread::Even),
         ([1, 1, 1, 1, 1], Spread::Even),

@@ -149,7 +149,7 @@ impl Check for GateUp {
 }
 
 /// The activations in use.
-pub(super) const ACTIVATIONS: [(&str, Activation); 12] = [
+pub(crate) const ACTIVATIONS: [(&str, Activation); 12] = [
     ("silu", Activation::Gated(Function::Silu)),
     ("gelu tanh", Activation::Gated(Function::GeluTanh)),
     ("gelu erf", Activation::Gated(Function::GeluErf)),

@@ -5,9 +5,9 @@ use crate::devices;
 use crate::output::{self, BAD, DIM, GOOD, Table, checkpoint_error, plain, progress, remedied};
 use anstyle::Style;
 use anyhow::Result;
-use fused_moe::{Backend, Visitor, cuda};
+use fused_moe::{Backend, Device, Visitor, cuda};
 use fused_moe_conformance::golden::{GoldenError, GoldenReport, GoldenResult, check_golden};
-use fused_moe_conformance::{Options, Report, Scale};
+use fused_moe_conformance::{Options, Report, Scale, run_backward};
 use serde_json::json;
 use std::io::Write;
 use std::path::Path;
@@ -23,7 +23,11 @@ pub(crate) fn check(arguments: &args::Check) -> Result<ExitCode> {
     }
     let device = devices::chosen(&arguments.on)?;
     let scale = if arguments.full { Scale::Full } else { Scale::Quick };
-    let report = device.visit(Suite { filter: arguments.filter.clone(), scale })?;
+    let report = if arguments.backward {
+        gradients(&device, arguments.filter.clone(), scale)?
+    } else {
+        device.visit(Suite { filter: arguments.filter.clone(), scale })?
+    };
     if report.results.is_empty() {
         let filter = arguments.filter.as_deref().unwrap_or_default();
         return Err(remedied(
@@ -65,6 +69,21 @@ fn compile(architectures: &[String]) -> Result<ExitCode> {
     }
     out.flush()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The suite of the gradients, which not every backend has.
+fn gradients(device: &Device, filter: Option<String>, scale: Scale) -> Result<Report> {
+    let Device::Cpu(cpu) = device else {
+        return Err(remedied("--backward: this backend has no gradients yet", "--backend cpu has them"));
+    };
+    let bar = progress(0, "checking");
+    let options = Options { filter, scale, ..Options::default() };
+    let report = run_backward(cpu, &options, &mut |progress| {
+        bar.set_length(progress.count as u64);
+        bar.set_position(progress.index as u64);
+    });
+    bar.finish_and_clear();
+    Ok(report?)
 }
 
 struct Suite {

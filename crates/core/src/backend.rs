@@ -128,6 +128,43 @@ pub trait Backend: Sized {
     ) -> Result<Self::Layer, Self::Error>;
 }
 
+/// The gradients of the operations, for backends that train.
+///
+/// As for [`Backend`]'s own operations: operands are checked, work is enqueued, nothing is allocated, waited for or read
+/// back, and the same inputs give the same bits.
+pub trait BackendBackward: Backend {
+    /// Of the experts' rows, the weights and the shared expert's part.
+    fn combine_backward(&self, stream: &Self::Stream, operands: CombineBackward<'_, Self>) -> Result<(), Self::Error>;
+
+    /// Of the rows, the matrices and the biases of down.
+    fn down_backward(&self, stream: &Self::Stream, operands: DownBackward<'_, Self>) -> Result<(), Self::Error>;
+
+    /// Of the pre-activation.
+    fn activation_backward(
+        &self,
+        stream: &Self::Stream,
+        operands: ActivationBackward<'_, Self>,
+    ) -> Result<(), Self::Error>;
+
+    /// Of the rows, the matrices and the biases of gate_up.
+    fn gate_up_backward(&self, stream: &Self::Stream, operands: GateUpBackward<'_, Self>) -> Result<(), Self::Error>;
+
+    /// Of the logits and the per-expert scale.
+    fn route_backward(&self, stream: &Self::Stream, operands: RouteBackward<'_, Self>) -> Result<(), Self::Error>;
+
+    /// Of what the router's product read, of the router and its bias.
+    fn gate_backward(&self, stream: &Self::Stream, operands: GateBackward<'_, Self>) -> Result<(), Self::Error>;
+
+    /// Of an RMSNorm's rows and weight.
+    fn norm_backward(&self, stream: &Self::Stream, operands: NormBackward<'_, Self>) -> Result<(), Self::Error>;
+
+    /// The load-balancing loss and its gradient.
+    fn load_balance_loss(&self, stream: &Self::Stream, operands: LoadBalanceLoss<'_, Self>) -> Result<(), Self::Error>;
+
+    /// The router z-loss and its gradient.
+    fn z_loss(&self, stream: &Self::Stream, operands: ZLoss<'_, Self>) -> Result<(), Self::Error>;
+}
+
 /// A view for a shorter while: generic code needs it to bring operands of different origins together.
 pub fn shorten<'short, 'long: 'short, B: Backend>(view: In<'long, B>) -> In<'short, B> {
     view.map_storage(B::shorten)

@@ -3,6 +3,7 @@
 //! - [`config`]: what a layer is. [`weights`]: what it is made of, in any layout.
 //! - [`View`]: an operand on memory that the caller owns. [`operation`]: the operands of each operation.
 //! - [`problem`]: the only validation. [`Backend`]: what runs operations and layers.
+//! - [`training`]: a layer forward and backward, over the operations of any backend that has their gradients.
 //! - [`mod@reference`]: what each operation means.
 #![forbid(unsafe_code)]
 
@@ -18,9 +19,10 @@ mod statistics;
 mod status;
 pub mod surroundings;
 mod tensor;
+pub mod training;
 pub mod weights;
 
-pub use backend::{Backend, In, Layer, Numerics, Options, Out, Stream};
+pub use backend::{Backend, BackendBackward, In, Layer, Numerics, Options, Out, Stream};
 pub use dtype::{DType, Element, Float};
 pub use error::{Error, Result};
 pub use routing::{Permutation, Routing};

@@ -109,7 +109,7 @@ fn typed<'a, W: Float, X: Float>(
 }
 
 impl Groups<'_> {
-    fn rows(self, e: usize, rows: usize) -> Range<usize> {
+    pub(crate) fn rows(self, e: usize, rows: usize) -> Range<usize> {
         match self {
             Self::One => 0..rows,
             Self::Offsets(offsets) => {
@@ -121,14 +121,14 @@ impl Groups<'_> {
 }
 
 /// The experts that have rows.
-struct Busy {
+pub(crate) struct Busy {
     experts: [u16; MAX_EXPERTS],
     count: usize,
 }
 
 impl Busy {
     /// Offsets are taken as they come from a caller: no row is given to two experts, and none is past R.
-    fn new(groups: Groups<'_>, rows: usize) -> Self {
+    pub(crate) fn new(groups: Groups<'_>, rows: usize) -> Self {
         let mut busy = Self { experts: [0; MAX_EXPERTS], count: 0 };
         let experts = match groups {
             Groups::One => 1,
@@ -143,6 +143,11 @@ impl Busy {
             }
         }
         busy
+    }
+
+    /// In ascending order.
+    pub(crate) fn experts(&self) -> &[u16] {
+        &self.experts[..self.count]
     }
 }
 

@@ -8,17 +8,25 @@
 #![deny(unsafe_code)]
 
 mod activation;
+mod activation_backward;
 #[allow(unsafe_code)]
 pub mod arch;
+mod backward;
 mod combine;
+mod combine_backward;
 mod device;
 mod down;
+mod down_backward;
 mod error;
 mod gate;
+mod gate_backward;
 mod gate_up;
+mod gate_up_backward;
 mod grouped;
+mod grouped_backward;
 mod layer;
 mod linear;
+mod losses;
 mod memory;
 mod norm;
 mod overflow;
@@ -27,6 +35,7 @@ mod permute;
 mod plan;
 mod pool;
 mod route;
+mod route_backward;
 mod rows;
 mod table;
 mod workspace;

@@ -1,6 +1,7 @@
 //! How an operation is carried out: the only place where a block, a tile or a grain is chosen. A plan follows from sizes
 //! and from numbers of the device, and can say why.
 
+pub(crate) mod backward;
 mod layer;
 
 pub(crate) use layer::LayerPlan;

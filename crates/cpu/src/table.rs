@@ -107,8 +107,8 @@ impl<'a, W: Float> ExpertRows<'a, W> {
     }
 }
 
-/// The most elements that one call of [`OutRows::store`] takes.
-pub(crate) const MAX_STORE: usize = 64;
+/// Elements that are converted at a time.
+const MAX_STORE: usize = 64;
 
 /// Rows of floats in any format that several threads write.
 #[derive(Clone, Copy)]
@@ -135,7 +135,17 @@ impl<'a> OutRows<'a> {
         Ok(Self { cells, stride })
     }
 
-    /// Writes at most [`MAX_STORE`] elements of a row, from column `col` on.
+    /// `values += row[col..]`: what lies where `values` will be stored.
+    pub(crate) fn add_to(&self, kernels: Kernels, [row, col]: [usize; 2], values: &mut [f32]) {
+        let start = row * self.stride + col;
+        match self.cells {
+            Cells::F32(cells) => add_narrow(kernels, cells, start, values),
+            Cells::F16(cells) => add_narrow(kernels, cells, start, values),
+            Cells::BF16(cells) => add_narrow(kernels, cells, start, values),
+        }
+    }
+
+    /// Writes elements of a row, from column `col` on.
     pub(crate) fn store(&self, kernels: Kernels, [row, col]: [usize; 2], values: &[f32]) {
         let start = row * self.stride + col;
         match self.cells {
@@ -143,6 +153,16 @@ impl<'a> OutRows<'a> {
             Cells::F16(cells) => store_narrow(kernels, cells, start, values),
             Cells::BF16(cells) => store_narrow(kernels, cells, start, values),
         }
+    }
+}
+
+fn add_narrow<Y: Float>(kernels: Kernels, cells: SharedSlice<'_, Y>, start: usize, values: &mut [f32]) {
+    let (mut narrow, mut before) = ([Y::from_f32(0.0); MAX_STORE], [0.0; MAX_STORE]);
+    for (values, start) in values.chunks_mut(MAX_STORE).zip((start..).step_by(MAX_STORE)) {
+        let (narrow, before) = (&mut narrow[..values.len()], &mut before[..values.len()]);
+        cells.load_slice(start, narrow);
+        kernels.to_f32(narrow, before);
+        kernels.axpy(1.0, before, values);
     }
 }
 

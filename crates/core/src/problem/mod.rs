@@ -4,16 +4,20 @@
 //! and tested without a device.
 
 mod around;
+mod backward;
 mod expert_loop;
 mod experts;
 mod layer;
 mod routes;
+mod routes_backward;
 mod rows;
 
+pub use backward::{ActivationBackwardProblem, CombineBackwardProblem, GroupedBackwardProblem};
 pub use expert_loop::ExpertLoopProblem;
 pub use experts::{ActivationProblem, Arrangement, DownProblem, GateUpProblem, LinearProblem};
 pub use layer::{ForwardProblem, LayerProblem};
 pub use routes::{ChoiceProblem, DropOverflowProblem, GateProblem, GatherWeightsProblem, PermuteProblem};
+pub use routes_backward::{GateBackwardProblem, LossProblem, NormBackwardProblem, RouteBackwardProblem};
 pub use rows::{AccumulateProblem, CombineProblem, ZeroProblem};
 
 use crate::config::{Activation, LayerConfig, Normalize, RoutingRule, Selection};

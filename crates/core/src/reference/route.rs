@@ -1,7 +1,7 @@
 //! From logits to experts and weights.
 
-mod score;
-mod select;
+pub(super) mod score;
+pub(super) mod select;
 mod weigh;
 
 use super::gate::{Gate, Gated, gate};

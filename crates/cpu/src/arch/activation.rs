@@ -6,7 +6,7 @@ use fused_moe_core::config::{Activation, Function};
 
 /// `f(x)`.
 #[inline(always)]
-fn function<S: Simd>(s: S, f: Function, x: S::Vector) -> S::Vector {
+pub(super) fn function<S: Simd>(s: S, f: Function, x: S::Vector) -> S::Vector {
     match f {
         Function::Silu => s.mul(x, sigmoid(s, x)),
         Function::GeluTanh => {
@@ -27,7 +27,7 @@ fn function<S: Simd>(s: S, f: Function, x: S::Vector) -> S::Vector {
 
 /// The activation of g and u.
 #[inline(always)]
-fn apply<S: Simd>(s: S, activation: Activation, g: S::Vector, u: S::Vector) -> S::Vector {
+pub(super) fn apply<S: Simd>(s: S, activation: Activation, g: S::Vector, u: S::Vector) -> S::Vector {
     match activation {
         Activation::Gated(f) => s.mul(function(s, f, g), u),
         Activation::ClampedSilu { limit } => {
@@ -50,13 +50,13 @@ fn apply<S: Simd>(s: S, activation: Activation, g: S::Vector, u: S::Vector) -> S
 
 /// `cap * tanh(x / cap)`.
 #[inline(always)]
-fn softcap<S: Simd>(s: S, x: S::Vector, cap: f32) -> S::Vector {
+pub(super) fn softcap<S: Simd>(s: S, x: S::Vector, cap: f32) -> S::Vector {
     s.mul(s.splat(cap), tanh(s, s.div(x, s.splat(cap))))
 }
 
 /// x between -limit and limit; NaN stays.
 #[inline(always)]
-fn clamp<S: Simd>(s: S, x: S::Vector, limit: f32) -> S::Vector {
+pub(super) fn clamp<S: Simd>(s: S, x: S::Vector, limit: f32) -> S::Vector {
     s.min(s.splat(limit), s.max(s.splat(-limit), x))
 }
 

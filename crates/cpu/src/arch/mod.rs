@@ -8,6 +8,7 @@
 //! For the same inputs and the same [`Isa`] the results have the same bits, wherever the slices lie.
 
 mod activation;
+mod activation_backward;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -15,19 +16,23 @@ mod avx512;
 mod dot;
 mod elementwise;
 mod math;
+mod outer;
 mod scalar;
 mod shared;
 mod simd;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use outer::OUTER_COLUMNS;
 pub(crate) use shared::SharedSlice;
 
 use activation::{Activate, Buffers};
+use activation_backward::ActivateBackward;
 use dot::Dot;
 use elementwise::{Axpy, Convert, ExpSum, Scale, ScaleBy, SumSquares};
 use fused_moe_core::config::Activation;
 use fused_moe_core::dtype::Float;
+use outer::Outer;
 use simd::Task;
 use std::fmt;
 use std::str::FromStr;
@@ -185,6 +190,27 @@ impl Kernels {
     /// not read `gate`, which may then be empty.
     pub fn activation_into_up(self, activation: Activation, gate: &[f32], up: &mut [f32]) {
         self.run(Activate { activation, buffers: Buffers::IntoUp { gate, up } });
+    }
+
+    /// `gate = weight * d_a * da/dg`, `up = weight * d_a * da/du` and `d_a = act(gate, up)`, all from what was there before.
+    /// A plain activation does not touch `gate`, which may then be empty.
+    pub(crate) fn activation_backward(self, activation: Activation, [gate, up, d_a]: [&mut [f32]; 3], weight: f32) {
+        self.run(ActivateBackward { activation, gate, up, d_a, weight });
+    }
+
+    /// `c[m][n] += sum_k a[m * steps[0] + k * steps[1]] * b[k][n]` for the first `columns` columns, ascending in k; nothing
+    /// where `a` is too short for the rows of c and b.
+    ///
+    /// The bits of an element depend on its row, its column and the instruction set only, and not on how k is cut into
+    /// calls.
+    pub(crate) fn outer(
+        self,
+        (a, steps): (&[f32], [usize; 2]),
+        b: &[[f32; OUTER_COLUMNS]],
+        c: &mut [[f32; OUTER_COLUMNS]],
+        columns: usize,
+    ) {
+        self.run(Outer { a, steps, b, c, columns });
     }
 
     /// `x = exp(x - max)`; returns the sum of the new x.

@@ -64,4 +64,21 @@ impl<'a, T: Element> SharedSlice<'a, T> {
             }
         }
     }
+
+    /// `to = slice[start..][..to.len()]`; what does not exist is left as it is. What another thread stores meanwhile may or
+    /// may not be seen.
+    pub(crate) fn load_slice(self, start: usize, to: &mut [T]) {
+        match self.cells {
+            Cells::Two(cells) => {
+                for (cell, value) in cells.get(start..).unwrap_or_default().iter().zip(to) {
+                    *value = cast(cell.load(Relaxed));
+                }
+            }
+            Cells::Four(cells) => {
+                for (cell, value) in cells.get(start..).unwrap_or_default().iter().zip(to) {
+                    *value = cast(cell.load(Relaxed));
+                }
+            }
+        }
+    }
 }

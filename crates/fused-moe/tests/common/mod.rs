@@ -186,14 +186,14 @@ pub(crate) fn specified(layer: &CheckpointLayer<'_>, x: &[f32], extra: Extra<'_>
     reference::forward(config, &layer, &input)
 }
 
-fn joint(expert: &ExpertMatrices<'_>, gate_up: &mut Vec<f64>, down: &mut Vec<f64>) {
+pub(crate) fn joint(expert: &ExpertMatrices<'_>, gate_up: &mut Vec<f64>, down: &mut Vec<f64>) {
     for matrix in [expert.gate, Some(expert.up)].iter().flatten() {
         gate_up.extend(elements(matrix));
     }
     down.extend(elements(&expert.down));
 }
 
-fn elements(matrix: &Matrix<'_>) -> Vec<f64> {
+pub(crate) fn elements(matrix: &Matrix<'_>) -> Vec<f64> {
     let mut row = vec![0; matrix.cols() * matrix.dtype().size()];
     (0..matrix.rows())
         .flat_map(|r| {
@@ -203,7 +203,7 @@ fn elements(matrix: &Matrix<'_>) -> Vec<f64> {
         .collect()
 }
 
-fn numbers(view: &HostView<'_>) -> Vec<f64> {
+pub(crate) fn numbers(view: &HostView<'_>) -> Vec<f64> {
     assert!(view.is_contiguous());
     decode(&view.storage()[view.offset()..view.offset() + view.extent()], view.dtype())
 }

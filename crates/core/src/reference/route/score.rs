@@ -4,7 +4,7 @@ use crate::config::Score;
 use crate::reference::sigmoid;
 
 /// The scores of one token, `[E]`.
-pub(super) fn scores(logits: &[f64], score: Score) -> Vec<f64> {
+pub(in crate::reference) fn scores(logits: &[f64], score: Score) -> Vec<f64> {
     if score == Score::Softmax {
         return softmax(logits);
     }
@@ -22,7 +22,7 @@ pub(super) fn scores(logits: &[f64], score: Score) -> Vec<f64> {
 
 /// `exp(l[i] - max) / sum_j exp(l[j] - max)`; NaN counts as an absent term, a term equal to the maximum as `exp(0)`.
 /// Zeros where nothing is above -inf.
-pub(super) fn softmax(logits: &[f64]) -> Vec<f64> {
+pub(in crate::reference) fn softmax(logits: &[f64]) -> Vec<f64> {
     let mut max = f64::NEG_INFINITY;
     for &logit in logits {
         if logit > max {

@@ -4,7 +4,7 @@ use fused_moe_core::config::{Activation, Function};
 const FUNCTIONS: [Function; 6] =
     [Function::Silu, Function::GeluTanh, Function::GeluErf, Function::Relu, Function::ReluSquared, Function::Identity];
 
-fn activations() -> Vec<Activation> {
+pub(super) fn activations() -> Vec<Activation> {
     let gated = FUNCTIONS.map(Activation::Gated);
     let plain = FUNCTIONS.map(Activation::Plain);
     let clamped = [
@@ -71,7 +71,7 @@ fn exact(activation: Activation, g: f64, u: f64) -> f64 {
 }
 
 #[test]
-fn activations_are_close_to_f64() {
+pub(super) fn activations_are_close_to_f64() {
     let g: Vec<f32> = (-200_000..=200_000).map(|i| i as f32 * 1e-3).chain((0..60).map(|i| 2f32.powi(-i))).collect();
     let ups: Vec<f32> = Numbers(1).vec::<f32>(g.len()).iter().map(|u| u * 12.0).collect();
     for kernels in all() {

@@ -1,8 +1,10 @@
 //! Every kernel, on every instruction set of this CPU.
 
 mod activation;
+mod activation_backward;
 mod dot;
 mod elementwise;
+mod outer;
 mod shared;
 
 use super::{Isa, Kernels};

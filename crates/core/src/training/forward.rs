@@ -1,0 +1,275 @@
+use super::workspace::{SharedScratch, TrainingWorkspace};
+use super::{Sizes, TrainingLayer, again, norm, permutation, permute, row, stack};
+use crate::backend::{Backend, BackendBackward, In, Out, reborrow, share, shorten, shorten_mut};
+use crate::config::{Activation, LayerConfig, SharedConfig, WeightOn};
+use crate::error::Result;
+use crate::operation::*;
+use crate::routing::{Permutation, Routing};
+
+impl TrainingLayer {
+    /// The layer, keeping what [`backward`](Self::backward) needs. The stages in order, as
+    /// [`reference::forward`](crate::reference::forward) has them; pre-activations are rounded to the format of their view
+    /// before the activation reads them.
+    ///
+    /// Errors: `Shape`, `DType`, `Value`, `Missing` or `Unexpected`, naming the operation and the operand.
+    pub fn forward<B: BackendBackward>(
+        &self,
+        backend: &B,
+        stream: &B::Stream,
+        call: ForwardSaving<'_, '_, B>,
+        workspace: &mut TrainingWorkspace<B>,
+    ) -> Result<(), B::Error> {
+        let config = &self.config;
+        let ForwardSaving { x, parameters, source, token_ids, residual, norm: next, .. } = call;
+        let ForwardSaving { mut pre_activation, shared_pre_activation, mut routes, y, .. } = call;
+        let tokens = self.check_sizes(
+            "forward",
+            &Sizes {
+                x: shorten::<B>(x),
+                parameters,
+                from_router: matches!(source, Source::Router),
+                shared: shared_pre_activation.is_some(),
+            },
+        )?;
+        workspace.check("forward", tokens)?;
+        let (rows, &LayerConfig { hidden, experts, .. }) = (tokens * config.top_k, config);
+        let TrainingWorkspace {
+            permutation: slots,
+            identity,
+            zeros,
+            logits,
+            n,
+            tokens: sum,
+            a,
+            rows: y_rows,
+            shared,
+            ..
+        } = workspace;
+        let feeds = self.norm_feeds();
+        let from_router = matches!(source, Source::Router);
+        if let (Source::Router, Some(router)) = (&source, parameters.router) {
+            let normed = if feeds { Some(n.write([tokens, hidden])?) } else { None };
+            backend.gate(
+                stream,
+                Gate {
+                    x: shorten::<B>(x),
+                    router: shorten::<B>(router),
+                    bias: parameters.router_bias.map(shorten::<B>),
+                    norm_weight: parameters.router_norm.map(shorten::<B>),
+                    config: config.gate,
+                    normed,
+                    logits: logits.write([tokens, experts])?,
+                },
+            )?;
+        }
+        let given = match &source {
+            Source::Routes(routing) => Some(*routing),
+            Source::Logits(view) => {
+                self.route(backend, stream, (shorten::<B>(*view), parameters, token_ids), &mut routes)?;
+                None
+            }
+            Source::Router => {
+                let view = logits.read([tokens, experts])?;
+                self.route(backend, stream, (shorten::<B>(view), parameters, token_ids), &mut routes)?;
+                None
+            }
+        };
+        let routing: Routing<'_, B> = match (&given, &routes) {
+            (Some(routing), _) => {
+                Routing { experts: shorten::<B>(routing.experts), weights: shorten::<B>(routing.weights) }
+            }
+            (None, Some(routes)) => {
+                Routing { experts: share::<B>(&routes.experts), weights: share::<B>(&routes.weights) }
+            }
+            (None, None) => return Err(no_routes("forward").into()),
+        };
+        if let (true, false, Some(rule)) = (feeds, from_router, config.gate.norm) {
+            let to = (sum.write([tokens, hidden])?, n.write([tokens, hidden])?);
+            norm(backend, stream, (x, parameters.router_norm, rule.eps), to)?;
+        }
+        permute(backend, stream, (routing.experts, experts), slots)?;
+        let permutation = permutation(slots, [rows, experts])?;
+        let read = if feeds { n.read([tokens, hidden])? } else { shorten::<B>(x) };
+        let on_input = config.weight_on == WeightOn::Input;
+        backend.gate_up(
+            stream,
+            GateUp {
+                x: shorten::<B>(read),
+                rows: self.tokens(),
+                permutation: again(&permutation),
+                input_weights: on_input.then_some(shorten::<B>(routing.weights)),
+                matrices: Matrices::Stack(shorten::<B>(parameters.gate_up)),
+                bias: parameters.gate_up_bias.map(shorten::<B>),
+                activation: config.activation,
+                output: GateUpOutput::PreActivation,
+                out: reborrow::<B>(&mut pre_activation),
+            },
+        )?;
+        activate(
+            backend,
+            stream,
+            config.activation,
+            (share::<B>(&pre_activation), a.write([rows, config.intermediate])?),
+        )?;
+        backend.down(
+            stream,
+            Down {
+                a: a.read([rows, config.intermediate])?,
+                offsets: shorten::<B>(permutation.offsets),
+                matrices: Matrices::Stack(shorten::<B>(parameters.down)),
+                bias: parameters.down_bias.map(shorten::<B>),
+                out: y_rows.write([rows, hidden])?,
+            },
+        )?;
+        let mut part = None;
+        if let (Some(of), Some(weights), Some(z)) = (config.shared, &parameters.shared, shared_pre_activation) {
+            permute(backend, stream, (zeros.read([tokens, 1])?, 1), identity)?;
+            let permutation = super::permutation(identity, [tokens, 1])?;
+            let expert = SharedExpert { config: of, weights, x: shorten::<B>(read), permutation };
+            part = Some(expert.forward(backend, stream, shorten_mut::<B>(z), shared)?);
+        }
+        backend.combine(
+            stream,
+            Combine {
+                rows: SlotRows::Permuted {
+                    y: y_rows.read([rows, hidden])?,
+                    slot_row: shorten::<B>(permutation.slot_row),
+                },
+                weights: (!on_input).then_some(shorten::<B>(routing.weights)),
+                copies: None,
+                routed_scale: config.routed_scale,
+                shared: part,
+                residual: residual.map(|residual| match residual {
+                    Residual::Of(view) => Residual::Of(shorten::<B>(view)),
+                    Residual::InPlace => Residual::InPlace,
+                }),
+                norm: next.map(|next| NextNorm {
+                    weight: next.weight.map(shorten::<B>),
+                    eps: next.eps,
+                    out: shorten_mut::<B>(next.out),
+                }),
+                out: shorten_mut::<B>(y),
+            },
+        )
+    }
+
+    /// The routes that the layer's rule makes of logits.
+    fn route<B: Backend>(
+        &self,
+        backend: &B,
+        stream: &B::Stream,
+        (logits, parameters, token_ids): (In<'_, B>, &LayerParameters<'_, B>, Option<In<'_, B>>),
+        routes: &mut Option<RoutesOut<'_, B>>,
+    ) -> Result<(), B::Error> {
+        let Some(RoutesOut { experts, weights }) = routes else { return Err(no_routes("forward").into()) };
+        let table = match (parameters.table, token_ids) {
+            (Some(experts), Some(ids)) => {
+                Some(TokenTable { token_ids: shorten::<B>(ids), experts: shorten::<B>(experts) })
+            }
+            _ => None,
+        };
+        let choice = Choice {
+            rule: self.config.routing,
+            correction_bias: parameters.correction_bias.map(shorten::<B>),
+            expert_scale: parameters.expert_scale.map(shorten::<B>),
+            table,
+            experts: reborrow::<B>(experts),
+            weights: reborrow::<B>(weights),
+            witness: None,
+        };
+        backend.route(stream, Route { logits: shorten::<B>(logits), choice })
+    }
+}
+
+fn no_routes(operation: &'static str) -> crate::error::Error {
+    let reason = "the backward pass reads the routes that are taken";
+    crate::error::Error::Missing { operation, operand: "routes", reason }
+}
+
+/// `a = act(z)`.
+pub(super) fn activate<B: Backend>(
+    backend: &B,
+    stream: &B::Stream,
+    activation: Activation,
+    (z, out): (In<'_, B>, Out<'_, B>),
+) -> Result<(), B::Error> {
+    let (z, out) = (shorten::<B>(z), shorten_mut::<B>(out));
+    let operands = if activation.is_gated() {
+        ActivationOperands::Halves { gate_up: z, out }
+    } else {
+        ActivationOperands::Plain { up: z, out }
+    };
+    backend.activation(stream, Activate { activation, operands })
+}
+
+/// The shared expert of a call: the routed experts' operations with one expert that every token goes to.
+pub(super) struct SharedExpert<'a, 'p, B: Backend> {
+    pub(super) config: SharedConfig,
+    pub(super) weights: &'a SharedParameters<'p, B>,
+    /// What it reads, `[T, H]`.
+    pub(super) x: In<'a, B>,
+    pub(super) permutation: Permutation<'a, B>,
+}
+
+impl<B: Backend> SharedExpert<'_, '_, B> {
+    fn forward<'s>(
+        &self,
+        backend: &B,
+        stream: &B::Stream,
+        mut z: Out<'_, B>,
+        scratch: &'s mut SharedScratch<B>,
+    ) -> Result<Shared<'s, B>, B::Error> {
+        let Self { config, weights, x, .. } = self;
+        backend.gate_up(
+            stream,
+            GateUp {
+                x: shorten::<B>(*x),
+                rows: RowSource::Rows,
+                permutation: again(&self.permutation),
+                input_weights: None,
+                matrices: Matrices::Stack(stack::<B>(shorten::<B>(weights.gate_up))?),
+                bias: weights.gate_up_bias.map(|bias| row::<B>(shorten::<B>(bias))).transpose()?,
+                activation: config.activation,
+                output: GateUpOutput::PreActivation,
+                out: reborrow::<B>(&mut z),
+            },
+        )?;
+        self.outputs(backend, stream, share::<B>(&z), scratch)?;
+        let [tokens, hidden] = [x.rows(), x.cols()];
+        let logit = if self.gate().is_some() { Some(scratch.logit.read([tokens, 1])?) } else { None };
+        Ok(Shared { y: scratch.y.read([tokens, hidden])?, factor: None, logit, scale: config.scale })
+    }
+
+    /// Its gate, if the layer is to have one.
+    pub(super) fn gate(&self) -> Option<In<'_, B>> {
+        self.weights.gate.filter(|_| self.config.gated).map(shorten::<B>)
+    }
+
+    /// From its pre-activation: `a`, `y` and the logit of its gate.
+    pub(super) fn outputs(
+        &self,
+        backend: &B,
+        stream: &B::Stream,
+        z: In<'_, B>,
+        scratch: &mut SharedScratch<B>,
+    ) -> Result<(), B::Error> {
+        let Self { config, weights, x, .. } = self;
+        let [tokens, hidden, width] = [x.rows(), x.cols(), config.intermediate];
+        activate(backend, stream, config.activation, (z, scratch.a.write([tokens, width])?))?;
+        backend.down(
+            stream,
+            Down {
+                a: scratch.a.read([tokens, width])?,
+                offsets: shorten::<B>(self.permutation.offsets),
+                matrices: Matrices::Stack(stack::<B>(shorten::<B>(weights.down))?),
+                bias: weights.down_bias.map(|bias| row::<B>(shorten::<B>(bias))).transpose()?,
+                out: scratch.y.write([tokens, hidden])?,
+            },
+        )?;
+        if let Some(gate) = self.gate() {
+            let (weight, out) = (row::<B>(shorten::<B>(gate))?, scratch.logit.write([tokens, 1])?);
+            backend.linear(stream, Linear { x: shorten::<B>(*x), weight, bias: None, out })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,143 @@
+use crate::backend::{Backend, In, Out};
+use crate::config::LayerConfig;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::{Shape, View};
+
+/// Scratch of a layer that is trained, made once for a largest number of tokens: each part in memory of its own, about
+/// `4 * (R * (3N + H) + T * (4H + 2E + 3S))` bytes for T tokens and R = T*K slots.
+pub struct TrainingWorkspace<B: Backend> {
+    pub(super) max_tokens: usize,
+    pub(super) permutation: PermutationScratch<B>,
+    /// Of the shared expert: every token to one expert.
+    pub(super) identity: PermutationScratch<B>,
+    /// u32 `[T, 1]`: zeros.
+    pub(super) zeros: Scratch<B>,
+    /// f32 `[T, E]`.
+    pub(super) logits: Scratch<B>,
+    /// f32 `[T, E]`.
+    pub(super) d_logits: Scratch<B>,
+    /// f32 `[T, K]`.
+    pub(super) d_weights: Scratch<B>,
+    /// f32 `[T, H]`: the norm of x.
+    pub(super) n: Scratch<B>,
+    /// f32 `[T, H]`: of what the experts read.
+    pub(super) d_n: Scratch<B>,
+    /// f32 `[T, H]`.
+    pub(super) tokens: Scratch<B>,
+    /// f32 `[R, I]`.
+    pub(super) a: Scratch<B>,
+    /// f32 `[R, I]`.
+    pub(super) d_a: Scratch<B>,
+    /// f32 `[R, N]`.
+    pub(super) d_z: Scratch<B>,
+    /// f32 `[R, H]`: the experts' outputs; in a backward pass the gradient of what each row read.
+    pub(super) rows: Scratch<B>,
+    pub(super) shared: SharedScratch<B>,
+}
+
+/// A permutation.
+pub(super) struct PermutationScratch<B: Backend> {
+    pub(super) row_slot: B::Memory,
+    pub(super) slot_row: B::Memory,
+    pub(super) offsets: B::Memory,
+}
+
+/// Scratch of the shared expert.
+pub(super) struct SharedScratch<B: Backend> {
+    /// f32 `[T, S]`.
+    pub(super) a: Scratch<B>,
+    /// f32 `[T, S]`.
+    pub(super) d_a: Scratch<B>,
+    /// f32 `[T, 2S]`.
+    pub(super) d_z: Scratch<B>,
+    /// f32 `[T, H]`.
+    pub(super) y: Scratch<B>,
+    /// f32 `[T, H]`.
+    pub(super) d_y: Scratch<B>,
+    /// f32 `[T, 1]`.
+    pub(super) logit: Scratch<B>,
+    /// f32 `[T, 1]`.
+    pub(super) d_logit: Scratch<B>,
+}
+
+/// 4-byte numbers.
+pub(super) struct Scratch<B: Backend> {
+    memory: B::Memory,
+    dtype: DType,
+}
+
+impl<B: Backend> Scratch<B> {
+    pub(super) fn read(&self, shape: impl Into<Shape>) -> Result<In<'_, B>> {
+        View::new(B::read(&self.memory), self.dtype, 0, shape)
+    }
+
+    pub(super) fn write(&mut self, shape: impl Into<Shape>) -> Result<Out<'_, B>> {
+        View::new(B::write(&mut self.memory), self.dtype, 0, shape)
+    }
+}
+
+impl<B: Backend> TrainingWorkspace<B> {
+    pub(super) fn new(backend: &B, config: &LayerConfig, max_tokens: usize) -> Result<Self, B::Error> {
+        let LayerConfig { hidden, intermediate, experts, top_k, .. } = *config;
+        let rows = max_tokens.saturating_mul(top_k);
+        let memory = |rows: usize, cols: usize| -> Result<B::Memory, B::Error> {
+            let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(4)).ok_or_else(|| Error::Value {
+                operation: "workspace",
+                parameter: "max_tokens",
+                expected: "as many tokens as the address space has room for",
+                actual: max_tokens.to_string(),
+            })?;
+            backend.allocate(bytes)
+        };
+        let floats = |rows, cols| Ok::<_, B::Error>(Scratch { memory: memory(rows, cols)?, dtype: DType::F32 });
+        let permutation = |slots, experts: usize| {
+            Ok::<_, B::Error>(PermutationScratch {
+                row_slot: memory(slots, 1)?,
+                slot_row: memory(slots, 1)?,
+                offsets: memory(experts + 1, 1)?,
+            })
+        };
+        let width = config.shared.map_or(0, |shared| shared.intermediate);
+        let height = config.shared.map_or(0, |shared| shared.activation.gate_up_rows(shared.intermediate));
+        // without a shared expert its parts are empty
+        let shared_tokens = if width > 0 { max_tokens } else { 0 };
+        Ok(Self {
+            max_tokens,
+            permutation: permutation(rows, experts)?,
+            identity: permutation(shared_tokens, 1)?,
+            zeros: Scratch { memory: memory(shared_tokens, 1)?, dtype: DType::U32 },
+            logits: floats(max_tokens, experts)?,
+            d_logits: floats(max_tokens, experts)?,
+            d_weights: floats(max_tokens, top_k)?,
+            n: floats(max_tokens, hidden)?,
+            d_n: floats(max_tokens, hidden)?,
+            tokens: floats(max_tokens, hidden)?,
+            a: floats(rows, intermediate)?,
+            d_a: floats(rows, intermediate)?,
+            d_z: floats(rows, config.gate_up_rows())?,
+            rows: floats(rows, hidden)?,
+            shared: SharedScratch {
+                a: floats(shared_tokens, width)?,
+                d_a: floats(shared_tokens, width)?,
+                d_z: floats(shared_tokens, height)?,
+                y: floats(shared_tokens, hidden)?,
+                d_y: floats(shared_tokens, hidden)?,
+                logit: floats(shared_tokens, 1)?,
+                d_logit: floats(shared_tokens, 1)?,
+            },
+        })
+    }
+
+    pub(super) fn check(&self, operation: &'static str, tokens: usize) -> Result<()> {
+        if tokens <= self.max_tokens {
+            return Ok(());
+        }
+        Err(Error::Value {
+            operation,
+            parameter: "x",
+            expected: "no more tokens than the workspace was made for",
+            actual: format!("{tokens} of {}", self.max_tokens),
+        })
+    }
+}
