@@ -318,6 +318,9 @@ impl Run<'_> {
             "output   {style}{word}{style:#} {}: largest error {error:.1e} of the largest value, {allowed:.1e} allowed",
             expected.origin
         )?;
+        if let (false, Some(beside)) = (matches, layer.beside) {
+            writeln!(output::stdout(), "beside   not part of the layer: {beside}")?;
+        }
         Ok(matches)
     }
 
@@ -410,6 +413,15 @@ impl Visitor for Once<'_> {
             }
             None => None,
         };
+        let ends = match shape.dims() {
+            &[sequences, tokens, _] if self.layer.by_sequence => {
+                let ends: Vec<u32> = (0..=sequences).map(|n| (n * tokens) as u32).collect();
+                let mut memory = backend.allocate(size_of_val(&ends[..]))?;
+                backend.upload(bytemuck::cast_slice(&ends), &mut memory)?;
+                Some((memory, ends.len())).filter(|_| sequences > 0)
+            }
+            _ => None,
+        };
         let mut counts = backend.allocate(experts * size_of::<u32>())?;
         let mut status = Status::OK;
         let mut times = Vec::new();
@@ -424,6 +436,9 @@ impl Visitor for Once<'_> {
             );
             if let Some(ids) = &ids {
                 call.token_ids = Some(shorten::<B>(View::new(B::read(ids), DType::U32, 0, [shape.rows()])?));
+            }
+            if let Some((ends, count)) = &ends {
+                call.sequences = Some(shorten::<B>(View::new(B::read(ends), DType::U32, 0, [*count])?));
             }
             call.counts = Some(shorten_mut::<B>(View::new(B::write(&mut counts), DType::U32, 0, [experts])?));
             let start = Instant::now();

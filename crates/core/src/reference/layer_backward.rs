@@ -152,8 +152,8 @@ pub struct LayerBackward<'a> {
 /// ([`rms_norm_backward`]) belongs into `d_y`.
 ///
 /// A slot without a row, and a token whose logits are none, has gradient 0 everywhere. The layer is one that
-/// [`TrainingLayer`](crate::training::TrainingLayer) takes: what may stand around the experts, experts without weights and a capacity
-/// are not looked at.
+/// [`TrainingLayer`](crate::training::TrainingLayer) takes: norms, projections and an MLP around the experts, experts
+/// without weights and a capacity are not looked at.
 pub fn backward(config: &LayerConfig, layer: &Layer<'_>, op: &LayerBackward<'_>) -> LayerGradients {
     let (hidden, top_k) = (config.hidden, config.top_k);
     let normed = expert_input(config, layer, op.x);

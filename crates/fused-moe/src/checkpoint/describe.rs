@@ -7,18 +7,18 @@ use fused_moe_core::config::*;
 pub(super) fn sentence(config: &LayerConfig, family: &Family) -> String {
     let rule = &config.routing;
     let (experts, top_k) = (config.experts - rule.always, config.top_k - rule.always);
-    let chosen = match (top_k, experts) {
-        (1, 1) => "only expert".to_owned(),
-        (1, _) => format!("one of {experts} experts"),
-        _ => format!("{top_k} of {experts} experts"),
-    };
-    let chosen = match config.zero_experts {
+    let candidates = match config.zero_experts {
         Some(ZeroExperts { count, output }) => {
             let returns = if count == 1 { "returns" } else { "return" };
             let output = if output == ZeroOutput::Copy { "the token itself" } else { "zero" };
-            format!("{chosen} and {count} that {returns} {output}")
+            format!("{} ({experts} experts and {count} that {returns} {output})", experts + count)
         }
-        None => chosen,
+        None => format!("{experts} experts"),
+    };
+    let chosen = match (top_k, experts, config.zero_experts) {
+        (1, 1, None) => "only expert".to_owned(),
+        (1, ..) => format!("one of {candidates}"),
+        _ => format!("{top_k} of {candidates}"),
     };
     let choice = match rule.selection {
         Selection::TopK { by, bias, groups } => {
@@ -34,7 +34,7 @@ pub(super) fn sentence(config: &LayerConfig, family: &Family) -> String {
     };
     let always = match rule.always {
         0 => String::new(),
-        more => format!(" and always to {more} more"),
+        more => format!(" and always to {more} more, which are scored and weighted together with them"),
     };
     let (logits, weights) = (logits(config), weights(config));
     let mut text = format!("Each token goes to {choice}{always}{logits}, {weights}");
@@ -149,7 +149,7 @@ fn weights(config: &LayerConfig) -> String {
     let normalize = match rule.normalize {
         Normalize::None => String::new(),
         Normalize::Sum { eps: 0.0 } => format!(" divided by {whose} sum"),
-        Normalize::Sum { eps } => format!(" divided by {whose} sum plus {eps:e}"),
+        Normalize::Sum { eps } => format!(" divided by {whose} sum (plus {eps:e})"),
         Normalize::SumAtLeast { min } => format!(" divided by {whose} sum or {min:e} if that is larger"),
         Normalize::Lp { p: 1.0 } => format!(" divided by the sum of {whose} magnitudes"),
         Normalize::Lp { p } => format!(" divided by {whose} L{p} norm"),

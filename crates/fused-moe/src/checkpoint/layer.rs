@@ -30,6 +30,11 @@ pub struct CheckpointLayer<'a> {
     pub config: LayerConfig,
     /// What it is made of.
     pub weights: LayerWeights<'a>,
+    /// Whether a call says where its sequences begin ([`Forward::sequences`](fused_moe_core::operation::Forward)): the
+    /// layer has a capacity, and each sequence its own.
+    pub by_sequence: bool,
+    /// What of the block is no part of the layer, if it has more.
+    pub beside: Option<&'static str>,
 }
 
 impl CheckpointLayer<'_> {
@@ -88,7 +93,8 @@ pub(super) fn load(checkpoint: &Checkpoint, index: usize) -> Result<CheckpointLa
         return Err(unfit(checkpoint, index, problems));
     }
     LayerProblem::new(&config, &weights, &Options::default()).map_err(invalid)?;
-    Ok(CheckpointLayer { index, name, config, weights })
+    let by_sequence = family.capacity.is_some_and(|capacity| !capacity.whole_call);
+    Ok(CheckpointLayer { index, name, config, weights, by_sequence, beside: family.beside })
 }
 
 fn unfit(checkpoint: &Checkpoint, layer: usize, problems: Vec<TensorProblem>) -> Error {

@@ -186,7 +186,7 @@ fn what_is_around_the_experts_in_words() {
     for (text, words) in [
         (
             golden("longcat_flash"),
-            "the 4 of 8 experts and 4 that return the token itself with the largest softmax score plus",
+            "the 4 of 12 (8 experts and 4 that return the token itself) with the largest softmax score plus",
         ),
         (
             golden("inkling"),
@@ -211,7 +211,7 @@ fn what_is_around_the_experts_in_words() {
         ),
         (
             made("zaya"),
-            "the one of 8 experts and 1 that returns zero with the largest softmax score plus a correction bias, the router ",
+            "the one of 9 (8 experts and 1 that returns zero) with the largest softmax score plus a correction bias, the router ",
         ),
         (
             made("zaya"),
