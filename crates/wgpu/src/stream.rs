@@ -13,6 +13,9 @@ use wgpu::{BufferUsages, CommandEncoder, ComputePass};
 ///
 /// What was recorded runs when it is submitted: an `upload` or another stream's work that is submitted earlier runs before
 /// it. Submit before you upload to what a recorded call reads.
+///
+/// Several threads may record. An operation of several launches keeps them together only if no other thread lends, takes or
+/// submits meanwhile. No pass may be open in an encoder that is lent; errors of launches in it appear when it is finished.
 #[derive(Debug)]
 pub struct WgpuStream {
     device: Arc<Device>,
@@ -50,8 +53,9 @@ impl WgpuStream {
     ///
     /// Errors: `DeviceLost`, `Device`.
     pub fn lend(&self, encoder: CommandEncoder) -> Result<()> {
-        self.submit()?;
-        *self.lock() = Some(Recording { pass: None, encoder });
+        let mut recording = self.lock();
+        self.submit_recorded(&mut recording)?;
+        *recording = Some(Recording { pass: None, encoder });
         Ok(())
     }
 
@@ -67,7 +71,13 @@ impl WgpuStream {
     ///
     /// Errors: `DeviceLost`, `Device`.
     pub fn submit(&self) -> Result<()> {
-        let Some(encoder) = self.take() else { return self.device.alive("submission") };
+        self.submit_recorded(&mut self.lock())
+    }
+
+    /// Under the lock, so that nobody records or submits meanwhile what comes later.
+    fn submit_recorded(&self, recording: &mut Option<Recording>) -> Result<()> {
+        let Some(Recording { pass, encoder }) = recording.take() else { return self.device.alive("submission") };
+        drop(pass);
         self.device.checked("submission", || self.device.queue.submit([encoder.finish()])).map(|_| ())
     }
 
@@ -114,12 +124,14 @@ impl Stream for WgpuStream {
     fn status(&self) -> Result<Status> {
         // one thread at a time, from the copy to what is read of it
         let mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        self.record(|encoder| {
-            encoder.copy_buffer_to_buffer(&self.status, 0, &mapped, 0, 4);
-            encoder.clear_buffer(&self.status, 0, None);
-        })?;
+        let mut recording = self.lock();
+        let Recording { pass, encoder } = recording.get_or_insert_with(|| self.begin());
+        *pass = None;
+        encoder.copy_buffer_to_buffer(&self.status, 0, &mapped, 0, 4);
+        encoder.clear_buffer(&self.status, 0, None);
+        self.submit_recorded(&mut recording)?;
+        drop(recording);
         let mut word = [0; 4];
-        self.submit()?;
         self.device.read_mapped(&mapped, &mut word, "status")?;
         Ok(Status::from_bits(u32::from_le_bytes(word)))
     }
