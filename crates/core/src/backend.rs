@@ -175,6 +175,20 @@ pub fn shorten_mut<'short, 'long: 'short, B: Backend>(view: Out<'long, B>) -> Ou
     view.map_storage(B::shorten_mut)
 }
 
+/// A residual for a shorter while.
+pub fn shorten_residual<'short, 'long: 'short, B: Backend>(residual: Residual<'long, B>) -> Residual<'short, B> {
+    match residual {
+        Residual::Of(view) => Residual::Of(shorten::<B>(view)),
+        Residual::InPlace => Residual::InPlace,
+    }
+}
+
+/// A norm for a shorter while.
+pub fn shorten_norm<'short, 'long: 'short, B: Backend>(norm: NextNorm<'long, B>) -> NextNorm<'short, B> {
+    let NextNorm { weight, eps, out } = norm;
+    NextNorm { weight: weight.map(shorten::<B>), eps, out: shorten_mut::<B>(out) }
+}
+
 /// Reads, for a while, what is otherwise written.
 pub fn share<'b, B: Backend>(view: &'b Out<'_, B>) -> In<'b, B> {
     view.as_ref().map_storage(B::share)

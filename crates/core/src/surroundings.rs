@@ -10,7 +10,7 @@ mod room;
 pub use room::{BUFFERS, buffers};
 
 use crate::DType::{self, F32};
-use crate::backend::{Backend, In, Out, reborrow, share, shorten, shorten_mut};
+use crate::backend::{Backend, In, Out, reborrow, share, shorten, shorten_mut, shorten_norm, shorten_residual};
 use crate::config::{Activation, LayerConfig, SharedConfig};
 use crate::operation::*;
 use crate::routing::Routing;
@@ -195,7 +195,7 @@ impl<B: Backend> On<'_, B> {
         let normed = NextNorm { weight: norm.weight()?, eps: norm.eps, out: room.write(self.between, shape)? };
         let nothing = shorten::<B>(x).row_range(0, 0)?;
         let unnormed = spare.write(self.between, shape)?;
-        let operands = sum_of((nothing, None), Some(Residual::Of(shorten::<B>(x))), Some(normed), unnormed);
+        let operands = Combine::norm_alone(nothing, Residual::Of(shorten::<B>(x)), normed, unnormed);
         self.backend.combine(self.stream, operands)?;
         Ok(room.read(self.between, shape)?)
     }
@@ -281,18 +281,4 @@ fn shorten_source<'short, 'long: 'short, B: Backend>(source: Source<'long, B>) -
             Source::Routes(Routing { experts: shorten::<B>(experts), weights: shorten::<B>(weights) })
         }
     }
-}
-
-/// The same for a shorter while.
-fn shorten_residual<'short, 'long: 'short, B: Backend>(residual: Residual<'long, B>) -> Residual<'short, B> {
-    match residual {
-        Residual::Of(view) => Residual::Of(shorten::<B>(view)),
-        Residual::InPlace => Residual::InPlace,
-    }
-}
-
-/// The same for a shorter while.
-fn shorten_norm<'short, 'long: 'short, B: Backend>(norm: NextNorm<'long, B>) -> NextNorm<'short, B> {
-    let NextNorm { weight, eps, out } = norm;
-    NextNorm { weight: weight.map(shorten::<B>), eps, out: shorten_mut::<B>(out) }
 }

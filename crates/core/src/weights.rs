@@ -414,6 +414,21 @@ impl<'a> Matrix<'a> {
         after(self.bytes, row, self.row_stride, self.dtype).get(..self.cols.saturating_mul(self.dtype.size()))
     }
 
+    /// The numbers in f32, row after row.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let row_bytes = self.cols.saturating_mul(self.dtype.size());
+        let mut bytes = vec![0; self.rows.saturating_mul(row_bytes)];
+        for (row, out) in bytes.chunks_exact_mut(row_bytes.max(1)).enumerate() {
+            self.copy_row(row, out);
+        }
+        let halves = bytes.as_chunks::<2>().0.iter();
+        match self.dtype {
+            DType::F16 => halves.map(|&bytes| half::f16::from_ne_bytes(bytes).to_f32()).collect(),
+            DType::BF16 => halves.map(|&bytes| half::bf16::from_ne_bytes(bytes).to_f32()).collect(),
+            _ => bytes.as_chunks().0.iter().map(|&bytes| f32::from_ne_bytes(bytes)).collect(),
+        }
+    }
+
     /// Copies row `row` to `out`, whose length is the row's in bytes; nothing is written when it is not.
     pub fn copy_row(&self, row: usize, out: &mut [u8]) {
         let size = self.dtype.size();
@@ -440,6 +455,13 @@ impl<'a> Matrix<'a> {
             *to = *element;
         }
     }
+}
+
+/// A vector of any float format, at any address, in f32.
+///
+/// Errors: as of [`View::reshape`](crate::View::reshape), for more than one row.
+pub fn floats(view: HostView<'_>) -> Result<Vec<f32>> {
+    Ok(Matrix::new(view.reshape([1, view.cols()])?, Orientation::OutIn)?.to_f32())
 }
 
 impl fmt::Debug for Matrix<'_> {

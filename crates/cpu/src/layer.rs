@@ -15,7 +15,7 @@ use fused_moe_core::config::{LayerConfig, RmsNorm, WeightOn};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::surroundings::{On, Reads, Surroundings};
-use fused_moe_core::weights::LayerWeights;
+use fused_moe_core::weights::{LayerWeights, floats};
 use fused_moe_core::{Backend, DType, Element, HostView, HostViewMut, Layer, Options, Permutation, Routing, View};
 use routing::RouteInput;
 use shared::SharedExpert;
@@ -58,8 +58,8 @@ struct ExpertNorm {
 impl CpuLayer {
     pub(crate) fn new(cpu: &Cpu, config: &LayerConfig, weights: &LayerWeights<'_>, options: &Options) -> Result<Self> {
         let problem = LayerProblem::new(config, weights, options)?;
-        let router = weights.router.map(|view| Router::new(cpu, view, weights.router_bias)).transpose()?;
-        let vector = |view: Option<HostView<'_>>| view.map(|view| floats(cpu, view)).transpose();
+        let router = weights.router.map(|view| Router::new(view, weights.router_bias)).transpose()?;
+        let vector = |view: Option<HostView<'_>>| view.map(floats).transpose();
         let experts: Vec<_> = weights.experts.iter().collect();
         let expert_norm = match problem.core.norms.expert_out {
             Some(norm) => Some(ExpertNorm::new(norm, vector(weights.norms.expert_out)?)),
@@ -99,14 +99,14 @@ impl ExpertNorm {
 }
 
 impl Router {
-    fn new(cpu: &Cpu, view: HostView<'_>, bias: Option<HostView<'_>>) -> Result<Self> {
+    fn new(view: HostView<'_>, bias: Option<HostView<'_>>) -> Result<Self> {
         let mut matrix = Memory::new(view.rows() * view.cols() * view.dtype().size())?;
         let row_bytes = view.cols() * view.dtype().size();
         for (row, to) in matrix.chunks_exact_mut(row_bytes).enumerate() {
             let row = view.row_range(row, 1)?;
             to.copy_from_slice(&row.storage()[row.offset()..row.offset() + row_bytes]);
         }
-        let bias = bias.map(|bias| floats(cpu, bias)).transpose()?;
+        let bias = bias.map(floats).transpose()?;
         Ok(Self { matrix, dtype: view.dtype(), bias })
     }
 }
@@ -283,15 +283,6 @@ fn vector(vector: &Option<Vec<f32>>) -> Result<Option<HostView<'_>>> {
 
 fn vector_bytes<T>(vector: &Option<Vec<T>>) -> usize {
     vector.as_ref().map_or(0, |vector| size_of_val(&vector[..]))
-}
-
-/// A vector of any float format, at any address: tensors of a mapped file need not be aligned.
-fn floats(cpu: &Cpu, view: HostView<'_>) -> Result<Vec<f32>> {
-    let mut vector = vec![0.0; view.cols()];
-    let mut aligned = Memory::new(view.extent())?;
-    aligned.copy_in(&view.storage()[view.offset()..view.offset() + view.extent()])?;
-    Floats::new(&View::new(&aligned[..], view.dtype(), 0, view.shape())?)?.load(cpu.kernels, 0, 0, &mut vector);
-    Ok(vector)
 }
 
 /// What is written must lie as its format wants it, and this is found before anything is written.

@@ -2,7 +2,7 @@ use crate::error::Result;
 use crate::memory::Memory;
 use fused_moe_core::DType::F32;
 use fused_moe_core::config::CapacityOrder;
-use fused_moe_core::problem::LayerProblem;
+use fused_moe_core::problem::{LayerProblem, workspace_bytes};
 use fused_moe_core::surroundings;
 use fused_moe_core::{DType, Error, HostView, HostViewMut, Shape, View};
 
@@ -95,13 +95,7 @@ impl Workspace {
     ///
     /// Errors: `Value` when that is no number of bytes.
     pub(crate) fn bytes(layer: &LayerProblem, tokens: usize) -> Result<usize> {
-        let buffers = buffers(layer, tokens);
-        let total = buffers.and_then(|bytes| bytes.iter().try_fold(0usize, |sum, &bytes| sum.checked_add(bytes)));
-        total.ok_or_else(|| {
-            let actual = tokens.to_string();
-            let (parameter, expected) = ("max_tokens", "as many tokens as the address space has room for");
-            Error::Value { operation: "workspace", parameter, expected, actual }.into()
-        })
+        Ok(workspace_bytes(buffers(layer, tokens), tokens)?)
     }
 
     /// The buffers of a call with `tokens` tokens.

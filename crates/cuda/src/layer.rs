@@ -8,15 +8,16 @@ use crate::gate_up::gate_up_of;
 use crate::grouped::Groups;
 use crate::launch::Tensor;
 use crate::memory::{Memory, Mut, Ref};
-use crate::pack::{Experts, floats};
+use crate::pack::Experts;
 use crate::workspace::{Buffer, Scratch, Workspace};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType::{F16, F32};
-use fused_moe_core::config::{LayerConfig, RmsNorm, Selection, WeightOn};
+use fused_moe_core::backend::{shorten_norm, shorten_residual};
+use fused_moe_core::config::{LayerConfig, RmsNorm, WeightOn};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::surroundings::{On, Reads, Surroundings};
-use fused_moe_core::weights::LayerWeights;
+use fused_moe_core::weights::{LayerWeights, floats};
 use fused_moe_core::{Backend, DType, HostView, Layer, Numerics, Options, Permutation, Routing, View};
 use routing::RoutesFrom;
 use shared::SharedExpert;
@@ -207,7 +208,8 @@ impl CudaLayer {
         let LayerProblem { core: config, local, gate_up, down, .. } = &self.problem;
         let (tokens, choices) = (call.x.rows(), config.choices());
         let (hidden, rows, invariant) = (config.hidden, tokens * config.top_k, self.invariant());
-        let alone = tokens == 1 && call.counts.is_none() && self.slots_are_rows(&call.source);
+        let ours = !matches!(call.source, Source::Routes(_)) && !invariant;
+        let alone = tokens == 1 && call.counts.is_none() && ours && self.problem.slots_are_rows();
         let Forward { source, token_ids, sequences, residual, norm, routes, counts, y, .. } = call;
 
         let from = |logits| RoutesFrom { logits, x: reads.router, token_ids, sequences };
@@ -283,8 +285,8 @@ impl CudaLayer {
                 copies,
                 routed_scale: config.routed_scale,
                 shared,
-                residual: residual.map(for_a_while),
-                norm: norm.map(norm_for_a_while),
+                residual: residual.map(shorten_residual),
+                norm: norm.map(shorten_norm),
                 out: y,
             },
         )?;
@@ -296,14 +298,6 @@ impl CudaLayer {
             Some(counts) => copy::counts(cuda, stream, offsets, counts),
             None => Ok(()),
         }
-    }
-
-    /// Whether every slot is sure to have an expert that is here, so that one token's need no permutation.
-    fn slots_are_rows(&self, source: &Source<'_, Cuda>) -> bool {
-        let LayerProblem { core: config, local, .. } = &self.problem;
-        let ours = !matches!(source, Source::Routes(_)) && config.routing.selection != Selection::Table;
-        let kept = config.zero_experts.is_none() && config.capacity.is_none();
-        ours && kept && *local == (0..config.experts) && !self.invariant()
     }
 
     /// What the experts read: x, or its norm where the gate's norm feeds them. `spare` is used up to `[T, H]`.
@@ -324,7 +318,7 @@ impl CudaLayer {
             out: tokens.view_mut(dtype, shape)?,
         };
         let nothing = x.row_range(0, 0)?;
-        cuda.combine(stream, norm_alone(nothing, Residual::Of(x), normed, spare.view_mut(dtype, shape)?))?;
+        cuda.combine(stream, Combine::norm_alone(nothing, Residual::Of(x), normed, spare.view_mut(dtype, shape)?))?;
         tokens.view(dtype, shape)
     }
 
@@ -342,50 +336,16 @@ impl CudaLayer {
         let (shape, eps, weight) = ([rows, hidden], norm.config.eps, vector(&norm.weight, hidden)?);
         let (Some(weight), true) = (weight, norm.config.scaled_first) else {
             let next = NextNorm { weight, eps, out: normed.view_mut(dtype, shape)? };
-            cuda.combine(stream, norm_alone(nothing, Residual::InPlace, next, y.view_mut(dtype, shape)?))?;
+            cuda.combine(stream, Combine::norm_alone(nothing, Residual::InPlace, next, y.view_mut(dtype, shape)?))?;
             return normed.view(dtype, shape);
         };
         cuda.zero(stream, Zero { out: normed.view_mut(dtype, shape)? })?;
         let (acc, weight) = (normed.view_mut(dtype, shape)?, Factor::PerColumn(weight));
         cuda.accumulate(stream, Accumulate { acc, weight, y: y.view(dtype, shape)? })?;
         let next = NextNorm { weight: None, eps, out: y.view_mut(dtype, shape)? };
-        cuda.combine(stream, norm_alone(nothing, Residual::InPlace, next, normed.view_mut(dtype, shape)?))?;
+        cuda.combine(stream, Combine::norm_alone(nothing, Residual::InPlace, next, normed.view_mut(dtype, shape)?))?;
         y.view(dtype, shape)
     }
-}
-
-/// A norm by itself: that of something plus no rows at all.
-fn norm_alone<'a>(
-    nothing: In<'a>,
-    of: Residual<'a, Cuda>,
-    norm: NextNorm<'a, Cuda>,
-    out: Out<'a>,
-) -> Combine<'a, Cuda> {
-    Combine {
-        rows: SlotRows::Slots(nothing),
-        weights: None,
-        copies: None,
-        routed_scale: 1.0,
-        shared: None,
-        residual: Some(of),
-        norm: Some(norm),
-        out,
-    }
-}
-
-/// The same for a shorter while.
-#[allow(clippy::needless_match, reason = "the type is invariant in its lifetime")]
-fn for_a_while<'short, 'long: 'short>(residual: Residual<'long, Cuda>) -> Residual<'short, Cuda> {
-    match residual {
-        Residual::Of(view) => Residual::Of(view),
-        Residual::InPlace => Residual::InPlace,
-    }
-}
-
-/// The same for a shorter while.
-fn norm_for_a_while<'short, 'long: 'short>(norm: NextNorm<'long, Cuda>) -> NextNorm<'short, Cuda> {
-    let NextNorm { weight, eps, out } = norm;
-    NextNorm { weight, eps, out }
 }
 
 /// The formats between gate_up and down, and of the experts' outputs: that of x where tensor cores take it (f16 has too

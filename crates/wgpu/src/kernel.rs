@@ -167,7 +167,7 @@ impl From<Activation> for ActivationKind {
 const TYPES: &str = include_str!("include/types.wgsl");
 const MATH: &str = include_str!("include/math.wgsl");
 const ACTIVATION: &str = include_str!("include/activation.wgsl");
-/// Sums and maxima; what they stand on is chosen by whether there are subgroups.
+/// Sums; what they stand on is chosen by whether there are subgroups.
 const REDUCE: &str = include_str!("include/reduce.wgsl");
 const REDUCE_SUBGROUP: &str = include_str!("include/reduce_subgroup.wgsl");
 const REDUCE_MEMORY: &str = include_str!("include/reduce_memory.wgsl");

@@ -7,7 +7,7 @@ use crate::grouped::{Groups, Schedule, Stage};
 use crate::launch::Operand;
 use crate::memory::{Memory, Mut, Ref};
 use crate::norm::{ExpertNorm, norm};
-use crate::pack::{Experts, floats};
+use crate::pack::Experts;
 use crate::plan::grouped::column_tiles;
 use crate::rehearse::Idle;
 use crate::routes::Choosing;
@@ -15,12 +15,12 @@ use crate::shared::SharedExpert;
 use crate::workspace::{ScheduleScratch, Scratch, Workspace};
 use crate::{Wgpu, WgpuStream, copy, permute, plan};
 use fused_moe_core::DType::{F32, U32};
-use fused_moe_core::backend::{shorten, shorten_mut};
-use fused_moe_core::config::{GateNorm, LayerConfig, Selection, WeightOn};
+use fused_moe_core::backend::{shorten_norm, shorten_residual};
+use fused_moe_core::config::{GateNorm, LayerConfig, WeightOn};
 use fused_moe_core::operation::*;
 use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::surroundings::{On, Reads, Surroundings};
-use fused_moe_core::weights::LayerWeights;
+use fused_moe_core::weights::{LayerWeights, floats};
 use fused_moe_core::{Backend, DType, HostView, Layer, Numerics, Options, Permutation, Routing, View};
 
 pub(crate) type In<'a> = View<Ref<'a>>;
@@ -222,7 +222,8 @@ impl WgpuLayer {
     ) -> Result<()> {
         let (device, tokens, config) = (wgpu.device(), call.x.rows(), &self.problem.core);
         let (hidden, rows, invariant) = (config.hidden, tokens * config.top_k, self.invariant());
-        let alone = tokens == 1 && call.counts.is_none() && self.slots_are_rows(&call.source);
+        let ours = !matches!(call.source, Source::Routes(_)) && !invariant;
+        let alone = tokens == 1 && call.counts.is_none() && ours && self.problem.slots_are_rows();
         let Forward { source, token_ids, sequences, residual, norm: next_norm, routes, counts, y, .. } = call;
 
         let gate_norm = self.gate_norm_feeds_experts();
@@ -331,14 +332,6 @@ impl WgpuLayer {
         }
     }
 
-    /// Whether every slot is sure to have an expert that is here, so that one token's need no permutation.
-    fn slots_are_rows(&self, source: &Source<'_, Wgpu>) -> bool {
-        let LayerProblem { config, local, .. } = &self.problem;
-        let ours = !matches!(source, Source::Routes(_)) && config.routing.selection != Selection::Table;
-        let all = *local == (0..config.experts) && config.zero_experts.is_none() && config.capacity.is_none();
-        ours && all && !self.invariant()
-    }
-
     /// The slots of experts that copy the token, if these are here.
     fn copies<'s>(&self, x: In<'s>, experts: In<'s>) -> Option<Copies<'s, Wgpu>> {
         let config = &self.problem.config;
@@ -374,20 +367,6 @@ impl WgpuLayer {
     pub(crate) fn gate_norm_feeds_experts(&self) -> Option<GateNorm> {
         self.problem.config.gate.norm.filter(|norm| norm.feeds_experts)
     }
-}
-
-/// The same for a shorter while.
-pub(crate) fn shorten_residual<'short, 'long: 'short>(residual: Residual<'long, Wgpu>) -> Residual<'short, Wgpu> {
-    match residual {
-        Residual::Of(view) => Residual::Of(shorten::<Wgpu>(view)),
-        Residual::InPlace => Residual::InPlace,
-    }
-}
-
-/// The same for a shorter while.
-pub(crate) fn shorten_norm<'short, 'long: 'short>(norm: NextNorm<'long, Wgpu>) -> NextNorm<'short, Wgpu> {
-    let NextNorm { weight, eps, out } = norm;
-    NextNorm { weight: weight.map(shorten::<Wgpu>), eps, out: shorten_mut::<Wgpu>(out) }
 }
 
 pub(crate) fn upload(wgpu: &Wgpu, bytes: &[u8]) -> Result<Memory> {

@@ -1,13 +1,14 @@
 //! RMSNorm on its own, by combine.
 
 use crate::error::Result;
-use crate::layer::{BETWEEN, In, Out, shorten_norm, shorten_residual, upload, vector};
+use crate::layer::{BETWEEN, In, Out, upload, vector};
 use crate::memory::Memory;
-use crate::pack::floats;
 use crate::workspace::Buffer;
 use crate::{Wgpu, WgpuStream};
+use fused_moe_core::backend::{shorten_norm, shorten_residual};
 use fused_moe_core::config::RmsNorm;
-use fused_moe_core::operation::{Accumulate, Combine, Factor, NextNorm, Residual, SlotRows, Zero};
+use fused_moe_core::operation::{Accumulate, Combine, Factor, NextNorm, Residual, Zero};
+use fused_moe_core::weights::floats;
 use fused_moe_core::{Backend, HostView};
 
 /// The norm of rows, which is that of rows plus no slots at all; `out` gets, or has, the rows themselves. `wide` is anything
@@ -19,19 +20,9 @@ pub(crate) fn norm(
     (rows, norm): (Residual<'_, Wgpu>, NextNorm<'_, Wgpu>),
     out: Out<'_>,
 ) -> Result<()> {
-    wgpu.combine(
-        stream,
-        Combine {
-            rows: SlotRows::Slots(wide.row_range(0, 0)?),
-            weights: None,
-            copies: None,
-            routed_scale: 1.0,
-            shared: None,
-            residual: Some(shorten_residual(rows)),
-            norm: Some(shorten_norm(norm)),
-            out,
-        },
-    )
+    let operands =
+        Combine::norm_alone(wide.row_range(0, 0)?, shorten_residual::<Wgpu>(rows), shorten_norm::<Wgpu>(norm), out);
+    wgpu.combine(stream, operands)
 }
 
 /// The norm of the experts' outputs; weight f32 `[H]`, what is added to it included.

@@ -9,7 +9,7 @@ use crate::plan::windows::{Window, windows};
 use crate::upload::Upload;
 use fused_moe_core::config::{Activation, Function};
 use fused_moe_core::weights::{ExpertMatrices, ExpertWeights, Matrix};
-use fused_moe_core::{DType, Error as Contract, HostView, Shape, View};
+use fused_moe_core::{DType, Error as Contract, Shape, View};
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -295,14 +295,6 @@ fn column(column: Option<Matrix<'_>>, to: &mut [u8]) {
         });
         to.copy_from_slice(&float(dtype, bytes).to_le_bytes());
     }
-}
-
-/// A vector of floats in any format.
-pub(crate) fn floats(view: HostView<'_>) -> Result<Vec<f32>> {
-    let matrix = Matrix::new(view.reshape([view.cols()])?, Default::default())?;
-    let mut bytes = vec![0; 4 * matrix.rows()];
-    column(Some(matrix), &mut bytes);
-    Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
 }
 
 fn float(dtype: DType, bytes: [u8; 4]) -> f32 {

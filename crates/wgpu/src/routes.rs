@@ -5,7 +5,7 @@ use crate::layer::{BETWEEN, In, Out, WgpuLayer, vector};
 use crate::workspace::{PermutationScratch, RoutingScratch, Scratch};
 use crate::{Wgpu, WgpuStream, gate};
 use fused_moe_core::DType::{F32, U32};
-use fused_moe_core::config::{Capacity, CapacityOrder, RoutingRule, Score};
+use fused_moe_core::config::{Capacity, CapacityOrder};
 use fused_moe_core::operation::*;
 use fused_moe_core::{Backend, Permutation, Routing, View};
 use std::ops::Range;
@@ -61,7 +61,7 @@ impl WgpuLayer {
             let one = [tokens, 1];
             // which the products write later
             let (best, importance) = (scratch.y.view_mut(U32, one)?, scratch.a.view_mut(F32, one)?);
-            let rule = RoutingRule { score: Score::Softmax, ..RoutingRule::default() };
+            let rule = Capacity::importance();
             wgpu.route(stream, Route { logits, choice: Choice::new(rule, best, importance) })?;
         }
         self.drop_overflow(wgpu, stream, (capacity, from.sequences), tokens, scratch)

@@ -36,6 +36,20 @@ impl<'a, B: Backend> Combine<'a, B> {
             out,
         }
     }
+
+    /// A norm by itself: that of a residual plus no rows at all. `nothing` is `[0, H]`; `out` gets, or has, the residual.
+    pub fn norm_alone(nothing: In<'a, B>, of: Residual<'a, B>, norm: NextNorm<'a, B>, out: Out<'a, B>) -> Self {
+        Self {
+            rows: SlotRows::Slots(nothing),
+            weights: None,
+            copies: None,
+            routed_scale: 1.0,
+            shared: None,
+            residual: Some(of),
+            norm: Some(norm),
+            out,
+        }
+    }
 }
 
 /// The outputs of the experts, a row a slot.

@@ -110,6 +110,14 @@ impl LayerProblem {
         copy && self.local.contains(&(self.config.experts - 1))
     }
 
+    /// Whether every slot of a call that brings no routes is sure to have an expert that is here: the slots of a single
+    /// token need no permutation then.
+    pub fn slots_are_rows(&self) -> bool {
+        let config = &self.config;
+        let chosen = config.routing.selection != Selection::Table && config.capacity.is_none();
+        chosen && config.zero_experts.is_none() && self.local == (0..config.experts)
+    }
+
     /// Checks one call.
     pub fn forward<B: Backend>(&self, call: &Forward<'_, B>) -> Result<ForwardProblem> {
         let check = Check("forward");
@@ -178,6 +186,19 @@ impl LayerProblem {
         }
         Ok(())
     }
+}
+
+/// The sum of the sizes of a workspace's buffers.
+///
+/// Errors: `Value` when one of them, or the sum, is no number of bytes.
+pub fn workspace_bytes(buffers: Option<impl IntoIterator<Item = usize>>, tokens: usize) -> Result<usize> {
+    let total = buffers.and_then(|bytes| bytes.into_iter().try_fold(0usize, usize::checked_add));
+    total.ok_or_else(|| Error::Value {
+        operation: "workspace",
+        parameter: "max_tokens",
+        expected: "as many tokens as the address space has room for",
+        actual: tokens.to_string(),
+    })
 }
 
 impl ExpertWeights<'_> {

@@ -15,7 +15,7 @@ mod rows;
 pub use backward::{ActivationBackwardProblem, CombineBackwardProblem, GroupedBackwardProblem};
 pub use expert_loop::ExpertLoopProblem;
 pub use experts::{ActivationProblem, Arrangement, DownProblem, GateUpProblem, LinearProblem};
-pub use layer::{ForwardProblem, LayerProblem};
+pub use layer::{ForwardProblem, LayerProblem, workspace_bytes};
 pub use routes::{ChoiceProblem, DropOverflowProblem, GateProblem, GatherWeightsProblem, PermuteProblem};
 pub use routes_backward::{GateBackwardProblem, LossProblem, NormBackwardProblem, RouteBackwardProblem};
 pub use rows::{AccumulateProblem, CombineProblem, ZeroProblem};

@@ -6,7 +6,7 @@ use super::{
     PreActivation, Route, RouterMlp, Routes, SharedExpert, Table, activation, combine, down, drop_overflow, gate,
     gate_up, permute, rms_norm, route,
 };
-use crate::config::{CapacityOrder, LayerConfig, RoutingRule, Score, WeightOn, ZeroOutput};
+use crate::config::{Capacity, CapacityOrder, LayerConfig, WeightOn, ZeroOutput};
 use crate::{Statistics, Status};
 
 /// The weights of a layer. An absent bias is zeros, an absent scale or norm weight is ones.
@@ -157,7 +157,7 @@ pub fn forward_from_logits(config: &LayerConfig, layer: &Layer<'_>, input: &Inpu
 
 /// The largest softmax of each token's logits, `[T]`.
 fn importance(config: &LayerConfig, logits: &[f64], tokens: usize) -> Vec<f64> {
-    let rule = RoutingRule { score: Score::Softmax, ..RoutingRule::default() };
+    let rule = Capacity::importance();
     let (experts, top_k) = (config.choices(), 1);
     route(logits, &Route { rule, correction_bias: None, expert_scale: None, table: None, tokens, experts, top_k })
         .weights

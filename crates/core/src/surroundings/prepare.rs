@@ -6,7 +6,7 @@ use crate::backend::{Backend, In};
 use crate::config::{LayerConfig, RmsNorm, RouterMlp};
 use crate::error::Result;
 use crate::tensor::{HostView, Shape, View};
-use crate::weights::{LayerWeights, Matrix, Orientation, RouterMlpWeights, SharedWeights};
+use crate::weights::{LayerWeights, Matrix, Orientation, RouterMlpWeights, SharedWeights, floats};
 use std::fmt;
 
 /// A dense operand on the device.
@@ -59,21 +59,6 @@ fn rows_of(matrices: &[Matrix<'_>]) -> Vec<u8> {
         }
     }
     bytes
-}
-
-/// A vector of any float format, at any address.
-fn floats(view: HostView<'_>) -> Result<Vec<f32>> {
-    let matrix = Matrix::new(view.reshape([1, view.cols()])?, Orientation::OutIn)?;
-    Ok(numbers_of(&rows_of(&[matrix]), view.dtype()))
-}
-
-fn numbers_of(bytes: &[u8], dtype: DType) -> Vec<f32> {
-    let halves = bytes.as_chunks::<2>().0.iter();
-    match dtype {
-        DType::F16 => halves.map(|&bytes| half::f16::from_ne_bytes(bytes).to_f32()).collect(),
-        DType::BF16 => halves.map(|&bytes| half::bf16::from_ne_bytes(bytes).to_f32()).collect(),
-        _ => bytes.as_chunks().0.iter().map(|&bytes| f32::from_ne_bytes(bytes)).collect(),
-    }
 }
 
 /// A norm and its weight.
@@ -192,7 +177,7 @@ fn bias_of<B: Backend>(backend: &B, biases: &[Option<Matrix<'_>>], rows: usize) 
     let mut numbers = Vec::with_capacity(rows);
     for bias in biases {
         match bias {
-            Some(bias) => numbers.extend(numbers_of(&rows_of(&[*bias]), bias.dtype())),
+            Some(bias) => numbers.extend(bias.to_f32()),
             None => numbers.resize(numbers.len() + rows / biases.len(), 0.0),
         }
     }

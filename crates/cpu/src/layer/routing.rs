@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::workspace::{Buffer, PermutationScratch, RoutingScratch};
 use crate::{Cpu, CpuStream};
 use fused_moe_core::DType::{F32, U32};
-use fused_moe_core::config::{Capacity, CapacityOrder, RoutingRule, Score};
+use fused_moe_core::config::{Capacity, CapacityOrder};
 use fused_moe_core::operation::*;
 use fused_moe_core::{Backend, HostView, Permutation, Routing, View};
 use std::ops::Range;
@@ -92,7 +92,7 @@ impl CpuLayer {
         let importance = match capacity.order {
             CapacityOrder::Position => None,
             CapacityOrder::Score => {
-                let rule = RoutingRule { score: Score::Softmax, ..RoutingRule::default() };
+                let rule = Capacity::importance();
                 let best = scratch.best.view_mut(U32, [tokens, 1])?;
                 let choice = Choice::new(rule, best, scratch.importance.view_mut(F32, [tokens, 1])?);
                 self.cpu.route(stream, Route { logits: input.logits, choice })?;

@@ -1,4 +1,4 @@
-use super::{floats, vector_bytes};
+use super::vector_bytes;
 use crate::error::Result;
 use crate::pack::Experts;
 use crate::workspace::SharedScratch;
@@ -6,7 +6,7 @@ use crate::{Cpu, CpuStream};
 use fused_moe_core::DType::{F32, U32};
 use fused_moe_core::config::SharedConfig;
 use fused_moe_core::operation::*;
-use fused_moe_core::weights::SharedWeights;
+use fused_moe_core::weights::{SharedWeights, floats};
 use fused_moe_core::{Backend, HostView, Permutation, View};
 
 /// The shared expert's matrices, as those of one expert, and f32 `[H]`.
@@ -20,7 +20,7 @@ pub(super) struct SharedExpert {
 impl SharedExpert {
     pub(super) fn new(cpu: &Cpu, config: SharedConfig, weights: &SharedWeights<'_>) -> Result<Self> {
         let matrices = Experts::local(cpu, &[&weights.matrices], 0..1)?;
-        Ok(Self { config, matrices, gate: weights.gate.map(|gate| floats(cpu, gate)).transpose()? })
+        Ok(Self { config, matrices, gate: weights.gate.map(floats).transpose()? })
     }
 
     pub(super) fn weight_bytes(&self) -> usize {

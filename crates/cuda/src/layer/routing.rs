@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::workspace::{Buffer, PermutationScratch, RoutingScratch};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType::{F32, U32};
-use fused_moe_core::config::{CapacityOrder, RoutingRule, Score};
+use fused_moe_core::config::{Capacity, CapacityOrder};
 use fused_moe_core::operation::*;
 use fused_moe_core::{Backend, Permutation, Routing, View};
 use std::ops::Range;
@@ -148,7 +148,7 @@ impl CudaLayer {
 fn importance<'b>(cuda: &Cuda, stream: &CudaStream, logits: In<'_>, best: &'b mut [Buffer<'_>; 2]) -> Result<In<'b>> {
     let shape = [logits.rows(), 1];
     let [experts, weights] = best;
-    let rule = RoutingRule { score: Score::Softmax, ..RoutingRule::default() };
+    let rule = Capacity::importance();
     let choice = Choice::new(rule, experts.view_mut(U32, shape)?, weights.view_mut(F32, shape)?);
     cuda.route(stream, Route { logits, choice })?;
     weights.view(F32, shape)

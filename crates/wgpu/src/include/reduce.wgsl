@@ -1,4 +1,4 @@
-// Sums and maxima over a team: neighbouring threads of a workgroup of THREADS, a power of two of them up to all. The same
+// Sums over a team: neighbouring threads of a workgroup of THREADS, a power of two of them up to all. The same
 // tree, and so the same bits, whatever the size of a subgroup, and without subgroups.
 //
 //   @compute @workgroup_size(256)
@@ -41,19 +41,4 @@ fn team_sum(here: Here, team: u32, x: f32) -> f32 {
         sum += bitcast<f32>(reduce_words[thread ^ mask]);
     }
     return sum;
-}
-
-// Of numbers; floats by keys that have their order.
-fn team_max(here: Here, team: u32, x: u32) -> u32 {
-    let thread = thread_of(here);
-    let near = min(team, in_subgroup(here));
-    var most = x;
-    for (var mask = 1u; mask < near; mask <<= 1u) { most = max(most, exchanged(most, mask)); }
-    for (var mask = near; mask < team; mask <<= 1u) {
-        workgroupBarrier();
-        reduce_words[thread] = most;
-        workgroupBarrier();
-        most = max(most, reduce_words[thread ^ mask]);
-    }
-    return most;
 }

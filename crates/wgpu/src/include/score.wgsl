@@ -27,10 +27,7 @@ fn score(logit: f32, whole: Softmax) -> f32 {
     if (is_nan(logit)) { return 0.0; }
     switch (SCORE) {
         case SCORE_SOFTMAX: { return softmax(logit, whole); }
-        case SCORE_SIGMOID: {
-            let e = exponential(-abs(logit));
-            return select(1.0, e, logit < 0.0) / (1.0 + e);
-        }
+        case SCORE_SIGMOID: { return sigmoid(logit); }
         case SCORE_SQRT_SOFTPLUS: {
             if (!is_finite(logit) && logit > 0.0) { return logit; }
             // far below zero softplus is exp, and its root is there where it is not
