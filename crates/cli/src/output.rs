@@ -117,6 +117,7 @@ pub(crate) fn help(error: &anyhow::Error) -> Option<&str> {
     }
     let of_device = |cause: &(dyn std::error::Error + 'static)| {
         matches!(cause.downcast_ref(), Some(fused_moe::cuda::Error::OutOfMemory { .. }))
+            || matches!(cause.downcast_ref(), Some(fused_moe::wgpu::Error::OutOfMemory { .. }))
     };
     if error.chain().any(of_device) {
         return Some("free memory of the device, or ask for less: fewer tokens, smaller layers");

@@ -160,7 +160,8 @@ impl Run<'_> {
         for layer in &self.layers {
             let outputs_kept = if self.arguments.output.is_some() { self.layers.len() } else { 1 };
             let seed = self.arguments.seed;
-            let ran = self.device.visit(Once { layer, input: &self.input, seed, outputs_kept })?;
+            let once = Once { layer, input: &self.input, seed, outputs_kept, largest: self.largest_buffer() };
+            let ran = self.device.visit(once)?;
             bar.inc(1);
             passed &= bar.suspend(|| self.show(layer, &ran))?;
             if self.arguments.output.is_some() {
@@ -172,6 +173,14 @@ impl Run<'_> {
             self.write(path, &outputs)?;
         }
         Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    /// Bytes that a tensor on the device may have.
+    fn largest_buffer(&self) -> u64 {
+        match &self.device {
+            Device::Wgpu(wgpu) => wgpu.numbers().buffer_bytes,
+            _ => u64::MAX,
+        }
     }
 
     /// Whether the output is what is expected, if anything is; says all about the run.
@@ -382,6 +391,8 @@ struct Once<'a> {
     seed: u64,
     /// How many outputs are on the host in the end.
     outputs_kept: usize,
+    /// Bytes that x and y may have each.
+    largest: u64,
 }
 
 impl Visitor for Once<'_> {
@@ -392,9 +403,10 @@ impl Visitor for Once<'_> {
         let (dtype, shape, experts) = (self.input.dtype, self.input.shape, layer.config().experts);
         if backend.name() == "cpu" {
             // x and y of the backend
-            self.input.check_memory(self.outputs_kept + 2, |tokens| layer.workspace_bytes(tokens).ok())?;
+            let workspace = |tokens| layer.workspace_bytes(tokens).ok();
+            self.input.check_memory(self.outputs_kept + 2, self.largest, workspace)?;
         } else {
-            self.input.check_memory(self.outputs_kept, |_| Some(0))?;
+            self.input.check_memory(self.outputs_kept, self.largest, |_| Some(0))?;
         }
         let stream = backend.stream()?;
         let mut workspace = layer.workspace(shape.rows())?;

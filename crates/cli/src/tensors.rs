@@ -51,14 +51,21 @@ impl Tensor {
     }
 
     /// Errors where a run on this input does not fit into memory; `workspace` gives the bytes for a number of tokens,
-    /// and `tensors` is how many of this one's size a run makes beside it.
-    pub(crate) fn check_memory(&self, tensors: usize, workspace: impl Fn(usize) -> Option<usize>) -> Result<()> {
-        let Some(available) = available_memory() else { return Ok(()) };
+    /// `tensors` is how many of this one's size a run makes beside it, and `largest` the bytes that one of them may have.
+    pub(crate) fn check_memory(
+        &self,
+        tensors: usize,
+        largest: u64,
+        workspace: impl Fn(usize) -> Option<usize>,
+    ) -> Result<()> {
+        let available = available_memory().unwrap_or(u64::MAX);
         let made = tensors + usize::from(self.is_random());
-        let token = (self.shape.cols() * self.dtype.size() * made) as u128;
-        let needed = |tokens| Some(workspace(tokens)? as u128 + tokens as u128 * token);
+        let one = |tokens| tokens as u128 * (self.shape.cols() * self.dtype.size()) as u128;
+        let needed = |tokens| Some(workspace(tokens)? as u128 + one(tokens) * made as u128);
         let tokens = self.shape.rows();
-        let fits = |tokens, room: u64| needed(tokens).is_some_and(|needed| needed <= u128::from(room));
+        let fits = |tokens, room: u64| {
+            one(tokens) <= u128::from(largest) && needed(tokens).is_some_and(|needed| needed <= u128::from(room))
+        };
         // what else runs here needs some too, and what fits now should a moment later
         if fits(tokens, available - available / 16) {
             return Ok(());
@@ -68,13 +75,20 @@ impl Tensor {
             let middle = most + (over - most) / 2;
             *(if fits(middle, available - available / 8) { &mut most } else { &mut over }) = middle;
         }
-        let needed = needed(tokens).and_then(|needed| needed.try_into().ok()).map_or("more".to_owned(), bytes);
+        let size = |bytes_of: Option<u128>| bytes_of.and_then(|n| n.try_into().ok()).map_or("more".to_owned(), bytes);
         let (name, advice) = match self.is_random() {
             true => (format!("--tokens {tokens}"), format!("at most {most} tokens fit")),
             false => (self.origin.clone(), format!("at most {most} tokens fit; cut the input into parts")),
         };
-        let message = format!("{name}: x, y and the workspace of {tokens} tokens take {needed}");
-        Err(remedied(format!("{message}; {} of memory are free", bytes(available)), advice))
+        let message = if one(tokens) > u128::from(largest) {
+            let x = size(Some(one(tokens)));
+            format!("{name}: x of {tokens} tokens takes {x}; a buffer of this device has at most {}", bytes(largest))
+        } else {
+            let needed = size(needed(tokens));
+            let free = bytes(available);
+            format!("{name}: x, y and the workspace of {tokens} tokens take {needed}; {free} of memory are free")
+        };
+        Err(remedied(message, advice))
     }
 
     /// The tensor that `FILE` or `FILE:TENSOR` names.
@@ -218,8 +232,13 @@ mod tests {
     fn as_many_tokens_as_are_advised_fit() {
         // a workspace a hundred times larger than x
         let workspace = |tokens: usize| tokens.checked_mul(400 * 8);
-        let check = |tokens| Tensor::random(tokens, 8, 0).unwrap().check_memory(3, workspace);
+        let check = |tokens| Tensor::random(tokens, 8, 0).unwrap().check_memory(3, u64::MAX, workspace);
         check(0).unwrap();
+        let in_buffers = |tokens| Tensor::random(tokens, 8, 0).unwrap().check_memory(3, 3200, workspace);
+        in_buffers(100).unwrap();
+        let error = in_buffers(101).unwrap_err();
+        assert!(error.to_string().contains("a buffer of this device has at most 3.20 kB"), "{error}");
+        assert_eq!(crate::output::help(&error), Some("at most 100 tokens fit"));
         let error = check(1 << 50).unwrap_err();
         let help = crate::output::help(&error).unwrap();
         let most: usize = help.split(' ').find_map(|word| word.parse().ok()).unwrap();

@@ -142,3 +142,11 @@ fn bench_on_an_adapter() {
     fmoe(shape.split(' ')).args(["--beside", "abacus"]).misuses(["--beside abacus: no such backend"]);
     fmoe(shape.split(' ')).args(["--threads", "2"]).misuses(["--threads 2", "wgpu"]);
 }
+
+#[test]
+fn an_input_that_no_buffer_holds_says_how_many_tokens_one_holds() {
+    let Some(adapter) = fused_moe::wgpu::adapters().into_iter().next() else { return };
+    // more than a token has in any layer
+    let tokens = adapter.buffer_bytes.to_string();
+    fmoe(["run", "--backend", "wgpu:0", "--tokens", &tokens]).errs([&tokens, "a buffer of this device", "tokens fit"]);
+}
