@@ -24,7 +24,8 @@ pub(crate) fn zero(wgpu: &Wgpu, stream: &WgpuStream, operands: Zero<'_, Wgpu>) -
     Ok(())
 }
 
-pub(crate) fn accumulate(wgpu: &Wgpu, stream: &WgpuStream, operands: Accumulate<'_, Wgpu>) -> Result<()> {
+/// `acc += w * y`, or `acc = w * y` where it is assigned.
+pub(crate) fn accumulate(wgpu: &Wgpu, stream: &WgpuStream, operands: Accumulate<'_, Wgpu>, assign: bool) -> Result<()> {
     let (problem, device) = (operands.problem()?, wgpu.device());
     let (weights, weight) = match &operands.weight {
         Factor::Value(weight) => (None, *weight),
@@ -45,7 +46,8 @@ pub(crate) fn accumulate(wgpu: &Wgpu, stream: &WgpuStream, operands: Accumulate<
         let params =
             AccumulateParams { acc: acc_place, weights: place, y: y_place, rows: count, width, weight, per_column };
         let operands = [weights, Some(y), Some(acc)];
-        launch(wgpu, stream, Kernel::Accumulate, &operands, (pairs(count, problem.hidden), &params))?;
+        let kernel = Kernel::Accumulate { assign };
+        launch(wgpu, stream, kernel, &operands, (pairs(count, problem.hidden), &params))?;
     }
     Ok(())
 }

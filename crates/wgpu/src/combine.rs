@@ -1,10 +1,12 @@
 use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::launch::{Operand, Tensor, launch, params, tensor};
+use crate::memory::Ref;
 use crate::plan::{self, CombineParts, CombinePlan, CombineStep, pieces};
 use crate::stream::SCRATCH;
 use crate::{Wgpu, WgpuStream};
 use fused_moe_core::DType::F32;
+use fused_moe_core::View;
 use fused_moe_core::operation::{Combine, Residual, SlotRows};
 use fused_moe_core::problem::CombineProblem;
 use std::ops::Range;
@@ -19,11 +21,25 @@ params! {
 
 const COMBINE: &str = "combine";
 
-pub(crate) fn combine(wgpu: &Wgpu, stream: &WgpuStream, operands: Combine<'_, Wgpu>) -> Result<()> {
-    let problem = operands.problem()?;
+/// `sums`, f32 `[T, H]`: where the sums over the slots lie between two launches; without it in the stream's scratch.
+pub(crate) fn combine(
+    wgpu: &Wgpu,
+    stream: &WgpuStream,
+    operands: Combine<'_, Wgpu>,
+    sums: Option<&View<Ref<'_>>>,
+) -> Result<()> {
+    let (problem, device) = (operands.problem()?, wgpu.device());
     let plans = plan::combine(&problem, &parts(&operands), wgpu.numbers());
     let in_two = plans.iter().flatten().any(|plan| plan.step == CombineStep::Rows);
-    let at_once = if in_two { SCRATCH / problem.hidden.max(1) } else { usize::MAX };
+    let scratch = if in_two && sums.is_none() { Some(stream.scratch()?) } else { None };
+    let (sums, at_once) = match (&scratch, sums.filter(|_| in_two)) {
+        (Some(scratch), _) => {
+            let format = (F32, problem.hidden as u32);
+            (Some(Operand::matrix(device, COMBINE, scratch, format)?), SCRATCH / problem.hidden.max(1))
+        }
+        (None, Some(sums)) => (Some(Operand::of(device, COMBINE, sums)?), sums.rows().max(1)),
+        (None, None) => (None, usize::MAX),
+    };
     if at_once == 0 {
         let part = "copies and all other parts of rows of more than 65536 elements together";
         return Err(fused_moe_core::Error::Unsupported { operation: COMBINE, part, backend: "wgpu" }.into());
@@ -31,14 +47,14 @@ pub(crate) fn combine(wgpu: &Wgpu, stream: &WgpuStream, operands: Combine<'_, Wg
     for tokens in pieces(wgpu, problem.tokens, row_bytes(&operands, problem.top_k)) {
         for first in tokens.clone().step_by(at_once) {
             let tokens = first..tokens.end.min(first.saturating_add(at_once));
-            some(wgpu, stream, &operands, (&problem, tokens), plans)?;
+            some(wgpu, stream, &operands, (&problem, tokens), (plans, sums))?;
         }
     }
     Ok(())
 }
 
 /// What there is of operands.
-fn parts(operands: &Combine<'_, Wgpu>) -> CombineParts {
+pub(crate) fn parts(operands: &Combine<'_, Wgpu>) -> CombineParts {
     let Combine { rows, weights, copies, shared, residual, norm, .. } = operands;
     let grouped = matches!(rows, SlotRows::Permuted { .. });
     let gated = shared.as_ref().is_some_and(|shared| shared.factor.is_some() || shared.logit.is_some());
@@ -78,7 +94,7 @@ fn some(
     stream: &WgpuStream,
     operands: &Combine<'_, Wgpu>,
     (problem, tokens): (&CombineProblem, Range<usize>),
-    plans: [Option<CombinePlan>; 2],
+    (plans, sums): ([Option<CombinePlan>; 2], Option<Operand<'_>>),
 ) -> Result<()> {
     let in_place = matches!(operands.residual, Some(Residual::InPlace));
     let rows = match &operands.rows {
@@ -87,8 +103,6 @@ fn some(
     };
     let problem = CombineProblem { tokens: tokens.len(), ..*problem };
     let all = bind(wgpu, operands, problem.top_k, tokens)?;
-    let scratch = stream.scratch();
-    let sums = Operand::matrix(wgpu.device(), COMBINE, &scratch, (F32, problem.hidden as u32))?;
     for plan in plans.into_iter().flatten() {
         let (bound, rows, top_k, routed_scale) = match plan.step {
             CombineStep::Sum => (all.without_norm(), rows, problem.top_k, operands.routed_scale),
@@ -122,7 +136,7 @@ fn some(
 /// The operands of a launch; the gate is a factor or a logit.
 #[derive(Clone, Copy)]
 pub(crate) struct Bound<'a> {
-    pub(crate) y: Operand<'a>,
+    pub(crate) y: Option<Operand<'a>>,
     slot_row: Option<Operand<'a>>,
     pub(crate) weights: Option<Operand<'a>>,
     /// x and experts of copies.
@@ -168,7 +182,7 @@ pub(crate) fn bind<'a>(
         None => None,
     };
     Ok(Bound {
-        y,
+        y: Some(y),
         slot_row,
         weights: operands.weights.as_ref().map(rows).transpose()?,
         copies,
@@ -192,14 +206,14 @@ impl<'a> Bound<'a> {
     }
 
     /// The sum over the slots, and nothing else.
-    fn rows_alone(self, sums: Operand<'a>) -> Self {
+    fn rows_alone(self, sums: Option<Operand<'a>>) -> Self {
         let Self { y, slot_row, weights, copies, .. } = self;
         let (shared_y, gate, residual, norm_weight, normed) = (None, None, None, None, None);
-        Self { y, slot_row, weights, copies, shared_y, gate, residual, norm_weight, normed, out: Some(sums) }
+        Self { y, slot_row, weights, copies, shared_y, gate, residual, norm_weight, normed, out: sums }
     }
 
     /// All that is added to such a sum.
-    fn with_sums(self, sums: Operand<'a>) -> Self {
+    fn with_sums(self, sums: Option<Operand<'a>>) -> Self {
         Self { y: sums, slot_row: None, weights: None, copies: None, ..self }
     }
 
@@ -229,6 +243,6 @@ impl<'a> Bound<'a> {
     fn in_order(self) -> [Option<Operand<'a>>; 11] {
         let (x, experts) = self.copies.map(|[x, experts]| (x, experts)).unzip();
         let Self { y, slot_row, weights, shared_y, gate, residual, norm_weight, normed, out, .. } = self;
-        [Some(y), slot_row, weights, x, experts, shared_y, gate, residual, norm_weight, normed, out]
+        [y, slot_row, weights, x, experts, shared_y, gate, residual, norm_weight, normed, out]
     }
 }

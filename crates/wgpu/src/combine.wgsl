@@ -10,15 +10,14 @@ var<workgroup> stash: array<vec2<f32>, max(STASH / 2u, 1u)>;
 struct Row { t: u32, shared_factor: f32 }
 
 fn value_of(row: Row, h: u32) -> vec2<f32> {
-    // the last element of an odd row is its own neighbour
-    let next = min(h + 1u, p.hidden - 1u);
+    let next = next_of(h);
     var value = vec2<f32>(0.0);
     for (var k = 0u; k < p.top_k; k++) {
         var w = 1.0;
         if (has_weights) { w = load_weights(at(p.weights, row.t, k)); }
         if (has_experts && copies(load_experts(at(p.experts, row.t, k)))) {
             let x = at(p.x, row.t, 0u);
-            value += w * vec2<f32>(load_x(x + h), load_x(x + next));
+            value = fma(vec2<f32>(w), vec2<f32>(load_x(x + h), load_x(x + next)), value);
             continue;
         }
         var source = row.t * p.top_k + k;
@@ -27,39 +26,12 @@ fn value_of(row: Row, h: u32) -> vec2<f32> {
             if (source >= p.rows) { continue; }
         }
         let y = at(p.y, source, 0u);
-        value += w * vec2<f32>(load_y(y + h), load_y(y + next));
+        value = fma(vec2<f32>(w), vec2<f32>(load_y(y + h), load_y(y + next)), value);
     }
-    value *= p.routed_scale;
-    if (has_shared_y) {
-        let y = at(p.shared_y, row.t, 0u);
-        value += row.shared_factor * vec2<f32>(load_shared_y(y + h), load_shared_y(y + next));
-    }
-    if (has_residual) {
-        let r = at(p.residual, row.t, 0u);
-        value += vec2<f32>(load_residual(r + h), load_residual(r + next));
-    }
-    if (IN_PLACE) {
-        let r = at(p.out, row.t, 0u);
-        value += vec2<f32>(load_out(r + h), load_out(r + next));
-    }
-    return value;
+    return out_of(value, beside(row.t, h, row.shared_factor));
 }
 
 fn copies(expert: u32) -> bool { return expert >= p.first && expert < p.end; }
-
-fn row_of(t: u32) -> Row {
-    var factor = p.shared_scale;
-    if (has_gate) {
-        let gate = load_gate(at(p.gate, t, 0u));
-        if (p.logit != 0u) { factor *= sigmoid(gate); } else { factor *= gate; }
-    }
-    return Row(t, factor);
-}
-
-fn write_out(t: u32, h: u32, value: vec2<f32>) {
-    let place = at(p.out, t, h);
-    if (h + 1u < p.hidden) { store_pair_out(place, value.x, value.y); } else { store_out(place, value.x); }
-}
 
 fn write_normed(t: u32, h: u32, value: vec2<f32>) {
     let last = h + 1u >= p.hidden;
@@ -81,18 +53,18 @@ fn combine(here: Here) {
         let n = number(here.group);
         let t = n / pieces;
         let h = (n % pieces) * 512u + 2u * thread;
-        if (t < p.tokens && h < p.hidden) { write_out(t, h, value_of(row_of(t), h)); }
+        if (t < p.tokens && h < p.hidden) { write_out(t, h, value_of(Row(t, shared_factor(t)), h)); }
         return;
     }
     // every thread of a workgroup past the end leaves
     let t = number(here.group);
     if (t >= p.tokens) { return; }
-    let row = row_of(t);
+    let row = Row(t, shared_factor(t));
     var squares = 0.0;
     for (var h = 2u * thread; h < p.hidden; h += 512u) {
         let value = value_of(row, h);
-        squares += value.x * value.x;
-        if (h + 1u < p.hidden) { squares += value.y * value.y; }
+        squares = fma(value.x, value.x, squares);
+        if (h + 1u < p.hidden) { squares = fma(value.y, value.y, squares); }
         if (STASH > 0u) { stash[h / 2u] = value; }
     }
     let scale = 1.0 / sqrt(team_sum(here, THREADS, squares) / f32(p.hidden) + p.eps);

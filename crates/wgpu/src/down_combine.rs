@@ -1,4 +1,4 @@
-use crate::combine::{Bound, bind};
+use crate::combine::{Bound, bind, parts};
 use crate::error::Result;
 use crate::grouped::widest;
 use crate::kernel::Kernel;
@@ -30,21 +30,17 @@ pub(crate) fn down_combine(
 ) -> Result<bool> {
     const NAME: &str = "down_combine";
     let top_k = experts.cols();
-    let Bound { y: a, weights, shared_y, gate, residual, out, .. } = bind(wgpu, operands, top_k, 0..1)?;
-    let experts = Operand::of(wgpu.device(), NAME, experts)?;
     let [piece] = table.pieces.as_slice() else { return Ok(false) };
-    // pairs are neighbours: what is every second row for a grouped product is every row here
-    let mut down = piece.gate;
-    down.tensor.stride /= 2;
-    let a = widest(a, table.inner);
-    let bound = [Some(a), Some(down), table.bias, Some(experts), weights, shared_y, gate, residual, out];
-    let there = bound.iter().flatten().count();
-    let Some(plan) = plan::down_combine([table.outputs, top_k], operands.norm.is_some(), there) else {
+    let Some(plan) = plan::down_combine([table.outputs, top_k], &parts(operands), table.bias.is_some()) else {
         return Ok(false);
     };
+    let Bound { y: a, weights, shared_y, gate, residual, out, .. } = bind(wgpu, operands, top_k, 0..1)?;
+    let experts = Operand::of(wgpu.device(), NAME, experts)?;
+    let (a, down) = (a.map(|a| widest(a, table.inner)), piece.rows);
+    let bound = [a, Some(down), table.bias, Some(experts), weights, shared_y, gate, residual, out];
     let shared = operands.shared.as_ref();
     let params = DownCombineParams {
-        a: a.tensor,
+        a: tensor(&a),
         down: down.tensor,
         bias: tensor(&table.bias),
         experts: experts.tensor,

@@ -5,9 +5,7 @@
 //
 // A team of 32 threads has a slot and four neighbouring outputs; SLOTS (1, 2, 4 or 8) teams have the same outputs, and go
 // on with the slots SLOTS further.
-const TEAM = 32u;
-const TEAMS = THREADS / TEAM;
-const STEP = TEAM * 8u;
+
 // fours of outputs of a workgroup
 const FOURS = TEAMS / SLOTS;
 
@@ -23,14 +21,9 @@ fn read_part(rows: vec4<u32>, k: u32, count: u32) -> Part {
     );
 }
 
-fn dot8(a: mat2x4<f32>, b: mat2x4<f32>) -> f32 { return dot(a[0], b[0]) + dot(a[1], b[1]); }
-
 fn plus(sum: vec4<f32>, a: u32, count: u32, part: Part) -> vec4<f32> {
-    let v = widen8_a(read8_a(a, count));
-    return sum + vec4<f32>(
-        dot8(v, widen8_down(part.r0)), dot8(v, widen8_down(part.r1)),
-        dot8(v, widen8_down(part.r2)), dot8(v, widen8_down(part.r3)),
-    );
+    let w = Four(widen8_down(part.r0), widen8_down(part.r1), widen8_down(part.r2), widen8_down(part.r3));
+    return plus_eight(sum, widen8_a(read8_a(a, count)), w);
 }
 
 // A thread's part of the products of a slot's row with the four rows of down from row i on.
@@ -68,26 +61,6 @@ fn bias_of(e: u32, i: u32) -> vec4<f32> {
     );
 }
 
-// What is added to the experts' sum, of two neighbouring outputs.
-fn others(h: u32) -> vec2<f32> {
-    let next = min(h + 1u, p.hidden - 1u);
-    var value = vec2<f32>(0.0);
-    if (has_shared_y) {
-        var factor = p.shared_scale;
-        if (has_gate) {
-            let gate = load_gate(p.gate.offset);
-            if (p.logit != 0u) { factor *= sigmoid(gate); } else { factor *= gate; }
-        }
-        let y = p.shared_y.offset;
-        value += factor * vec2<f32>(load_shared_y(y + h), load_shared_y(y + next));
-    }
-    if (has_residual) {
-        value += vec2<f32>(load_residual(p.residual.offset + h), load_residual(p.residual.offset + next));
-    }
-    if (IN_PLACE) { value += vec2<f32>(load_out(p.out.offset + h), load_out(p.out.offset + next)); }
-    return value;
-}
-
 @compute @workgroup_size(THREADS)
 fn down_combine(here: Here) {
     let thread = thread_of(here);
@@ -100,8 +73,8 @@ fn down_combine(here: Here) {
     let h = first + 2u * thread;
     let adds = thread < 2u * FOURS && h < p.hidden;
     // read before the sums are there
-    var more = vec2<f32>(0.0);
-    if (adds) { more = others(h); }
+    var more = Beside();
+    if (adds) { more = beside(0u, h, shared_factor(0u)); }
     var value = vec2<f32>(0.0);
     for (var base = 0u; base < p.top_k; base += SLOTS) {
         let slot = base + team % SLOTS;
@@ -124,8 +97,5 @@ fn down_combine(here: Here) {
             }
         }
     }
-    if (!adds) { return; }
-    value = p.routed_scale * value + more;
-    let place = p.out.offset + h;
-    if (h + 1u < p.hidden) { store_pair_out(place, value.x, value.y); } else { store_out(place, value.x); }
+    if (adds) { write_out(0u, h, out_of(value, more)); }
 }

@@ -2,12 +2,10 @@
 
 @compute @workgroup_size(256)
 fn gate_tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let across = (p.columns + TILE - 1u) / TILE;
-    let n = number(group);
-    let first_row = n / across * TILE;
+    let first_row = tile_row(group);
     // a workgroup past the end, of the last line
     if (first_row >= p.rows) { return; }
-    let first_column = n % across * TILE;
+    let first_column = tile_column(group);
     let sums = multiply_tile(thread, first_row, first_column);
     let r = thread / 16u * 4u;
     let column = first_column + thread % 16u * 4u;

@@ -54,7 +54,7 @@ pub(crate) enum Find {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum GroupedKernel {
     Dot { product: Product, find: Find, rows: u32 },
-    Tiled { product: Product, find: Find, tile: u32 },
+    Tiled { product: Product, find: Find },
 }
 
 const GROUPED: &str = include_str!("include/grouped.wgsl");
@@ -62,7 +62,7 @@ const GROUPED: &str = include_str!("include/grouped.wgsl");
 impl GroupedKernel {
     fn product(self) -> (Product, Find) {
         match self {
-            Self::Dot { product, find, .. } | Self::Tiled { product, find, .. } => (product, find),
+            Self::Dot { product, find, .. } | Self::Tiled { product, find } => (product, find),
         }
     }
 
@@ -114,9 +114,8 @@ impl GroupedKernel {
             ("FUNCTION", function.to_owned()),
             ("FIND", find.to_owned()),
         ];
-        match self {
-            Self::Dot { rows, .. } => constants.push(("ROWS", format!("{rows}u"))),
-            Self::Tiled { tile, .. } => constants.push(("TILE", format!("{tile}u"))),
+        if let Self::Dot { rows, .. } = self {
+            constants.push(("ROWS", format!("{rows}u")));
         }
         constants
     }
@@ -136,10 +135,8 @@ pub(crate) enum Groups<'a> {
 /// The tiles of the rows, listed on the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Schedule<'a> {
-    /// u32 `[M, 3]`, contiguous: expert, first row, rows.
+    /// u32 `[M, 3]`, contiguous: expert, first row, rows, of which there are at most [`plan::TILE`].
     pub(crate) tiles: Operand<'a>,
-    /// The most rows of a tile, 32 or 64.
-    pub(crate) tile_rows: u32,
     /// Where three u32 lie, in a buffer made with `INDIRECT`: the column tiles of all pairs of this product's matrices
     /// ([`plan::column_tiles`]), how many tiles there are (at most 65535), 1.
     pub(crate) groups: (&'a wgpu::Buffer, u64),
@@ -172,7 +169,7 @@ pub(crate) fn grouped(wgpu: &Wgpu, stream: &WgpuStream, operands: &Grouped<'_>) 
         Groups::One => (plan::Grouping::One, None, None),
         Groups::Slots { experts } => (plan::Grouping::Slots, Some(experts), None),
         Groups::Offsets { offsets, row_slot, schedule } => match schedule {
-            Some(schedule) => (plan::Grouping::Tiles(schedule.tile_rows), Some(offsets), row_slot),
+            Some(_) => (plan::Grouping::Tiles, Some(offsets), row_slot),
             None => (plan::Grouping::Offsets, Some(offsets), row_slot),
         },
     };

@@ -43,7 +43,10 @@ pub(crate) enum Kernel {
     PermuteScatter,
     TileSchedule,
     Zero,
-    Accumulate,
+    /// Whether acc is assigned and not added to.
+    Accumulate {
+        assign: bool,
+    },
     Copy,
     Counts,
     ReadAll,
@@ -66,7 +69,7 @@ pub(crate) enum Kernel {
 pub(crate) struct Dots {
     /// 1 or 4.
     pub(crate) tokens: u32,
-    /// A power of two from 4 to 256.
+    /// A power of two from 32 to 256.
     pub(crate) team: u32,
 }
 
@@ -175,6 +178,12 @@ const REDUCE_MEMORY: &str = include_str!("include/reduce_memory.wgsl");
 const EIGHT: &str = include_str!("include/eight.wgsl");
 const DOT: &str = include_str!("include/dot.wgsl");
 const TILE: &str = include_str!("include/tile.wgsl");
+/// Products of columns in workgroup memory.
+const COLUMNS: &str = include_str!("include/columns.wgsl");
+/// Products of streamed weights.
+const STREAMED: &str = include_str!("include/streamed.wgsl");
+/// What a token's slots are added to.
+const BESIDE: &str = include_str!("include/beside.wgsl");
 const GATE: &str = include_str!("include/gate.wgsl");
 /// Numbers as words that sort.
 const WORDS: &str = include_str!("include/words.wgsl");
@@ -200,7 +209,7 @@ impl Kernel {
             Self::PermuteScatter => "permute_scatter",
             Self::TileSchedule => "tile_schedule",
             Self::Zero => "zero",
-            Self::Accumulate => "accumulate",
+            Self::Accumulate { .. } => "accumulate",
             Self::Copy => "copy",
             Self::Counts => "counts",
             Self::ReadAll => "read_all",
@@ -229,7 +238,7 @@ impl Kernel {
             }
             Self::TileSchedule => of::<permute::TileScheduleParams>(),
             Self::Zero => of::<accumulate::ZeroParams>(),
-            Self::Accumulate => of::<accumulate::AccumulateParams>(),
+            Self::Accumulate { .. } => of::<accumulate::AccumulateParams>(),
             Self::Copy => of::<copy::CopyParams>(),
             Self::Counts => of::<copy::CountsParams>(),
             Self::ReadAll => of::<measure::ReadAllParams>(),
@@ -255,7 +264,7 @@ impl Kernel {
             Self::PermuteScan => const { &[writes_integers("slot_row"), writes_integers("offsets")] },
             Self::TileSchedule => TILE_SCHEDULE,
             Self::Zero => const { &[writes("out")] },
-            Self::Accumulate => const { &[reads("weights"), reads("y"), writes("acc")] },
+            Self::Accumulate { .. } => const { &[reads("weights"), reads("y"), writes("acc")] },
             Self::Copy => const { &[reads_integers("source"), writes_integers("out")] },
             Self::Counts => const { &[reads_integers("offsets"), writes_integers("out")] },
             Self::ReadAll => const { &[reads("from"), writes_integers("sink")] },
@@ -295,8 +304,8 @@ impl Kernel {
     fn parts(self) -> Vec<&'static str> {
         match self {
             Self::Activation { .. } => vec![MATH, ACTIVATION, include_str!("activation.wgsl")],
-            Self::Combine(_) => vec![MATH, REDUCE, include_str!("combine.wgsl")],
-            Self::DownCombine { .. } => vec![MATH, REDUCE, EIGHT, include_str!("down_combine.wgsl")],
+            Self::Combine(_) => vec![MATH, REDUCE, BESIDE, include_str!("combine.wgsl")],
+            Self::DownCombine { .. } => vec![MATH, REDUCE, EIGHT, STREAMED, BESIDE, include_str!("down_combine.wgsl")],
             Self::Route { rule, .. } => {
                 let mut parts = vec![MATH, ROUTE, WORDS, SCORE, include_str!("route.wgsl")];
                 if rule.by_table() {
@@ -314,18 +323,21 @@ impl Kernel {
             Self::PermuteScatter => vec![SCAN, PERMUTE, include_str!("permute_scatter.wgsl")],
             Self::TileSchedule => vec![SCAN, include_str!("tile_schedule.wgsl")],
             Self::Zero => vec![include_str!("zero.wgsl")],
-            Self::Accumulate => vec![include_str!("accumulate.wgsl")],
+            Self::Accumulate { .. } => vec![include_str!("accumulate.wgsl")],
             Self::Copy => vec![include_str!("copy.wgsl")],
             Self::Counts => vec![include_str!("counts.wgsl")],
             Self::ReadAll => vec![EIGHT, include_str!("read_all.wgsl")],
             Self::Gate { .. } => vec![MATH, REDUCE, EIGHT, DOT, GATE, include_str!("gate.wgsl")],
-            Self::GateTiled { .. } => vec![MATH, EIGHT, TILE, GATE, include_str!("gate_tiled.wgsl")],
+            Self::GateTiled { .. } => vec![MATH, EIGHT, COLUMNS, TILE, GATE, include_str!("gate_tiled.wgsl")],
             Self::Linear { .. } => vec![REDUCE, EIGHT, DOT, include_str!("linear.wgsl")],
-            Self::LinearTiled => vec![EIGHT, TILE, include_str!("linear_tiled.wgsl")],
-            Self::Grouped(kernel @ GroupedKernel::Dot { .. }) => {
-                [MATH, ACTIVATION, REDUCE, EIGHT].into_iter().chain(kernel.parts()).collect()
+            Self::LinearTiled => vec![EIGHT, COLUMNS, TILE, include_str!("linear_tiled.wgsl")],
+            Self::Grouped(kernel) => {
+                let products: &[&str] = match kernel {
+                    GroupedKernel::Dot { .. } => &[REDUCE, EIGHT, STREAMED],
+                    GroupedKernel::Tiled { .. } => &[EIGHT, COLUMNS],
+                };
+                [MATH, ACTIVATION].iter().chain(products).copied().chain(kernel.parts()).collect()
             }
-            Self::Grouped(kernel) => [MATH, ACTIVATION, EIGHT].into_iter().chain(kernel.parts()).collect(),
         }
     }
 
@@ -359,16 +371,18 @@ impl Kernel {
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter | Self::TileSchedule => {
                 vec![]
             }
-            Self::Zero | Self::Accumulate | Self::Copy | Self::Counts | Self::ReadAll | Self::LinearTiled => vec![],
+            Self::Accumulate { assign } => vec![("ASSIGN", assign.to_string())],
+            Self::Zero | Self::Copy | Self::Counts | Self::ReadAll | Self::LinearTiled => vec![],
         }
     }
 
     /// Every kernel of every plan.
     #[cfg(test)]
     pub(crate) fn all() -> Vec<Self> {
-        let mut all = vec![Self::Zero, Self::Accumulate, Self::Copy, Self::Counts, Self::ReadAll];
+        let mut all = vec![Self::Zero, Self::Copy, Self::Counts, Self::ReadAll];
         all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
         all.extend([Self::Permute, Self::PermuteCount, Self::PermuteScan, Self::PermuteScatter]);
+        all.extend([false, true].map(|assign| Self::Accumulate { assign }));
         all.extend([Self::GatherWeights, Self::DropOverflow, Self::TileSchedule]);
         let sizes = [(32, 1), (32, 4), (128, 4), (256, 16)].into_iter().cycle();
         let routes = RuleKind::all().into_iter().zip(sizes);

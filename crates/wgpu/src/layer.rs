@@ -8,12 +8,12 @@ use crate::launch::Operand;
 use crate::memory::{Memory, Mut, Ref};
 use crate::norm::{ExpertNorm, norm};
 use crate::pack::Experts;
-use crate::plan::grouped::column_tiles;
+use crate::plan::grouped::{TILE, column_tiles};
 use crate::rehearse::Idle;
 use crate::routes::Choosing;
 use crate::shared::SharedExpert;
-use crate::workspace::{ScheduleScratch, Scratch, Workspace};
-use crate::{Wgpu, WgpuStream, copy, permute, plan};
+use crate::workspace::{ScheduleScratch, Scratch, Workspace, has_sums};
+use crate::{Wgpu, WgpuStream, combine, copy, permute, plan};
 use fused_moe_core::DType::{F32, U32};
 use fused_moe_core::backend::{shorten_norm, shorten_residual};
 use fused_moe_core::config::{GateNorm, LayerConfig, WeightOn};
@@ -32,8 +32,8 @@ pub(crate) const BETWEEN: DType = F32;
 /// A layer prepared for this backend: its weights, copied once in the format that they came in.
 ///
 /// A call records on its stream and does nothing else. What lies between the stages is f32. More tokens than a binding or
-/// the workspace's buffer has room for go through the layer in pieces, unless it has a capacity, which refuses them. What a call with x in the weights' format needs is
-/// compiled when a workspace is made, anything else when it is first called for.
+/// the workspace's buffer has room for go through the layer in pieces, unless it has a capacity, which refuses them. What a
+/// call with x in the weights' format needs is compiled when a workspace is made, anything else when it is first called for.
 #[derive(Debug)]
 pub struct WgpuLayer {
     pub(crate) wgpu: Wgpu,
@@ -148,7 +148,7 @@ impl Layer<Wgpu> for WgpuLayer {
     }
 
     fn run(&self, stream: &WgpuStream, call: Forward<'_, Wgpu>, workspace: &mut Workspace) -> Result<()> {
-        self.run_on(&self.wgpu, stream, call, workspace)
+        stream.whole(|| self.run_on(&self.wgpu, stream, call, workspace))
     }
 }
 
@@ -204,9 +204,8 @@ impl WgpuLayer {
             let reads = Reads { router: call.x, experts: call.x };
             return self.stages(wgpu, stream, (call, reads), &mut scratch, add);
         };
-        // up to so many, a product is of one kind
-        let rows_at_once = if self.invariant() { plan::FEW_ROWS } else { usize::MAX };
-        let on = On { backend: wgpu, stream, between: BETWEEN, rows_at_once };
+        let backend = wgpu.for_parts(self.invariant());
+        let on = On { backend: &backend, stream, between: BETWEEN, rows_at_once: usize::MAX };
         surroundings
             .run(&on, call, around.views()?, |call, reads| self.stages(wgpu, stream, (call, reads), &mut scratch, add))
     }
@@ -251,16 +250,13 @@ impl WgpuLayer {
         let slot_experts = Operand::of(device, "forward", &routing.experts)?;
         let (first_rows, row_slots) =
             (Operand::of(device, "forward", &offsets)?, Operand::of(device, "forward", &row_slot)?);
-        let tiles = listed.as_ref().map(|(tiles, _)| Operand::of(device, "forward", tiles)).transpose()?;
+        let tiles = listed.as_ref().map(|tiles| Operand::of(device, "forward", tiles)).transpose()?;
         let groups = |product: Stage| {
             if alone {
                 return Groups::Slots { experts: slot_experts };
             }
-            let schedule = listed.as_ref().zip(tiles).map(|((_, tile_rows), tiles)| Schedule {
-                tiles,
-                tile_rows: *tile_rows,
-                groups: (arguments, if product == Stage::GateUp { 0 } else { 12 }),
-            });
+            let schedule = tiles
+                .map(|tiles| Schedule { tiles, groups: (arguments, if product == Stage::GateUp { 0 } else { 12 }) });
             Groups::Offsets { offsets: first_rows, row_slot: Some(row_slots), schedule }
         };
         let x = match gate_norm {
@@ -299,7 +295,7 @@ impl WgpuLayer {
             None => None,
         };
         let a = scratch.a.view(BETWEEN, [rows, config.intermediate])?;
-        let mut combine = Combine {
+        let mut summed = Combine {
             rows: SlotRows::Slots(a),
             weights: (!on_input).then_some(routing.weights),
             copies: self.copies(x, routing.experts),
@@ -311,7 +307,7 @@ impl WgpuLayer {
         };
         let table = self.experts.down(wgpu)?;
         let plain = alone && self.expert_out.is_none();
-        if !plain || !down_combine(wgpu, stream, &combine, &routing.experts, &table)? {
+        if !plain || !down_combine(wgpu, stream, &summed, &routing.experts, &table)? {
             let out = scratch.y.view_mut(BETWEEN, [rows, hidden])?;
             let matrices = Matrices::Packed(&self.experts);
             down_of(wgpu, stream, &Down { a, offsets, matrices, bias: None, out }, groups(Stage::Down), invariant)?;
@@ -319,8 +315,9 @@ impl WgpuLayer {
                 Some(norm) => norm.run(wgpu, stream, x, [&mut scratch.y, &mut scratch.normed], rows)?,
                 None => scratch.y.view(BETWEEN, [rows, hidden])?,
             };
-            combine.rows = if alone { SlotRows::Slots(y) } else { SlotRows::Permuted { y, slot_row } };
-            wgpu.combine(stream, combine)?;
+            summed.rows = if alone { SlotRows::Slots(y) } else { SlotRows::Permuted { y, slot_row } };
+            let sums = has_sums(&self.problem).then(|| scratch.sums.view(BETWEEN, [tokens, hidden])).transpose()?;
+            combine::combine(wgpu, stream, summed, sums.as_ref())?;
         }
         if let Some(RoutesOut { experts, weights }) = routes {
             copy::copy(wgpu, stream, routing.experts, experts)?;
@@ -339,8 +336,8 @@ impl WgpuLayer {
         self.problem.has_copies().then_some(copies)
     }
 
-    /// The tiles of the experts' rows `[M, 3]` and the most rows of one, where there are so many that a list is worth it;
-    /// and the sizes of the products' launches.
+    /// The tiles of the experts' rows `[M, 3]`, where there are so many that a list is worth it; writes the sizes of the
+    /// products' launches too.
     fn list_tiles<'s>(
         &self,
         wgpu: &Wgpu,
@@ -348,19 +345,19 @@ impl WgpuLayer {
         offsets: In<'_>,
         rows: usize,
         scratch: &'s mut ScheduleScratch<'_>,
-    ) -> Result<Option<(In<'s>, u32)>> {
+    ) -> Result<Option<In<'s>>> {
         let columns = self.experts.pairs().map(column_tiles);
-        let Some(tile_rows) = plan::schedule(&self.problem, rows, self.invariant(), columns) else { return Ok(None) };
-        let shape = [plan::tiles(rows, self.problem.core.experts, tile_rows), 3];
+        let Some(tiles) = plan::schedule(&self.problem, rows, self.invariant(), columns) else { return Ok(None) };
+        let shape = [tiles, 3];
         let operands = TileSchedule {
             offsets,
-            tile_rows: tile_rows as usize,
+            tile_rows: TILE,
             tiles: scratch.tiles.view_mut(U32, shape)?,
             count: scratch.count.view_mut(U32, [1])?,
         };
         let arguments = scratch.arguments.view_mut(U32, [2, 3])?;
         permute::tiles(wgpu, stream, operands, Some((arguments, columns.map(|columns| columns as u32))))?;
-        Ok(Some((scratch.tiles.view(U32, shape)?, tile_rows)))
+        Ok(Some(scratch.tiles.view(U32, shape)?))
     }
 
     /// The gate's norm, where the experts read what it makes of x.
@@ -383,3 +380,7 @@ pub(crate) fn vector_of(wgpu: &Wgpu, view: Option<HostView<'_>>) -> Result<Optio
 pub(crate) fn vector(memory: &Option<Memory>, length: usize) -> Result<Option<In<'_>>> {
     Ok(memory.as_ref().map(|memory| View::new(memory.read(), F32, 0, [length])).transpose()?)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

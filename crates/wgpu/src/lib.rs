@@ -35,6 +35,7 @@ mod route;
 mod routes;
 mod shared;
 mod stream;
+mod turn;
 mod upload;
 mod workspace;
 
@@ -70,6 +71,8 @@ pub struct Wgpu {
     device: Arc<Device>,
     pipelines: Arc<Pipelines>,
     recorder: Option<Arc<Recorder>>,
+    /// Whether the bits of a row of `linear` do not depend on how many there are.
+    invariant: bool,
 }
 
 /// All adapters, usable or not, in the order of their numbers: GPUs before processors that play one. Those of DX12 are there
@@ -103,7 +106,7 @@ impl Wgpu {
     }
 
     fn on(device: Device) -> Self {
-        Self { device: Arc::new(device), pipelines: Arc::default(), recorder: None }
+        Self { device: Arc::new(device), pipelines: Arc::default(), recorder: None, invariant: false }
     }
 
     /// The device's numbers.
@@ -128,6 +131,11 @@ impl Wgpu {
     pub(crate) fn recording(&self) -> (Self, Arc<Recorder>) {
         let recorder = Arc::new(Recorder::default());
         (Self { recorder: Some(Arc::clone(&recorder)), ..self.clone() }, recorder)
+    }
+
+    /// The same device for a layer's parts that are made of operations, `invariant` as the layer is.
+    pub(crate) fn for_parts(&self, invariant: bool) -> Self {
+        Self { invariant, ..self.clone() }
     }
 
     pub(crate) fn recorder(&self) -> Option<&Recorder> {
@@ -200,59 +208,59 @@ impl Backend for Wgpu {
     }
 
     fn gate(&self, stream: &WgpuStream, operands: Gate<'_, Self>) -> Result<()> {
-        gate::gate(self, stream, &operands, false)
+        stream.whole(|| gate::gate(self, stream, &operands, false))
     }
 
     fn route(&self, stream: &WgpuStream, operands: Route<'_, Self>) -> Result<()> {
-        route::route(self, stream, operands)
+        stream.whole(|| route::route(self, stream, operands))
     }
 
     fn gate_route(&self, stream: &WgpuStream, operands: GateRoute<'_, Self>) -> Result<()> {
-        gate::gate_route(self, stream, operands, false)
+        stream.whole(|| gate::gate_route(self, stream, operands, false))
     }
 
     fn gather_weights(&self, stream: &WgpuStream, operands: GatherWeights<'_, Self>) -> Result<()> {
-        route::gather_weights(self, stream, operands)
+        stream.whole(|| route::gather_weights(self, stream, operands))
     }
 
     fn permute(&self, stream: &WgpuStream, operands: Permute<'_, Self>) -> Result<()> {
-        permute::permute(self, stream, operands)
+        stream.whole(|| permute::permute(self, stream, operands))
     }
 
     fn drop_overflow(&self, stream: &WgpuStream, operands: DropOverflow<'_, Self>) -> Result<()> {
-        drop_overflow::drop_overflow(self, stream, operands)
+        stream.whole(|| drop_overflow::drop_overflow(self, stream, operands))
     }
 
     fn tile_schedule(&self, stream: &WgpuStream, operands: TileSchedule<'_, Self>) -> Result<()> {
-        permute::tile_schedule(self, stream, operands)
+        stream.whole(|| permute::tile_schedule(self, stream, operands))
     }
 
     fn gate_up(&self, stream: &WgpuStream, operands: GateUp<'_, Self>) -> Result<()> {
-        gate_up::gate_up(self, stream, &operands)
+        stream.whole(|| gate_up::gate_up(self, stream, &operands))
     }
 
     fn activation(&self, stream: &WgpuStream, operands: Activate<'_, Self>) -> Result<()> {
-        activation::activation(self, stream, operands)
+        stream.whole(|| activation::activation(self, stream, operands))
     }
 
     fn down(&self, stream: &WgpuStream, operands: Down<'_, Self>) -> Result<()> {
-        down::down(self, stream, &operands)
+        stream.whole(|| down::down(self, stream, &operands))
     }
 
     fn combine(&self, stream: &WgpuStream, operands: Combine<'_, Self>) -> Result<()> {
-        combine::combine(self, stream, operands)
+        stream.whole(|| combine::combine(self, stream, operands, None))
     }
 
     fn linear(&self, stream: &WgpuStream, operands: Linear<'_, Self>) -> Result<()> {
-        linear::linear(self, stream, &operands, false)
+        stream.whole(|| linear::linear(self, stream, &operands, self.invariant))
     }
 
     fn zero(&self, stream: &WgpuStream, operands: Zero<'_, Self>) -> Result<()> {
-        accumulate::zero(self, stream, operands)
+        stream.whole(|| accumulate::zero(self, stream, operands))
     }
 
     fn accumulate(&self, stream: &WgpuStream, operands: Accumulate<'_, Self>) -> Result<()> {
-        accumulate::accumulate(self, stream, operands)
+        stream.whole(|| accumulate::accumulate(self, stream, operands, false))
     }
 
     fn pack(&self, weights: &ExpertWeights<'_>) -> Result<Experts> {

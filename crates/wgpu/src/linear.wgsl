@@ -6,16 +6,12 @@ fn weighted(x: mat2x4<f32>, h: u32) -> mat2x4<f32> { return x; }
 
 @compute @workgroup_size(256)
 fn linear(here: Here) {
-    let teams = THREADS / TEAM;
-    let blocks = (p.columns + teams - 1u) / teams;
-    let n = number(here.group);
-    let thread = thread_of(here);
-    let first = n / blocks * TOKENS;
+    let first = first_row(here.group);
     // a workgroup past the end, of the last line
     if (first >= p.rows) { return; }
-    let column = n % blocks * teams + thread / TEAM;
+    let column = column_of(here);
     let sum = dots(here, first, min(column, p.columns - 1u)).sum;
-    let i = thread % TEAM;
+    let i = thread_of(here) % TEAM;
     if (i >= TOKENS || first + i >= p.rows || column >= p.columns) { return; }
     var y = sum[i];
     if (has_bias) { y += load_bias(at(p.bias, 0u, column)); }

@@ -4,10 +4,10 @@ use crate::error::Result;
 use crate::layer::{BETWEEN, In, Out, upload, vector};
 use crate::memory::Memory;
 use crate::workspace::Buffer;
-use crate::{Wgpu, WgpuStream};
+use crate::{Wgpu, WgpuStream, accumulate};
 use fused_moe_core::backend::{shorten_norm, shorten_residual};
 use fused_moe_core::config::RmsNorm;
-use fused_moe_core::operation::{Accumulate, Combine, Factor, NextNorm, Residual, Zero};
+use fused_moe_core::operation::{Accumulate, Combine, Factor, NextNorm, Residual};
 use fused_moe_core::weights::floats;
 use fused_moe_core::{Backend, HostView};
 
@@ -67,9 +67,9 @@ impl ExpertNorm {
             norm(wgpu, stream, wide, (Residual::InPlace, next), y.view_mut(BETWEEN, shape)?)?;
             return other.view(BETWEEN, shape);
         };
-        wgpu.zero(stream, Zero { out: other.view_mut(BETWEEN, shape)? })?;
         let (acc, weight) = (other.view_mut(BETWEEN, shape)?, Factor::PerColumn(weight));
-        wgpu.accumulate(stream, Accumulate { acc, weight, y: y.view(BETWEEN, shape)? })?;
+        let scaled = Accumulate { acc, weight, y: y.view(BETWEEN, shape)? };
+        accumulate::accumulate(wgpu, stream, scaled, true)?;
         let next = NextNorm { weight: None, eps, out: y.view_mut(BETWEEN, shape)? };
         norm(wgpu, stream, wide, (Residual::InPlace, next), other.view_mut(BETWEEN, shape)?)?;
         y.view(BETWEEN, shape)

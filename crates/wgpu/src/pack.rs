@@ -203,6 +203,7 @@ impl Stored {
             pieces.push(Piece {
                 experts: first + start..first + end,
                 pairs: window.pairs.clone(),
+                rows,
                 gate,
                 up,
                 expert_stride: (one.len() + two.len()) as u32 * stride,
@@ -234,6 +235,8 @@ pub(crate) struct Piece<'a> {
     /// Of all E.
     pub(crate) experts: Range<usize>,
     pub(crate) pairs: Range<usize>,
+    /// The rows of the first of the experts, one after the other; gate rows where there is a gate.
+    pub(crate) rows: Operand<'a>,
     /// The first rows of the pairs, of the first of the experts.
     pub(crate) gate: Operand<'a>,
     /// Their second rows.
@@ -267,12 +270,13 @@ impl<'a> Table<'a> {
                 Operand::rows(device, operation, view, all)
             };
             let [one, two] = form.rows(&pairs);
-            let [gate, up] = if gated { [bind(one)?, bind(two)?] } else { bind(one)?.alternate(device, operation)? };
+            let rows = bind(one)?;
+            let [gate, up] = if gated { [rows, bind(two)?] } else { rows.alternate(device, operation)? };
             let expert_stride = (height * stride) as u32;
             let wide =
                 expert_stride.is_multiple_of(8) && [gate, up].map(|rows| widest(rows, inner).is_wide()) == [true; 2];
-            let [gate, up] = if wide { [gate.widened(), up.widened()] } else { [gate, up] };
-            pieces.push(Piece { experts, pairs, gate, up, expert_stride });
+            let [rows, gate, up] = if wide { [rows, gate, up].map(Operand::widened) } else { [rows, gate, up] };
+            pieces.push(Piece { experts, pairs, rows, gate, up, expert_stride });
         }
         Ok(Self {
             experts,

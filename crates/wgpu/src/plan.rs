@@ -7,7 +7,7 @@ mod route;
 pub(crate) mod windows;
 
 pub(crate) use combine::{CombineParts, CombinePlan, CombineStep, combine, down_combine};
-pub(crate) use layer::{piece, schedule, tiles, tokens_at_once};
+pub(crate) use layer::{piece, schedule, tokens_at_once};
 pub(crate) use route::{permute, route};
 
 use crate::Wgpu;
@@ -60,7 +60,7 @@ impl Product {
 }
 
 /// Rows up to which dot products read the weight fast enough, however many tiles there were.
-pub(crate) const FEW_ROWS: usize = 16;
+const FEW_ROWS: usize = 16;
 /// Tiles that are too few to keep a large GPU busy: the router of 128 experts and 2048 columns takes an H200 130 us in up to
 /// 16 tiles (512 tokens), dot products 9 us for 32 tokens and 90 us for 512; at 64 tiles the others win.
 const FEW_TILES: usize = 64;

@@ -29,6 +29,14 @@ impl Idle {
     }
 }
 
+#[cfg(test)]
+impl Idle {
+    /// Whether a rehearsal made one of the stream's own.
+    pub(crate) fn has_scratch(&self) -> bool {
+        self.stream.has_scratch()
+    }
+}
+
 /// Calls that stand for all there can be.
 #[derive(Clone, Copy)]
 enum Rehearsed {

@@ -1,6 +1,7 @@
 use crate::Wgpu;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::turn::Turn;
 use fused_moe_core::{Status, Stream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use wgpu::{BufferUsages, CommandEncoder, ComputePass};
@@ -14,17 +15,20 @@ use wgpu::{BufferUsages, CommandEncoder, ComputePass};
 /// What was recorded runs when it is submitted: an `upload` or another stream's work that is submitted earlier runs before
 /// it. Submit before you upload to what a recorded call reads.
 ///
-/// Several threads may record. An operation of several launches keeps them together only if no other thread lends, takes or
-/// submits meanwhile. No pass may be open in an encoder that is lent; errors of launches in it appear when it is finished.
+/// Several threads may record. Nothing of another thread's comes between the launches of an operation or of a layer's call:
+/// who records, lends, takes or submits meanwhile waits for the last of them.
+///
+/// No pass may be open in an encoder that is lent; errors of launches in it appear when it is finished.
 #[derive(Debug)]
 pub struct WgpuStream {
     device: Arc<Device>,
     recording: Mutex<Option<Recording>>,
+    turn: Turn,
     status: wgpu::Buffer,
     /// Where the host reads the status.
     mapped: Mutex<wgpu::Buffer>,
-    /// What lies between two launches of one operation.
-    scratch: Mutex<wgpu::Buffer>,
+    /// What lies between two launches of an operation without a workspace, once there was one.
+    scratch: Mutex<Option<wgpu::Buffer>>,
 }
 
 /// An encoder, and the compute pass that is open in it: launches that follow each other share one, since every pass is a
@@ -44,9 +48,8 @@ impl WgpuStream {
         let device = Arc::clone(wgpu.device());
         let status = device.buffer(4, Device::USAGES)?;
         let mapped = device.buffer(4, BufferUsages::MAP_READ | BufferUsages::COPY_DST)?;
-        let scratch = device.buffer(4 * SCRATCH as u64, BufferUsages::STORAGE)?;
-        let (mapped, scratch) = (Mutex::new(mapped), Mutex::new(scratch));
-        Ok(Self { device, recording: Mutex::default(), status, mapped, scratch })
+        let (mapped, scratch) = (Mutex::new(mapped), Mutex::default());
+        Ok(Self { device, recording: Mutex::default(), turn: Turn::default(), status, mapped, scratch })
     }
 
     /// Records into this encoder from now on. What was recorded before is submitted.
@@ -108,12 +111,33 @@ impl WgpuStream {
         &self.status
     }
 
-    /// The scratch, for one operation at a time to record its launches.
-    pub(crate) fn scratch(&self) -> MutexGuard<'_, wgpu::Buffer> {
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Room for [`SCRATCH`] numbers, made when it is asked for first. A layer's call brings its own.
+    ///
+    /// Errors: `OutOfMemory`, `DeviceLost`.
+    pub(crate) fn scratch(&self) -> Result<wgpu::Buffer> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(buffer) = &*scratch {
+            return Ok(buffer.clone());
+        }
+        let buffer = self.device.buffer(4 * SCRATCH as u64, BufferUsages::STORAGE)?;
+        Ok(scratch.insert(buffer).clone())
     }
 
+    /// Whether a call needed that.
+    #[cfg(test)]
+    pub(crate) fn has_scratch(&self) -> bool {
+        self.scratch.lock().is_ok_and(|scratch| scratch.is_some())
+    }
+
+    /// Records an operation, with nothing of another thread's between its launches.
+    pub(crate) fn whole<T>(&self, operation: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _turn = self.turn.take();
+        operation()
+    }
+
+    /// What was recorded, when no other thread is amid an operation.
     fn lock(&self) -> MutexGuard<'_, Option<Recording>> {
+        let _turn = self.turn.take();
         self.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -134,5 +158,43 @@ impl Stream for WgpuStream {
         let mut word = [0; 4];
         self.device.read_mapped(&mapped, &mut word, "status")?;
         Ok(Status::from_bits(u32::from_le_bytes(word)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn who_takes_the_encoder_waits_for_the_end_of_an_operation() {
+        let Ok(wgpu) = Wgpu::new(0) else { return };
+        let stream = WgpuStream::new(&wgpu).unwrap();
+        let (taken, recorded) = channel();
+        let record = || stream.record(|encoder| encoder.clear_buffer(stream.status_buffer(), 0, None));
+        thread::scope(|scope| {
+            let whole = stream.whole(|| {
+                record()?;
+                scope.spawn(|| taken.send(stream.take().is_some()).unwrap());
+                assert!(recorded.recv_timeout(Duration::from_millis(200)).is_err());
+                // an operation that it is made of
+                stream.whole(record)?;
+                assert!(recorded.recv_timeout(Duration::from_millis(200)).is_err());
+                Ok(())
+            });
+            whole.unwrap();
+            assert!(recorded.recv().unwrap());
+        });
+    }
+
+    #[test]
+    fn an_idle_stream_has_no_scratch() {
+        let Ok(wgpu) = Wgpu::new(0) else { return };
+        let stream = WgpuStream::new(&wgpu).unwrap();
+        assert!(!stream.has_scratch());
+        assert_eq!(stream.scratch().unwrap(), stream.scratch().unwrap());
+        assert!(stream.has_scratch());
     }
 }

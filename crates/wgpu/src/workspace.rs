@@ -1,6 +1,7 @@
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Mut, Ref};
+use crate::plan::grouped::tiles;
 use crate::plan::tokens_at_once;
 use fused_moe_core::problem::{LayerProblem, workspace_bytes};
 use fused_moe_core::{DType, Error as Contract, Shape, Storage, View, surroundings};
@@ -8,9 +9,11 @@ use wgpu::BufferUsages;
 
 /// Scratch of a layer: one buffer, divided anew in each call, and a small one for the sizes of launches.
 ///
-/// For T tokens, K experts a token and R = T*K it holds about `4 * (R * (H + I) + T * (2H + S + E))` bytes, of which the
-/// experts' outputs `[R, H]` are the most; never more than for the tokens whose parts of it fit a binding each: more tokens
-/// than that go one piece after the other.
+/// For T tokens, K experts a token and R = T*K it holds about `4 * (R * (H + I + 4) + T * (E + H))` bytes, of which the
+/// experts' outputs `[R, H]` are the most, and besides, where the layer has these, `4 * R * H` for the norm of the outputs,
+/// `4 * T * (H + S)` for a shared expert, another `4 * T * H` where some experts copy the token too, and what
+/// [`surroundings::buffers`] says. It is never more than for the tokens whose parts of it fit a binding each: more tokens than
+/// that go one piece after the other.
 #[derive(Debug)]
 pub struct Workspace {
     memory: Memory,
@@ -52,6 +55,8 @@ pub(crate) struct Scratch<'a> {
     /// `[R, H]`: the experts' outputs after their norm.
     pub(crate) normed: Buffer<'a>,
     pub(crate) shared: SharedScratch<'a>,
+    /// f32 `[T, H]`: the sums over the slots, where the layer [has them](has_sums).
+    pub(crate) sums: Buffer<'a>,
 }
 
 /// What the surroundings of the experts take.
@@ -87,7 +92,7 @@ pub(crate) struct PermutationScratch<'a> {
 }
 
 pub(crate) struct ScheduleScratch<'a> {
-    /// u32 `[M, 3]`, M as tiles of [`TILE_ROWS`] need.
+    /// u32 `[M, 3]`, M the tiles that the rows make at most.
     pub(crate) tiles: Buffer<'a>,
     /// u32 `[1]`.
     pub(crate) count: Buffer<'a>,
@@ -104,10 +109,7 @@ pub(crate) struct SharedScratch<'a> {
     pub(crate) logit: Buffer<'a>,
 }
 
-/// Rows of the smallest tiles.
-pub(crate) const TILE_ROWS: usize = 32;
-
-const BUFFERS: usize = 15 + surroundings::BUFFERS;
+const BUFFERS: usize = 16 + surroundings::BUFFERS;
 
 impl Workspace {
     /// Errors: `Workspace`, `Usage`, `OutOfMemory`, `DeviceLost`.
@@ -157,9 +159,15 @@ impl Workspace {
             y: buffer(),
             normed: buffer(),
             shared: SharedScratch { a: buffer(), y: buffer(), logit: buffer() },
+            sums: buffer(),
         };
         Ok((stages, Around(std::array::from_fn(|_| buffer()))))
     }
+}
+
+/// Whether combine may have more operands than a launch: those of copies and of a shared expert together.
+pub(crate) fn has_sums(layer: &LayerProblem) -> bool {
+    layer.has_copies() && layer.core.shared.is_some()
 }
 
 /// Bytes of the buffers, in the order that `carve` hands them out in.
@@ -167,9 +175,10 @@ pub(crate) fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUF
     let config = &layer.core;
     let (hidden, experts, choices) = (config.hidden, config.experts, config.choices());
     let rows = tokens.checked_mul(config.top_k)?;
-    let tiles = rows / TILE_ROWS + rows.min(experts);
+    let tiles = tiles(rows, experts);
     let shared = config.shared.map_or([0; 3], |shared| [shared.intermediate, hidden, 1]);
     let normed = if config.norms.expert_out.is_some() { hidden } else { 0 };
+    let sums = if has_sums(layer) { hidden } else { 0 };
     let stages = [
         tokens.checked_mul(choices)?,
         rows,
@@ -186,6 +195,7 @@ pub(crate) fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUF
         tokens.checked_mul(shared[0])?,
         tokens.checked_mul(shared[1])?,
         tokens.checked_mul(shared[2])?,
+        tokens.checked_mul(sums)?,
     ];
     let mut bytes = [0; BUFFERS];
     let around = surroundings::buffers(&layer.config, tokens)?;
@@ -193,4 +203,40 @@ pub(crate) fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUF
         *bytes = elements.checked_mul(4)?.checked_next_multiple_of(ALIGNMENT)?;
     }
     Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fused_moe_core::config::{LayerConfig, Norms, RmsNorm, SharedConfig, ZeroExperts, ZeroOutput};
+
+    #[test]
+    fn it_has_the_bytes_that_its_description_says() {
+        let (h, i, e, k, s) = (2048, 768, 128, 8, 512);
+        let plain = LayerConfig::new(h, i, e, k);
+        let norm = RmsNorm { eps: 0.0, unit_offset: false, scaled_first: false };
+        let shared = SharedConfig { intermediate: s, activation: Default::default(), gated: true, scale: 1.0 };
+        let normed = LayerConfig { norms: Norms { expert_out: Some(norm), ..Norms::default() }, ..plain.clone() };
+        let shared = LayerConfig { shared: Some(shared), ..plain.clone() };
+        let copy = ZeroExperts { count: 2, output: ZeroOutput::Copy };
+        let copies = LayerConfig { zero_experts: Some(copy), ..plain.clone() };
+        let both = LayerConfig { zero_experts: Some(copy), ..shared.clone() };
+        for (config, more) in [(plain, 0), (normed, k * h), (shared, h + s), (copies, 0), (both, h + s + h)] {
+            let formats = (DType::BF16, DType::BF16);
+            let layer = LayerProblem {
+                core: config.core(),
+                config,
+                gate_up: formats.0,
+                down: formats.1,
+                router: None,
+                shared: None,
+                local: 0..e,
+            };
+            for tokens in [100, 1000] {
+                let said = 4 * tokens * (k * (h + i + 4) + e + h + more);
+                let is = Workspace::bytes(&layer, tokens).unwrap();
+                assert!(is.abs_diff(said) < said / 500 + 10_000, "{tokens}: {is} {said}");
+            }
+        }
+    }
 }

@@ -24,7 +24,7 @@ fn activation_function(x: f32) -> f32 {
     switch (FUNCTION) {
         case FUNCTION_SILU: { return silu(x); }
         // 0.5 (1 + tanh z) is sigmoid(2 z), which keeps its digits where tanh is near -1
-        case FUNCTION_GELU_TANH: { return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)); }
+        case FUNCTION_GELU_TANH: { return x * sigmoid(1.5957691216057308 * fma(0.044715 * x * x, x, x)); }
         case FUNCTION_GELU_ERF: { return 0.5 * x * erfc(-0.70710678118654752 * x); }
         case FUNCTION_RELU: { return relu(x); }
         case FUNCTION_RELU_SQUARED: { return relu(x) * relu(x); }

@@ -9,6 +9,13 @@ struct Dots { sum: vec4<f32>, squares: vec4<f32> }
 struct Share { sum: vec4<f32>, squares: vec4<f32> }
 
 const STEP = 8u * TEAM;
+const TEAMS = THREADS / TEAM;
+
+// Workgroups are TOKENS rows x blocks of TEAMS columns, blocks first.
+fn blocks() -> u32 { return (p.columns + TEAMS - 1u) / TEAMS; }
+fn first_row(group: vec3<u32>) -> u32 { return number(group) / blocks() * TOKENS; }
+fn block_of(group: vec3<u32>) -> u32 { return number(group) % blocks(); }
+fn column_of(here: Here) -> u32 { return block_of(here.group) * TEAMS + thread_of(here) / TEAM; }
 
 fn dots(here: Here, first: u32, column: u32) -> Dots {
     let weight = at(p.weight, column, 0u);

@@ -11,13 +11,14 @@ fn weighted(x: mat2x4<f32>, h: u32) -> mat2x4<f32> {
 // 1 where there is no norm
 fn norm_factor(squares: f32) -> f32 {
     if (!SQUARES) { return 1.0; }
-    return inverse_root(squares / f32(p.width) + p.eps);
+    return inverse_root(fma(squares, 1.0 / f32(p.width), p.eps));
 }
 
 fn finish_logit(row: u32, column: u32, sum: f32, factor: f32) {
     if (row >= p.rows || column >= p.columns) { return; }
-    var logit = p.scale * (sum * factor);
-    if (has_bias) { logit += load_bias(at(p.bias, 0u, column)); }
+    var bias = 0.0;
+    if (has_bias) { bias = load_bias(at(p.bias, 0u, column)); }
+    var logit = fma(p.scale, sum * factor, bias);
     if (p.softcap > 0.0) { logit = p.softcap * tanh_of(logit / p.softcap); }
     store_logits(at(p.logits, row, column), logit);
 }

@@ -51,7 +51,7 @@ fn input_weight(slot: u32) -> f32 {
 fn finish(e: u32, weight: f32, sum: f32, i: u32) -> f32 {
     var bias = 0.0;
     if (has_bias) { bias = load_bias(at(p.bias, e, i)); }
-    return weight * sum + bias;
+    return fma(weight, sum, bias);
 }
 
 fn store_two(row: u32, i: u32, end: u32, a: f32, b: f32) {

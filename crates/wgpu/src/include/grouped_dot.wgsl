@@ -7,10 +7,6 @@
 //                         sums over the team, in one order; a thread a row stores
 //
 // Workgroups are (expert, row or slot) x blocks of TEAMS times two pairs, blocks first.
-const TEAM = 32u;
-const TEAMS = THREADS / TEAM;
-// elements that a team reads at once
-const STEP = TEAM * 8u;
 
 var<workgroup> found: vec3<u32>;
 
@@ -35,8 +31,6 @@ struct Sums { r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32> }
 
 // Eight elements of each of the matrix rows, as they are read.
 struct Part { g0: Raw_gate, g1: Raw_gate, u0: Raw_up, u1: Raw_up }
-// The same as numbers.
-struct Weights { g0: mat2x4<f32>, g1: mat2x4<f32>, u0: mat2x4<f32>, u1: mat2x4<f32> }
 
 // Where row r of x begins; of the last of `rows` beyond them.
 fn place(row: u32, rows: u32, r: u32) -> u32 {
@@ -52,16 +46,13 @@ fn read_part(matrix: vec4<u32>, k: u32, count: u32) -> Part {
     );
 }
 
-fn dot8(a: mat2x4<f32>, b: mat2x4<f32>) -> f32 { return dot(a[0], b[0]) + dot(a[1], b[1]); }
-
-fn plus(sum: vec4<f32>, x: u32, count: u32, w: Weights) -> vec4<f32> {
-    let v = widen8_x(read8_x(x, count));
-    return sum + vec4<f32>(dot8(v, w.g0), dot8(v, w.g1), dot8(v, w.u0), dot8(v, w.u1));
+fn plus(sum: vec4<f32>, x: u32, count: u32, w: Four) -> vec4<f32> {
+    return plus_eight(sum, widen8_x(read8_x(x, count)), w);
 }
 
 // The sums and eight more products of each of `rows` rows, which begin at x, from column k on.
 fn multiply(sums: Sums, x: vec4<u32>, k: u32, count: u32, rows: u32, part: Part) -> Sums {
-    let w = Weights(widen8_gate(part.g0), widen8_gate(part.g1), widen8_up(part.u0), widen8_up(part.u1));
+    let w = Four(widen8_gate(part.g0), widen8_gate(part.g1), widen8_up(part.u0), widen8_up(part.u1));
     var s = sums;
     s.r0 = plus(s.r0, x.x + k, count, w);
     if (ROWS > 1u && rows > 1u) { s.r1 = plus(s.r1, x.y + k, count, w); }
@@ -70,6 +61,11 @@ fn multiply(sums: Sums, x: vec4<u32>, k: u32, count: u32, rows: u32, part: Part)
         if (rows > 3u) { s.r3 = plus(s.r3, x.w + k, count, w); }
     }
     return s;
+}
+
+// The same with what is left of the columns, up to eight.
+fn multiply_rest(sums: Sums, x: vec4<u32>, k: u32, rows: u32, matrix: vec4<u32>) -> Sums {
+    return multiply(sums, x, k, p.inner - k, rows, read_part(matrix, k, p.inner - k));
 }
 
 // The rows and the pair that a team stores.
@@ -113,8 +109,14 @@ fn grouped_dot(here: Here) {
             let k = base + lane * 8u;
             sums = multiply(sums, x, k, 8u, rows, read_part(matrix, k, 8u));
         }
-        let k = whole + lane * 8u;
-        if (k < p.inner) { sums = multiply(sums, x, k, p.inner - k, rows, read_part(matrix, k, p.inner - k)); }
+        // one turn at most: as a condition it makes the loop before it slower on an H200 if there are several rows, as a loop
+        // if there is one
+        if (ROWS == 1u) {
+            let k = whole + lane * 8u;
+            if (k < p.inner) { sums = multiply_rest(sums, x, k, rows, matrix); }
+        } else {
+            for (var k = whole + lane * 8u; k < p.inner; k += STEP) { sums = multiply_rest(sums, x, k, rows, matrix); }
+        }
         let to = To(row, rows, e, pair);
         put(here, 0u, sums.r0, to);
         if (ROWS > 1u) { put(here, 1u, sums.r1, to); }

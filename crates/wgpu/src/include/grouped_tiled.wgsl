@@ -1,15 +1,18 @@
-// The grouped product for many rows: tiles of TILE rows and 32 pairs of matrix rows by 2 TILE threads, 8 rows x 2 pairs
-// each, in f32 multiply-adds.
+// The grouped product for many rows: tiles of 32 rows and 64 pairs of matrix rows by 128 threads, 8 rows x 2 pairs each, in
+// f32 multiply-adds. 32 threads have the same 8 rows, and multiply only if the tile has any of these.
 //
 //   find the tile: expert by expert, columns before rows, so that workgroups that run together read the same weights
 //   for each 16 columns: x tile (gathered) and weight tile to workgroup memory, widened; the next are on their way
 //                        sums += outer products
 //   store
 //
-// A sum is over one column after the other, whatever the tile: the bits of a row depend on nothing but the row.
-const THREADS = 2u * TILE;
-const PAIRS = 32u;
+// A sum is over one column after the other: the bits of a row depend on nothing but the row.
+const THREADS = 128u;
+const TILE = 32u;
+const PAIRS = 64u;
 const STEP = 16u;
+// threads that have the same rows
+const ACROSS = PAIRS / 2u;
 // A vector is four neighbouring columns of a row, written by one thread: vectors that several threads write parts of are
 // not for Metal and D3D. Between four columns and the next lie two more vectors than there are, and so that neighbours read
 // neighbours, the gate rows of even pairs lie together, those of odd ones, and the up rows of either, each two more: stores
@@ -117,57 +120,53 @@ fn plus_columns(s: Sums, four: u32, r: u32, pairs: u32) -> Sums {
     );
 }
 
-// One column after the other.
-fn plus_row(sum: vec4<f32>, x: vec4<f32>, w: mat4x4<f32>) -> vec4<f32> {
-    return fma(vec4(x.w), w[3], fma(vec4(x.z), w[2], fma(vec4(x.y), w[1], fma(vec4(x.x), w[0], sum))));
-}
-
 fn grouped_tiled(group: vec3<u32>, thread: u32) {
     let tile = find(group, thread);
     if (tile.rows == 0u) { return; }
 
-    // the eight that this thread brings: of row r of x, and of pair j; with 64 threads gate and up, with 128 one of them
+    // the eights that this thread brings: of row r of x, if there is one, and of the gate row and the up row of pair r
     let c = thread % 2u * 8u;
     let r = thread / 2u;
-    let j = r % PAIRS;
-    let both = TILE == PAIRS;
-    let half = r / PAIRS;
+    let of_x = r < tile.rows;
     var x = x_of(slot_of(tile.row + min(r, tile.rows - 1u)));
     if (x == NONE) { x = p.x.offset; }
-    let pair = min(tile.pair + j, p.pairs - 1u);
+    let pair = min(tile.pair + r, p.pairs - 1u);
     let gate = at(p.gate, pair, tile.expert * p.expert_stride);
     let up = at(p.up, pair, tile.expert * p.expert_stride);
 
     var sums = Sums();
-    let first = thread / 16u * 8u;
-    let my_pairs = thread % 16u;
+    let first = thread / ACROSS * 8u;
+    let multiplies = first < tile.rows;
+    let my_pairs = thread % ACROSS;
     // columns that are left for this thread: it brings zeros beyond them
     var k = c;
     var a: Raw_x;
     var g: Raw_gate;
     var u: Raw_up;
     if (k < p.inner) {
-        a = read8_x(x + k, p.inner - k);
-        if (both || half == 0u) { g = read8_gate(gate + k, p.inner - k); }
-        if (both || half == 1u) { u = read8_up(up + k, p.inner - k); }
+        if (of_x) { a = read8_x(x + k, p.inner - k); }
+        g = read8_gate(gate + k, p.inner - k);
+        u = read8_up(up + k, p.inner - k);
     }
     for (var base = 0u; base < p.inner; base += STEP) {
         workgroupBarrier();
-        put_x(r, c, widen8_x(a));
-        if (both || half == 0u) { put_w(j, 0u, c, widen8_gate(g)); }
-        if (both || half == 1u) { put_w(j, 1u, c, widen8_up(u)); }
+        if (of_x) { put_x(r, c, widen8_x(a)); }
+        put_w(r, 0u, c, widen8_gate(g));
+        put_w(r, 1u, c, widen8_up(u));
         workgroupBarrier();
         k += STEP;
         if (k < p.inner) {
-            a = read8_x(x + k, p.inner - k);
-            if (both || half == 0u) { g = read8_gate(gate + k, p.inner - k); }
-            if (both || half == 1u) { u = read8_up(up + k, p.inner - k); }
+            if (of_x) { a = read8_x(x + k, p.inner - k); }
+            g = read8_gate(gate + k, p.inner - k);
+            u = read8_up(up + k, p.inner - k);
         } else {
             a = Raw_x();
             g = Raw_gate();
             u = Raw_up();
         }
-        for (var four = 0u; four < STEP / 4u; four++) { sums = plus_columns(sums, four, first, my_pairs); }
+        if (multiplies) {
+            for (var four = 0u; four < STEP / 4u; four++) { sums = plus_columns(sums, four, first, my_pairs); }
+        }
     }
     let j0 = tile.pair + my_pairs * 2u;
     let row = tile.row + first;

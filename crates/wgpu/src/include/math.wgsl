@@ -1,6 +1,7 @@
 // Functions of f32 that WGSL lacks or leaves to the device: its own exp may be off by 3 + 2 |x| units of the last place, and
 // what is made with it likewise. These are made of sums, products, quotients (which WGSL wants within 2.5 units) and roots.
 // What is said of their errors is so where the compiler keeps the order of operations, which Metal's fast math need not.
+// Where a sum follows a product, fma says so: else a driver may round once in one kernel and twice in another.
 
 fn sigmoid(x: f32) -> f32 {
     let e = exponential(-abs(x));
@@ -11,18 +12,18 @@ fn sigmoid(x: f32) -> f32 {
 // the rounding of its exponent adds up to 2e-7 (1 + x^2).
 fn erfc(x: f32) -> f32 {
     let z = abs(x);
-    let t = 1.0 / (1.0 + 0.5 * z);
+    let t = 1.0 / fma(0.5, z, 1.0);
     var s = 0.17087277;
-    s = -0.82215223 + t * s;
-    s = 1.48851587 + t * s;
-    s = -1.13520398 + t * s;
-    s = 0.27886807 + t * s;
-    s = -0.18628806 + t * s;
-    s = 0.09678418 + t * s;
-    s = 0.37409196 + t * s;
-    s = 1.00002368 + t * s;
-    let y = t * exponential(-z * z - 1.26551223 + t * s);
-    return select(y, 2.0 - y, x < 0.0);
+    s = fma(t, s, -0.82215223);
+    s = fma(t, s, 1.48851587);
+    s = fma(t, s, -1.13520398);
+    s = fma(t, s, 0.27886807);
+    s = fma(t, s, -0.18628806);
+    s = fma(t, s, 0.09678418);
+    s = fma(t, s, 0.37409196);
+    s = fma(t, s, 1.00002368);
+    let e = exponential(fma(t, s, fma(-z, z, -1.26551223)));
+    return select(t * e, fma(-t, e, 2.0), x < 0.0);
 }
 
 // 1 / sqrt(x) within 1.5 ulp: a step of Newton's after the device's own.
@@ -36,7 +37,7 @@ fn inverse_root(x: f32) -> f32 {
 fn tanh_of(x: f32) -> f32 {
     if (abs(x) < 1.0) {
         let y = x * x;
-        let above = fma(fma(y + 378.0, y, 17325.0), y, 135135.0);
+        let above = fma(fma(fma(x, x, 378.0), y, 17325.0), y, 135135.0);
         let below = fma(fma(fma(28.0, y, 3150.0), y, 62370.0), y, 135135.0);
         return x * above / below;
     }
@@ -51,15 +52,15 @@ fn exponential(x: f32) -> f32 {
     let y = select(x, 100.0, x > 100.0);
     let n = round(y * 1.4426950408889634);
     // ln 2 in two parts, of which n times the first is exact
-    let r = (y - n * 0.693359375) + n * 2.12194440e-4;
+    let r = fma(n, 2.12194440e-4, fma(n, -0.693359375, y));
     var s = 1.9875691500e-4;
-    s = 1.3981999507e-3 + r * s;
-    s = 8.3334519073e-3 + r * s;
-    s = 4.1665795894e-2 + r * s;
-    s = 1.6666665459e-1 + r * s;
-    s = 5.0000001201e-1 + r * s;
+    s = fma(r, s, 1.3981999507e-3);
+    s = fma(r, s, 8.3334519073e-3);
+    s = fma(r, s, 4.1665795894e-2);
+    s = fma(r, s, 1.6666665459e-1);
+    s = fma(r, s, 5.0000001201e-1);
     let half = i32(n) / 2;
-    return (1.0 + (r + r * r * s)) * power_of_two(half) * power_of_two(i32(n) - half);
+    return (1.0 + fma(r * r, s, r)) * power_of_two(half) * power_of_two(i32(n) - half);
 }
 
 // 2^n, n between -126 and 127.
@@ -70,13 +71,13 @@ fn logarithm_of_one_and(x: f32) -> f32 {
     let s = x / (2.0 + x);
     let z = s * s;
     var sum = 1.0 / 15.0;
-    sum = 1.0 / 13.0 + z * sum;
-    sum = 1.0 / 11.0 + z * sum;
-    sum = 1.0 / 9.0 + z * sum;
-    sum = 1.0 / 7.0 + z * sum;
-    sum = 1.0 / 5.0 + z * sum;
-    sum = 1.0 / 3.0 + z * sum;
-    return 2.0 * (s + s * z * sum);
+    sum = fma(z, sum, 1.0 / 13.0);
+    sum = fma(z, sum, 1.0 / 11.0);
+    sum = fma(z, sum, 1.0 / 9.0);
+    sum = fma(z, sum, 1.0 / 7.0);
+    sum = fma(z, sum, 1.0 / 5.0);
+    sum = fma(z, sum, 1.0 / 3.0);
+    return 2.0 * fma(s * z, sum, s);
 }
 
 // x^y for x >= 0 and y > 0; what is not finite stays as it is.
@@ -94,5 +95,5 @@ fn power(x: f32, y: f32) -> f32 {
     exponent += f32((bits >> 23u) + up);
     let mantissa = bitcast<f32>((bits & 0x7fffffu) | (0x3f800000u - (up << 23u)));
     let small = logarithm_of_one_and(mantissa - 1.0);
-    return exponential(y * (exponent * 0.693359375 + (small - exponent * 2.12194440e-4)));
+    return exponential(y * fma(exponent, 0.693359375, fma(exponent, -2.12194440e-4, small)));
 }

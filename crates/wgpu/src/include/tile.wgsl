@@ -19,6 +19,11 @@ var<workgroup> tile_weight: array<vec4<f32>, TILE_K / 4u * WEIGHT_PITCH>;
 // Two parts a row of x.
 var<workgroup> tile_squares: array<f32, 2u * TILE>;
 
+// Workgroups are tiles, columns first.
+fn across() -> u32 { return (p.columns + TILE - 1u) / TILE; }
+fn tile_row(group: vec3<u32>) -> u32 { return number(group) / across() * TILE; }
+fn tile_column(group: vec3<u32>) -> u32 { return number(group) % across() * TILE; }
+
 // Component j of r<i> is row first_row + 4 * (thread / 16) + i, column first_column + 4 * (thread % 16) + j.
 struct Sums { r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32> }
 
@@ -74,11 +79,6 @@ fn plus_columns(sums: Sums, thread: u32, four: u32) -> Sums {
         plus_row(sums.r2, tile_x[x + 2u], columns),
         plus_row(sums.r3, tile_x[x + 3u], columns),
     );
-}
-
-// One column after the other.
-fn plus_row(sum: vec4<f32>, x: vec4<f32>, w: mat4x4<f32>) -> vec4<f32> {
-    return fma(vec4(x.w), w[3], fma(vec4(x.z), w[2], fma(vec4(x.y), w[1], fma(vec4(x.x), w[0], sum))));
 }
 
 // The sum of the squares of row `first_row + r`, once the product is done.

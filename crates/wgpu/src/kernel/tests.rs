@@ -7,7 +7,9 @@ use crate::device::{BINDINGS, PARAMETER_BYTES};
 use fused_moe_core::DType;
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{Capabilities, FunctionInfo, ModuleInfo, ValidationFlags, Validator};
-use naga::{AddressSpace, Block, Function, Module, Statement, TypeInner};
+use naga::{
+    AddressSpace, BinaryOperator, Block, Expression, Function, Handle, Module, ScalarKind, Statement, TypeInner,
+};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Debug;
 
@@ -152,6 +154,30 @@ fn writes_components(module: &Module, info: &ModuleInfo) -> bool {
         || module.entry_points.iter().enumerate().any(|(i, entry)| does(&entry.function, info.get_entry_point(i)))
 }
 
+/// Whether a kernel adds to a product of floats without `fma`: it is the driver's choice then to round the product or not, in
+/// each kernel anew, and two forms of a kernel need not have the same bits.
+fn adds_to_products(module: &Module, info: &ModuleInfo) -> bool {
+    let does = |function: &Function, of: &FunctionInfo| {
+        let product = |mut expression: Handle<Expression>| {
+            while let Expression::Unary { expr, .. } | Expression::Splat { value: expr, .. } =
+                function.expressions[expression]
+            {
+                expression = expr;
+            }
+            let float = of[expression].ty.inner_with(&module.types).scalar_kind() == Some(ScalarKind::Float);
+            float && matches!(function.expressions[expression], Expression::Binary { op: BinaryOperator::Multiply, .. })
+        };
+        function.expressions.iter().any(|(_, expression)| match *expression {
+            Expression::Binary { op: BinaryOperator::Add | BinaryOperator::Subtract, left, right } => {
+                product(left) || product(right)
+            }
+            _ => false,
+        })
+    };
+    module.functions.iter().any(|(handle, function)| does(function, &info[handle]))
+        || module.entry_points.iter().enumerate().any(|(i, entry)| does(&entry.function, info.get_entry_point(i)))
+}
+
 fn to_spirv(variant: &Variant, module: &Module, info: &ModuleInfo) {
     // subgroups are Vulkan 1.1's
     let options = spv::Options { lang_version: (1, 3), ..Default::default() };
@@ -226,6 +252,7 @@ fn examined(kernel: Kernel) -> Needs {
             assert!(within, "{variant:?}: {needs:?}");
             assert_eq!(needs.parameter_bytes, kernel.params().1, "{variant:?}: one struct in Rust and in WGSL");
             assert!(!writes_components(&module, &info), "{variant:?}: a component of a vector is written by itself");
+            assert!(!adds_to_products(&module, &info), "{variant:?}: a product is added to without fma");
             to_spirv(&variant, &module, &info);
             to_msl(&variant, &module, &info);
             to_hlsl(&variant, &module, &info, subgroups);
@@ -289,4 +316,19 @@ fn components_that_are_written_by_themselves() {
     };
     assert!(found("vectors[1].x = 1.0;") && found("vectors[1][i] = 1.0;") && found("out[i].y = 1u;"));
     assert!(!found("vectors[i] = vec4(1.0);") && !found("numbers[i] = vectors[1].y;") && !found("own[i] = 1.0;"));
+}
+
+#[test]
+fn products_that_are_added_to() {
+    let found = |expression: &str| {
+        let text = format!(
+            "fn sum(x: vec3<f32>, i: u32) -> f32 {{ let xy = x.x * x.y; return {expression}; }}\n\
+             @compute @workgroup_size(8) fn entry(@builtin(local_invocation_index) i: u32) {{ _ = sum(vec3(), i); }}"
+        );
+        let module = naga::front::wgsl::parse_str(&text).unwrap();
+        let info = Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(&module).unwrap();
+        adds_to_products(&module, &info)
+    };
+    assert!(found("xy + x.z") && found("x.z - -xy") && found("x.z * (x.x + x.y * x.z)"));
+    assert!(!found("fma(x.x, x.y, x.z)") && !found("xy * x.z") && !found("f32(i * 3u + 1u)") && !found("x.x + x.y"));
 }

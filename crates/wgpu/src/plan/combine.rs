@@ -94,9 +94,10 @@ pub(crate) struct DownCombinePlan {
     pub(crate) why: &'static str,
 }
 
-/// One token's, of H, K; none where a norm needs all of the row, or `operands` are more than a kernel can have.
-pub(crate) fn down_combine([hidden, top_k]: [usize; 2], norm: bool, operands: usize) -> Option<DownCombinePlan> {
-    if norm || operands > BINDINGS {
+/// One token's, of H, K; none where a norm needs all of the row, or the operands are more than a kernel can have: combine's,
+/// down, the slots' experts, `bias` and out.
+pub(crate) fn down_combine([hidden, top_k]: [usize; 2], parts: &CombineParts, bias: bool) -> Option<DownCombinePlan> {
+    if parts.norm > 0 || parts.rows + parts.beside + usize::from(bias) + 3 > BINDINGS {
         return None;
     }
     let slots = top_k.next_power_of_two().clamp(1, 8);
@@ -145,6 +146,20 @@ mod tests {
         assert_eq!(steps(2000, parts(5, 2, 2, true), 16384), rest(kernel(true, true, 2048), 3));
     }
 
+    /// As the workspace of a layer takes for granted.
+    #[test]
+    fn the_slots_go_first_only_where_copies_and_a_shared_expert_meet() {
+        for (rows, beside) in (2..=3).flat_map(|rows| (0..=3).map(move |beside| (rows, beside))).chain([(5, 0), (5, 1)])
+        {
+            for (norm, in_place) in (0..=2).flat_map(|norm| [(norm, false), (norm, true)]) {
+                // a residual is out or beside
+                let parts = parts(rows, beside - usize::from(in_place && beside > 0), norm, in_place);
+                let steps = steps(64, parts, 16384);
+                assert!(steps.iter().all(|step| step.0 != CombineStep::Rows), "{parts:?}");
+            }
+        }
+    }
+
     #[test]
     fn no_launch_has_more_operands_than_a_kernel_can() {
         for (rows, beside, norm, in_place) in (1..=5)
@@ -171,11 +186,14 @@ mod tests {
 
     #[test]
     fn one_tokens_slots_go_side_by_side_where_one_launch_can_do_it() {
-        let plan = |hidden, top_k| down_combine([hidden, top_k], false, 8).map(|plan| (plan.slots, plan.groups));
+        let all = parts(2, 3, 0, false);
+        let plan = |hidden, top_k| down_combine([hidden, top_k], &all, false).map(|plan| (plan.slots, plan.groups));
         assert_eq!([plan(2048, 8), plan(2048, 9)], [Some((8, 512)); 2]);
         assert_eq!([plan(2048, 1), plan(2049, 1)], [Some((1, 64)), Some((1, 65))]);
         assert_eq!([plan(5, 3), plan(0, 8)], [Some((4, 1)), Some((8, 0))]);
-        assert_eq!([down_combine([2048, 8], true, 5), down_combine([2048, 8], false, 9)], [None; 2]);
+        assert_eq!(down_combine([2048, 8], &parts(2, 0, 1, true), false), None);
+        assert_eq!(down_combine([2048, 8], &all, true), None);
+        assert!(down_combine([2048, 8], &parts(2, 2, 0, true), true).is_some());
     }
 
     #[test]

@@ -21,8 +21,8 @@ pub(crate) enum Grouping {
     One,
     Slots,
     Offsets,
-    /// By expert, and cut into tiles of so many rows.
-    Tiles(u32),
+    /// By expert, and cut into tiles.
+    Tiles,
 }
 
 /// A kernel, and why.
@@ -33,16 +33,15 @@ pub(crate) struct GroupedPlan {
 }
 
 /// Rows that an expert has on average, up to which weights that stream past once for every four of them cost less than a
-/// tile, which costs the same however few of its 32 rows there are. On an H200 (128 experts of 2048 x 768) the one takes 8 us
-/// a token, the other 1.46 ms up to 16 rows an expert: they meet near 12.
-const FEW_ROWS: usize = 12;
-/// Rows on average, up to which tiles of 64 are left too empty: on an H200 tiles of 32 are faster by 17 % at 32 rows and by
-/// 5 % at 64, slower by 3 % at 128.
-const SOME_ROWS: usize = 64;
+/// tile, which costs the same for any 8 of its rows. On an H200 (128 experts of 2048 x 768) the one takes 562 us for 64 tokens
+/// and 7 us for each more, the other 760 and 2.3: they meet near 7 rows an expert.
+const FEW_ROWS: usize = 6;
+/// Rows of a tile.
+pub(crate) const TILE: usize = 32;
 /// Pairs of matrix rows of a workgroup of the streaming kernel: two of each of eight teams.
 const STREAMED: usize = 16;
 /// Pairs of matrix rows of a tile.
-const PAIRS: usize = 32;
+const PAIRS: usize = 64;
 
 pub(crate) fn grouped(sizes: &Sizes) -> GroupedPlan {
     let &Sizes { product, rows, experts, grouping, .. } = sizes;
@@ -51,13 +50,12 @@ pub(crate) fn grouped(sizes: &Sizes) -> GroupedPlan {
     if grouping == Grouping::Slots || (mean <= FEW_ROWS && !sizes.invariant) {
         return dot(sizes, mean);
     }
-    let (find, tile, why) = match grouping {
-        Grouping::Tiles(tile) => (Find::Tiles, tile, "tiles of a schedule"),
-        _ if sizes.invariant => (find(grouping), 32, "batch-invariant: the same tiles for any number of rows"),
-        _ if mean <= SOME_ROWS => (find(grouping), 32, "some rows an expert: tiles of 32 rows"),
-        _ => (find(grouping), 64, "many rows an expert: tiles of 64 rows"),
+    let (find, why) = match grouping {
+        Grouping::Tiles => (Find::Tiles, "tiles of a schedule"),
+        _ if sizes.invariant => (find(grouping), "batch-invariant: tiles for any number of rows"),
+        _ => (find(grouping), "many rows an expert: tiles of 32 rows share what they read"),
     };
-    GroupedPlan { kernel: GroupedKernel::Tiled { product, find, tile }, why }
+    GroupedPlan { kernel: GroupedKernel::Tiled { product, find }, why }
 }
 
 fn find(grouping: Grouping) -> Find {
@@ -88,9 +86,14 @@ pub(crate) fn workgroups(kernel: GroupedKernel, experts: usize, rows: usize, pai
     let (first, columns) = match kernel {
         GroupedKernel::Dot { find: Find::Experts | Find::One, .. } => (experts, pairs.div_ceil(STREAMED)),
         GroupedKernel::Dot { .. } => (rows, pairs.div_ceil(STREAMED)),
-        GroupedKernel::Tiled { tile, .. } => (rows / tile as usize + experts.min(rows), column_tiles(pairs)),
+        GroupedKernel::Tiled { .. } => (tiles(rows, experts), column_tiles(pairs)),
     };
     (first as u64).saturating_mul(columns as u64)
+}
+
+/// Tiles that so many rows make at most.
+pub(crate) fn tiles(rows: usize, experts: usize) -> usize {
+    rows / TILE + rows.min(experts)
 }
 
 /// Tiles that the pairs of a matrix make.
@@ -111,16 +114,14 @@ pub(crate) fn all() -> Vec<GroupedKernel> {
         for (find, rows) in [(Find::One, 1), (Find::Slots, 1), (Find::Experts, 4), (Find::Rows, 2)] {
             all.push(GroupedKernel::Dot { product, find, rows });
         }
-        for (find, tile) in [(Find::One, 32), (Find::Experts, 32), (Find::Experts, 64), (Find::Tiles, 64)] {
-            all.push(GroupedKernel::Tiled { product, find, tile });
-        }
+        all.extend([Find::One, Find::Experts, Find::Tiles].map(|find| GroupedKernel::Tiled { product, find }));
     }
     let plain: ActivationKind = Activation::Plain(Function::ReluSquared).into();
     let clamped: ActivationKind = Activation::ClampedSwish { alpha: 1.0, limit: 1.0 }.into();
     for (gated, activation) in [(true, Some(clamped)), (false, Some(plain)), (true, None), (false, None)] {
         let product = gate_up(gated, activation);
         all.push(GroupedKernel::Dot { product, find: Find::Experts, rows: 4 });
-        all.push(GroupedKernel::Tiled { product, find: Find::Experts, tile: 32 });
+        all.push(GroupedKernel::Tiled { product, find: Find::Experts });
     }
     all
 }
@@ -141,7 +142,7 @@ mod tests {
             (8, Find::Rows, 2),
             (128, Find::Experts, 2),
             (256, Find::Experts, 4),
-            (1536, Find::Experts, 4),
+            (768, Find::Experts, 4),
         ] {
             let kernel = grouped(&sizes(rows)).kernel;
             assert_eq!(kernel, GroupedKernel::Dot { product: Product::DOWN, find, rows: at_once }, "{rows}");
@@ -153,21 +154,21 @@ mod tests {
     }
 
     #[test]
-    fn tiles_grow_with_the_rows_of_an_expert() {
-        for (rows, tile) in [(1537, 32), (8192, 32), (8193, 64), (65536, 64)] {
+    fn many_rows_take_tiles() {
+        for rows in [769, 8192, 65536] {
             let kernel = grouped(&sizes(rows)).kernel;
-            assert_eq!(kernel, GroupedKernel::Tiled { product: Product::DOWN, find: Find::Experts, tile });
+            assert_eq!(kernel, GroupedKernel::Tiled { product: Product::DOWN, find: Find::Experts });
         }
-        let kernel = grouped(&Sizes { grouping: Grouping::Tiles(64), ..sizes(4096) }).kernel;
-        assert_eq!(kernel, GroupedKernel::Tiled { product: Product::DOWN, find: Find::Tiles, tile: 64 });
-        assert_eq!(workgroups(kernel, 128, 4096, 1024), (64 + 128) * 32);
+        let kernel = grouped(&Sizes { grouping: Grouping::Tiles, ..sizes(4096) }).kernel;
+        assert_eq!(kernel, GroupedKernel::Tiled { product: Product::DOWN, find: Find::Tiles });
+        assert_eq!(workgroups(kernel, 128, 4096, 1024), (128 + 128) * 16);
     }
 
     #[test]
     fn invariant_rows_take_one_kernel_whatever_their_number() {
         for rows in [1, 8, 100, 100_000] {
             let kernel = grouped(&Sizes { invariant: true, ..sizes(rows) }).kernel;
-            assert_eq!(kernel, GroupedKernel::Tiled { product: Product::DOWN, find: Find::Experts, tile: 32 });
+            assert_eq!(kernel, GroupedKernel::Tiled { product: Product::DOWN, find: Find::Experts });
         }
     }
 }

@@ -1,4 +1,4 @@
-use super::grouped::{Grouping, Sizes, grouped};
+use super::grouped::{Grouping, Sizes, grouped, tiles};
 use crate::device::DeviceNumbers;
 use crate::grouped::{GroupedKernel, Product};
 use crate::workspace;
@@ -30,26 +30,21 @@ pub(crate) fn piece(at_once: usize, token_bytes: usize, device: &DeviceNumbers) 
     at_once.min(room(device) / token_bytes.max(1)).max(1)
 }
 
-/// Rows of the tiles that a schedule is made of, where the experts' products take tiles, and so many workgroups that each
-/// looking for its own costs more than a list of them; `columns` are column tiles of gate_up and down.
-pub(crate) fn schedule(layer: &LayerProblem, rows: usize, invariant: bool, columns: [usize; 2]) -> Option<u32> {
+/// How many tiles a schedule has room for, where the experts' products take tiles, and so many workgroups that each looking
+/// for its own costs more than a list of them; `columns` are column tiles of gate_up and down.
+pub(crate) fn schedule(layer: &LayerProblem, rows: usize, invariant: bool, columns: [usize; 2]) -> Option<usize> {
     let LayerConfig { experts, .. } = layer.core;
     let (product, grouping) = (Product::DOWN, Grouping::Offsets);
     let plan = grouped(&Sizes { product, rows, experts, grouping, invariant });
-    let GroupedKernel::Tiled { tile, .. } = plan.kernel else { return None };
-    let tiles = tiles(rows, experts, tile);
+    let GroupedKernel::Tiled { .. } = plan.kernel else { return None };
+    let tiles = tiles(rows, experts);
     // a line of the grid has room for so many
     let fits = tiles.max(columns[0]).max(columns[1]) <= 65535;
-    (fits && tiles.saturating_mul(columns[0] + columns[1]) >= MANY).then_some(tile)
+    (fits && tiles.saturating_mul(columns[0] + columns[1]) >= MANY).then_some(tiles)
 }
 
 /// Workgroups of both products that a schedule is worth its launch for.
 const MANY: usize = 8192;
-
-/// Tiles that so many rows make at most.
-pub(crate) fn tiles(rows: usize, experts: usize, tile: u32) -> usize {
-    rows / tile as usize + rows.min(experts)
-}
 
 /// What an operand takes of a binding, which begins at a multiple of the alignment.
 fn room(device: &DeviceNumbers) -> usize {
@@ -107,10 +102,13 @@ mod tests {
     #[test]
     fn many_tiles_are_listed() {
         let layer = layer(2048, 768, 8, 1);
-        let of = |tokens: usize, invariant| schedule(&layer, 8 * tokens, invariant, [24, 32]);
-        assert_eq!([of(1, false), of(64, false), of(512, false), of(4096, false)], [None, None, Some(32), Some(64)]);
-        assert_eq!([of(1, true), of(64, true), of(4096, true)], [None, None, Some(32)]);
-        assert_eq!(schedule(&layer, 32 * 65536, true, [24, 32]), None);
+        let of = |tokens: usize, invariant| schedule(&layer, 8 * tokens, invariant, [12, 16]);
+        assert_eq!(
+            [of(1, false), of(64, false), of(1024, false), of(4096, false)],
+            [None, None, Some(384), Some(1152)]
+        );
+        assert_eq!([of(1, true), of(64, true), of(4096, true)], [None, None, Some(1152)]);
+        assert_eq!(schedule(&layer, 32 * 65536, true, [12, 16]), None);
     }
 
     #[test]

@@ -255,7 +255,7 @@ pub(super) fn a_token_alone_has_the_bits_it_has_in_a_batch() -> Result<()> {
 /// Enough tiles for a list of them, and dispatches of as many workgroups as the device finds: the same bits as without.
 pub(super) fn many_tiles_are_listed_on_the_device() -> Result<()> {
     let wgpu = Wgpu::new(0)?;
-    let (hidden, intermediate, experts, top_k, tokens) = (16, 256, 512, 8, 1600);
+    let (hidden, intermediate, experts, top_k, tokens) = (16, 512, 512, 8, 1600);
     let config = LayerConfig::new(hidden, intermediate, experts, top_k);
     let (router, gate_up, down) = (
         numbers(experts * hidden, 1),
