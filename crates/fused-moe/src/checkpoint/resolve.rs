@@ -208,7 +208,7 @@ fn capacity(config: &ModelConfig, slots: &Slots, layer: usize) -> Result<Capacit
         field => config.number(Number::Field { field, default: None }, layer)?,
     };
     let limit = if fraction > 0.0 {
-        CapacityLimit::Fraction(fraction)
+        CapacityLimit::Fraction(fraction.into())
     } else {
         match (config.optional_size(slots.count, layer)?, slots.share) {
             (Some(count), _) => CapacityLimit::Slots(count),
