@@ -135,7 +135,7 @@ fn inspect_in_words_and_json() {
     }
     let ran = fmoe(["inspect", model.name(), "--json"]).succeeds();
     let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
-    assert_eq!(json["sizes"]["experts"], 4);
+    assert_eq!(json["kinds"][0]["sizes"]["experts"], 4);
     assert_eq!(json["layers"].as_array().unwrap().len(), 2);
 }
 
