@@ -233,6 +233,16 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
             }
         }
     }
+    // what is above a whole number by a bit of f64 is the next one
+    for (fraction, tokens, spread) in
+        [(0.07, 100, Spread::One(1)), (0.15, 100, Spread::One(1)), (0.09, 300, Spread::Skewed)]
+    {
+        let capacity =
+            Capacity { limit: CapacityLimit::Fraction(fraction), order: CapacityOrder::Position, renormalize: None };
+        let (sequences, importance) = (Sequences::Absent, Importance::Uniform);
+        let sizes = [tokens, 1, 4];
+        cases.push(case(DropOverflow { sizes, spread, capacity, sequences, importance, nan_weights: false }));
+    }
     let mut large =
         vec![([2000, 2, 16], Spread::Skewed), ([3001, 1, 3], Spread::Even), ([1500, 3, 513], Spread::One(7))];
     if scale == Scale::Full {

@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Bench(Bench),
     /// List what layers can run on here, and what would be chosen
     Devices(Devices),
+    /// List the model types that can be read
+    Families(Families),
 }
 
 #[derive(Debug, Args)]
@@ -46,22 +48,29 @@ Examples:
   fmoe run model --input golden.safetensors:input.0 --expect golden.safetensors:output.0
 
 Without a checkpoint, a small layer that comes with the program runs on its own input, against its known output.
-The input is [T, H] or [B, S, H], of f32, f16, bf16 or f64 (converted to f32); the output has the input's format.")]
+The input is [T, H] or [B, S, H], of f32, f16, bf16 or f64 (converted to f32); the output has the input's format.
+Beside input.0, the input's file may hold input_ids.0 and router_state.0 (beside another name, input_ids and
+router_state): the tokens' ids, where experts are chosen by them, and what the router of the layer before hands on,
+where routers do. A state goes on from layer to layer with --all, and to the file of --output.")]
 pub(crate) struct Run {
     /// A model directory with config.json and safetensors
     pub(crate) checkpoint: Option<PathBuf>,
-    /// One of several language models in the directory, as `fmoe inspect` names them [default: the first stored]
+    /// One of several language models in the directory, as `fmoe inspect` names them, or the last word of a name, as in
+    /// `decoder` [default: the first stored]
     #[arg(long, value_name = "NAME", requires = "checkpoint")]
     pub(crate) part: Option<String>,
     /// The layer to run, by its number in the model [default: the first MoE layer]
     #[arg(long, value_name = "N", requires = "checkpoint")]
     pub(crate) layer: Option<usize>,
-    /// Run every MoE layer, each on the same input
+    /// Run every MoE layer, each on the same input; those that cannot run are named, and the exit code is 1
     #[arg(long, conflicts_with = "layer", requires = "checkpoint")]
     pub(crate) all: bool,
     /// The input, a tensor of a safetensors file; the name may be left out where there is only one
     #[arg(long, value_name = "FILE[:TENSOR]", conflicts_with = "tokens", requires = "checkpoint")]
     pub(crate) input: Option<String>,
+    /// The ids of the input's tokens, for layers that choose experts by them [default: tensor `input_ids` beside the input]
+    #[arg(long, value_name = "FILE[:TENSOR]", requires = "input")]
+    pub(crate) ids: Option<String>,
     /// Random input of so many tokens [default: 32]
     #[arg(long, value_name = "T")]
     pub(crate) tokens: Option<usize>,
@@ -85,11 +94,13 @@ pub(crate) struct Run {
 #[command(after_help = "\
 Examples:
   fmoe inspect ~/models/Qwen3-30B-A3B
-  fmoe inspect ~/models/Qwen3-30B-A3B --json | jq .layers[0]")]
+  fmoe inspect ~/models/Qwen3-30B-A3B --json | jq .kinds[0].routing
+
+Exit code: 0 where a layer runs, 1 where none does.")]
 pub(crate) struct Inspect {
     /// A model directory with config.json and safetensors
     pub(crate) checkpoint: PathBuf,
-    /// One of several language models in the directory [default: the first stored]
+    /// One of several language models in the directory, or the last word of its name [default: the first stored]
     #[arg(long, value_name = "NAME")]
     pub(crate) part: Option<String>,
     /// Print JSON
@@ -205,6 +216,17 @@ pub(crate) struct Devices {
     /// Time a first call on each device, with an empty kernel cache and with a warm one
     #[arg(long)]
     pub(crate) timing: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fmoe families
+  fmoe families --json")]
+pub(crate) struct Families {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -47,12 +47,20 @@ fn refused(option: &str, error: &DeviceError) -> anyhow::Error {
     }
 }
 
-/// The number of the adapter that has this number or, alone, this in its name.
+/// The number of the adapter that has this number or, alone, this in its name or its driver's.
 fn number(adapter: &str) -> Result<usize> {
+    if adapter.trim().is_empty() {
+        return Err(misused(
+            "--adapter: the name is empty",
+            "give a number or a part of a name; `fmoe devices` lists them",
+        ));
+    }
     let adapters = wgpu::adapters();
     let part = adapter.to_lowercase();
+    // Mesa's driver on the processor goes by either name
+    let part = if part == "lavapipe" { "llvmpipe".to_owned() } else { part };
     let named = |(number, numbers): (usize, &wgpu::DeviceNumbers)| {
-        numbers.name.to_lowercase().contains(&part).then_some(number)
+        [&numbers.name, &numbers.driver].iter().any(|name| name.to_lowercase().contains(&part)).then_some(number)
     };
     let found: Vec<_> = match adapter.parse() {
         Ok(number) => (number < adapters.len()).then_some(number).into_iter().collect(),
@@ -65,8 +73,9 @@ fn number(adapter: &str) -> Result<usize> {
         _ => {
             let several =
                 if found.is_empty() { "no adapter has this number or name" } else { "several have this name" };
-            let line =
-                |(i, numbers): (usize, &wgpu::DeviceNumbers)| format!("\n  {i}  {}, {}", numbers.name, numbers.api);
+            let line = |(i, numbers): (usize, &wgpu::DeviceNumbers)| {
+                format!("\n  {i}  {}, {}, {}", numbers.name, numbers.api, numbers.driver)
+            };
             let list: String = adapters.iter().enumerate().map(line).collect();
             Err(remedied(format!("--adapter {adapter}: {several}"), format!("give the number of one of these:{list}")))
         }

@@ -3,7 +3,7 @@
 use crate::args;
 use crate::output::{self, BAD, BOLD, GOOD, Table, bytes, plain};
 use anyhow::Result;
-use fused_moe::checkpoint::{LayerSummary, Summary};
+use fused_moe::checkpoint::{LayerKind, LayerSummary, Summary, layer_numbers};
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -15,34 +15,25 @@ pub(crate) fn inspect(arguments: &args::Inspect) -> Result<ExitCode> {
     } else {
         print(&summary)?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if summary.runs() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn print(summary: &Summary) -> Result<()> {
     let mut out = output::stdout();
-    let Summary { model_type, family, layer_count, layers, .. } = summary;
+    let Summary { model_type, family, layer_count, moe_layers, layers, .. } = summary;
     writeln!(out, "{BOLD}{}{BOLD:#}", summary.path.display())?;
     writeln!(out, "model      {model_type}, family {family}")?;
     if !summary.parts.is_empty() {
         writeln!(out, "parts      {}; --part chooses", summary.parts.join(", "))?;
     }
     writeln!(out, "files      {}, {} tensors", summary.files.len(), summary.tensors)?;
-    writeln!(out, "layers     {layer_count}, of them {} with experts", layers.len())?;
-    if let Some(sizes) = &summary.sizes {
-        let (hidden, intermediate) = (sizes.hidden, sizes.intermediate);
-        write!(out, "sizes      H {hidden}, I {intermediate}, E {}, K {}", sizes.experts, sizes.top_k)?;
-        for (letter, size) in [("S", sizes.shared_intermediate), ("L", sizes.latent)] {
-            if let Some(size) = size {
-                write!(out, ", {letter} {size}")?;
-            }
+    let numbers = layer_numbers(moe_layers);
+    writeln!(out, "layers     {layer_count}, of them {} with experts: {numbers}", moe_layers.len())?;
+    for kind in &summary.kinds {
+        if summary.kinds.len() > 1 {
+            writeln!(out, "{BOLD}layers {}{BOLD:#}", layer_numbers(&kind.layers))?;
         }
-        writeln!(out)?;
-    }
-    if let Some(routing) = &summary.routing {
-        writeln!(out, "routing    {routing}")?;
-    }
-    if let Some(activation) = &summary.activation {
-        writeln!(out, "activation {activation}")?;
+        describe(&mut out, kind)?;
     }
     if let Some(beside) = summary.beside {
         writeln!(out, "beside     {beside}")?;
@@ -72,6 +63,24 @@ fn print(summary: &Summary) -> Result<()> {
     }
     table.print(&mut out)?;
     out.flush()?;
+    Ok(())
+}
+
+fn describe(out: &mut impl Write, kind: &LayerKind) -> Result<()> {
+    let LayerKind { sizes, routing, router, activation, biases, shared, around, .. } = kind;
+    let (hidden, intermediate) = (sizes.hidden, sizes.intermediate);
+    write!(out, "sizes      H {hidden}, I {intermediate}, E {}, K {}", sizes.experts, sizes.top_k)?;
+    for (letter, size) in [("S", sizes.shared_intermediate), ("L", sizes.latent)] {
+        if let Some(size) = size {
+            write!(out, ", {letter} {size}")?;
+        }
+    }
+    writeln!(out, "\nrouting    {routing}\nactivation {activation}")?;
+    for (name, text) in [("router", router), ("biases", biases), ("shared", shared), ("around", around)] {
+        if let Some(text) = text {
+            writeln!(out, "{name:<11}{text}")?;
+        }
+    }
     Ok(())
 }
 

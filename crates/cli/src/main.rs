@@ -5,6 +5,7 @@ mod args;
 mod bench;
 mod check;
 mod devices;
+mod families;
 mod inspect;
 mod output;
 mod run;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::check(arguments),
         Command::Bench(arguments) => bench::bench(arguments),
         Command::Devices(arguments) => devices::devices(arguments),
+        Command::Families(arguments) => families::families(arguments),
     };
     result.unwrap_or_else(|error| output::fail(&error))
 }

@@ -1,7 +1,7 @@
 //! What all commands print with: errors with a remedy, tables, numbers, progress.
 
 use anstyle::{AnsiColor, Style};
-use fused_moe::checkpoint::Checkpoint;
+use fused_moe::checkpoint::{Checkpoint, TensorProblem};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write};
@@ -56,9 +56,17 @@ pub(crate) fn checkpoint_error(error: fused_moe::checkpoint::Error) -> anyhow::E
             _ => "check that it is a regular file or a directory, on a file system that can map files into memory",
         },
         Error::NoSuchPart { .. } => "name one of them with --part",
-        Error::UnknownModel { .. } => "only these families can be read; check `model_type` in config.json",
-        Error::ConfigMissing { .. } | Error::ConfigValue { .. } | Error::Config { .. } => {
-            "config.json is not that of the model; download it again"
+        Error::UnknownModel { .. } => "check `model_type` in config.json; `fmoe families` lists those that can be read",
+        Error::ConfigUnsupported { .. } => {
+            "fmoe has no layer for this; if config.json is as its makers published it, report it with that file"
+        }
+        Error::ConfigMissing { .. }
+        | Error::ConfigValue { .. }
+        | Error::ConfigContradiction { .. }
+        | Error::Config { .. } => "correct config.json, or take the model's own again",
+        Error::DenseWithExperts { .. } => "the files and config.json are not of one model, or config.json was changed",
+        Error::Tensors { problems, .. } if problems.iter().all(is_format) => {
+            "convert the model with save_pretrained to F32, F16 or BF16"
         }
         Error::NoSuchLayer { .. } | Error::DenseLayer { .. } => "`fmoe inspect` lists the layers",
         Error::Tensors { .. } | Error::Layer { .. } => {
@@ -72,6 +80,10 @@ pub(crate) fn checkpoint_error(error: fused_moe::checkpoint::Error) -> anyhow::E
         }
     };
     remedied(message, elsewhere)
+}
+
+fn is_format(problem: &TensorProblem) -> bool {
+    matches!(problem, TensorProblem::Format { .. } | TensorProblem::TableFormat { .. })
 }
 
 impl fmt::Display for Remedied {

@@ -1,30 +1,26 @@
 //! `fmoe run`: layers of a checkpoint on an input.
 
+mod call;
+
 use crate::args;
-use crate::bench::weights::Numbers;
 use crate::devices;
 use crate::output::{
     self, BAD, BOLD, DIM, GOOD, bytes, checkpoint_error, duration, histogram, progress, remedied, rounded,
 };
 use crate::tensors::{self, Tensor, floats};
 use anyhow::Result;
-use fused_moe::backend::{shorten, shorten_mut};
 use fused_moe::checkpoint::{Checkpoint, CheckpointLayer, write_safetensors};
-use fused_moe::operation::Forward;
-use fused_moe::weights::{ExpertMatrices, Matrix};
-use fused_moe::{Backend, DType, Device, HostView, Layer, Options, Statistics, Status, Stream, View, Visitor};
+use fused_moe::{DType, Device, HostView, Statistics};
 use fused_moe_conformance::tolerance;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 use tempfile::TempDir;
+
+use call::{Once, Ran};
 
 /// Tokens of a random input where the command line does not say.
 const TOKENS: usize = 32;
-/// Timed runs, after one that warms up; fewer where they take long.
-const RUNS: usize = 5;
-const ENOUGH: Duration = Duration::from_secs(2);
 
 /// A small layer that comes with the program: config.json, model.safetensors, golden.safetensors.
 const CONFIG: &[u8] = include_bytes!("../../fused-moe/tests/goldens/qwen3_moe/config.json");
@@ -45,14 +41,22 @@ pub(crate) fn run(arguments: &args::Run) -> Result<ExitCode> {
             if let Some(output) = &arguments.output {
                 unlike_inputs(output, arguments, &checkpoint)?;
             }
-            let layers = chosen_layers(arguments, &checkpoint)?;
-            let [first, ..] = layers.as_slice() else { return Err(no_layer(&checkpoint)) };
+            let Chosen { layers, unable } = chosen_layers(arguments, &checkpoint)?;
+            for (index, problem) in &unable {
+                output::warn(format_args!("layer {index} cannot run: {problem}"));
+            }
+            let [first, ..] = layers.as_slice() else {
+                return if unable.is_empty() { Err(no_layer(&checkpoint)) } else { Ok(ExitCode::FAILURE) };
+            };
             let input = match &arguments.input {
                 Some(name) => Tensor::read(name)?,
                 None => random(arguments, first)?,
             };
             let expected = arguments.expect.as_deref().map(Tensor::read).transpose()?;
-            Run { arguments, device, layers, input, expected }.run()
+            let ids = token_ids(arguments, &layers, &input)?;
+            let state = router_state(arguments, first, &input)?;
+            let passed = Run { arguments, device, layers, input, expected, ids, state }.run()?;
+            Ok(if passed && unable.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         None => {
             let device = devices::chosen(&arguments.on)?;
@@ -65,7 +69,8 @@ pub(crate) fn run(arguments: &args::Run) -> Result<ExitCode> {
                 None => (golden("input.0")?, Some(golden("output_f64.0")?)),
             };
             writeln!(output::stdout(), "a small qwen3_moe layer that comes with fmoe")?;
-            Run { arguments, device, layers: vec![layer], input, expected }.run()
+            let run = Run { arguments, device, layers: vec![layer], input, expected, ids: None, state: None };
+            Ok(if run.run()? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
     }
 }
@@ -86,17 +91,85 @@ fn built_in() -> Result<TempDir> {
     Ok(folder)
 }
 
-fn chosen_layers<'a>(arguments: &args::Run, checkpoint: &'a Checkpoint) -> Result<Vec<CheckpointLayer<'a>>> {
-    let indices = match (arguments.all, arguments.layer) {
-        (true, _) => checkpoint.layers().to_vec(),
-        (false, Some(layer)) => vec![layer],
+/// The layers to run.
+struct Chosen<'a> {
+    layers: Vec<CheckpointLayer<'a>>,
+    /// Of all of a model, the numbers of those that cannot run, and why.
+    unable: Vec<(usize, String)>,
+}
+
+fn chosen_layers<'a>(arguments: &args::Run, checkpoint: &'a Checkpoint) -> Result<Chosen<'a>> {
+    let load = |index| checkpoint.layer(index).map_err(checkpoint_error);
+    if !arguments.all {
         // where the files hold none, the first says what is missing
-        (false, None) => checkpoint.first_stored_layer().or(checkpoint.layers().first().copied()).into_iter().collect(),
+        let first = || checkpoint.first_stored_layer().or(checkpoint.layers().first().copied());
+        let chosen = arguments.layer.or_else(first).map(load).transpose()?;
+        return Ok(Chosen { layers: chosen.into_iter().collect(), unable: Vec::new() });
+    }
+    let (mut layers, mut unable) = (Vec::new(), Vec::new());
+    for layer in checkpoint.inspect().layers {
+        match layer.problem {
+            Some(problem) => unable.push((layer.index, problem)),
+            None => layers.push(load(layer.index)?),
+        }
+    }
+    Ok(Chosen { layers, unable })
+}
+
+/// The ids of the input's tokens, where a layer chooses experts by them: those that are named, else those beside the input.
+fn token_ids(arguments: &args::Run, layers: &[CheckpointLayer<'_>], input: &Tensor) -> Result<Option<Vec<u32>>> {
+    let tables = layers.iter().filter_map(|layer| Some((layer.index, layer.weights.table.as_ref()?.vocabulary)));
+    let Some((layer, vocabulary)) = tables.min_by_key(|(_, vocabulary)| *vocabulary) else {
+        return match &arguments.ids {
+            Some(ids) => {
+                let message = format!("--ids {ids}: no layer of this run chooses experts by token id");
+                Err(remedied(message, "leave --ids out"))
+            }
+            None => Ok(None),
+        };
     };
-    indices.into_iter().map(|index| checkpoint.layer(index).map_err(checkpoint_error)).collect()
+    let Some(source) = &arguments.input else { return Ok(None) };
+    let beside = || tensors::companion(source, "input_ids");
+    let Some(ids) = arguments.ids.clone().map_or_else(beside, |ids| Ok(Some(ids)))? else {
+        let message = format!("layer {layer}: chooses experts by token id, and {} has none", input.origin);
+        return Err(remedied(
+            message,
+            "add them to its file as tensor `input_ids`, or name one with --ids FILE[:TENSOR]",
+        ));
+    };
+    tensors::ids(&ids, input.shape.rows(), vocabulary).map(Some)
+}
+
+/// Whether a router takes up the state of the one before: the first does not.
+fn takes_state(layer: &CheckpointLayer<'_>) -> bool {
+    layer.weights.router_mlp.is_some_and(|mlp| mlp.state_scale.is_some())
+}
+
+/// What the router before the first layer hands on, if it is beside the input.
+fn router_state(arguments: &args::Run, first: &CheckpointLayer<'_>, input: &Tensor) -> Result<Option<Vec<f32>>> {
+    let (Some(source), Some(mlp)) = (&arguments.input, first.config.router_mlp) else { return Ok(None) };
+    if !takes_state(first) {
+        return Ok(None);
+    }
+    let Some(name) = tensors::companion(source, "router_state")? else { return Ok(None) };
+    let state = Tensor::read(&name)?;
+    let (found, needed) = ([state.shape.rows(), state.shape.cols()], [input.shape.rows(), mlp.width]);
+    if found != needed {
+        return Err(remedied(
+            format!("{}: shape {}, layer {} takes {needed:?}", state.origin, state.shape, first.index),
+            "it is what the router of the layer before hands on, a row for each token",
+        ));
+    }
+    Ok(Some(state.values().map(|x| x as f32).collect()))
 }
 
 fn no_layer(checkpoint: &Checkpoint) -> anyhow::Error {
+    // a model that is dense by config.json and has experts says so
+    if let Some(layer) = checkpoint.inspect().layers.first()
+        && let Err(error) = checkpoint.layer(layer.index)
+    {
+        return checkpoint_error(error);
+    }
     let message = format!("{}: the model has no layer with experts", checkpoint.path().display());
     remedied(message, "its config.json describes dense layers only; give an MoE model")
 }
@@ -115,9 +188,16 @@ fn writable(path: &Path) -> Result<()> {
         return Err(remedied(message, "give --output the name of a file, new or to be replaced"));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match folder.metadata() {
-        Ok(data) if data.is_dir() => Ok(()),
-        _ => Err(remedied(format!("{}: {} is no directory", path.display(), folder.display()), "make it first")),
+    if !folder.metadata().is_ok_and(|data| data.is_dir()) {
+        return Err(remedied(format!("{}: {} is no directory", path.display(), folder.display()), "make it first"));
+    }
+    // the file is written beside its name and takes its place
+    match tempfile::tempfile_in(folder) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(remedied(
+            format!("{}: cannot write into {}: {error}", path.display(), folder.display()),
+            "check the permissions of the directory, or name another",
+        )),
     }
 }
 
@@ -148,31 +228,43 @@ struct Run<'a> {
     layers: Vec<CheckpointLayer<'a>>,
     input: Tensor,
     expected: Option<Tensor>,
+    ids: Option<Vec<u32>>,
+    /// What the router before the first layer hands on.
+    state: Option<Vec<f32>>,
 }
 
 impl Run<'_> {
-    fn run(&self) -> Result<ExitCode> {
+    /// Whether every output is what is expected of it.
+    fn run(&self) -> Result<bool> {
         self.check()?;
         self.warn_about_input();
         let mut outputs = Vec::new();
         let mut passed = true;
+        let mut state = self.state.clone();
         let bar = progress(self.layers.len() as u64, "layers");
         for layer in &self.layers {
             let outputs_kept = if self.arguments.output.is_some() { self.layers.len() } else { 1 };
             let seed = self.arguments.seed;
-            let once = Once { layer, input: &self.input, seed, outputs_kept, largest: self.largest_buffer() };
+            if state.is_none() && takes_state(layer) {
+                let missing = "its router takes up the state of the layer before, and nothing beside the input has it";
+                output::warn(format_args!("layer {}: {missing} (tensor router_state)", layer.index));
+            }
+            let (ids, handed) = (self.ids.as_deref(), state.as_deref().filter(|_| takes_state(layer)));
+            let largest = self.largest_buffer();
+            let once = Once { layer, input: &self.input, ids, state: handed, seed, outputs_kept, largest };
             let ran = self.device.visit(once)?;
             bar.inc(1);
             passed &= bar.suspend(|| self.show(layer, &ran))?;
+            state = ran.state.clone();
             if self.arguments.output.is_some() {
-                outputs.push((layer.index, ran.y));
+                outputs.push((layer.index, ran));
             }
         }
         bar.finish_and_clear();
         if let Some(path) = &self.arguments.output {
             self.write(path, &outputs)?;
         }
-        Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(passed)
     }
 
     /// Bytes that a tensor on the device may have.
@@ -214,10 +306,6 @@ impl Run<'_> {
     /// The widths of the input and of what is expected.
     fn check(&self) -> Result<()> {
         for layer in &self.layers {
-            if layer.weights.table.is_some() && self.arguments.input.is_some() {
-                let message = format!("layer {}: chooses experts by token id, and --input has none", layer.index);
-                return Err(remedied(message, "leave --input out for random tokens, or choose another layer"));
-            }
             let hidden = layer.config.hidden;
             if self.input.shape.cols() != hidden {
                 return Err(remedied(
@@ -278,6 +366,9 @@ impl Run<'_> {
             rounded(imbalance),
             counts.len()
         )?;
+        if let Some(elsewhere) = elsewhere(ran) {
+            writeln!(out, "         {elsewhere}")?;
+        }
         let bars = histogram(counts);
         if !bars.is_empty() {
             writeln!(out, "         {bars}")?;
@@ -300,12 +391,13 @@ impl Run<'_> {
         let mut out = output::stdout();
         writeln!(
             out,
-            "layer {:>3}  {:>9}  {:>6} GB/s  imbalance {:>5}  {dead} of {} experts unused  {DIM}{}{DIM:#}",
+            "layer {:>3}  {:>9}  {:>6} GB/s  imbalance {:>5}  {dead} of {} experts unused{}  {DIM}{}{DIM:#}",
             layer.index,
             duration(ran.median),
             rounded(ran.bandwidth()),
             rounded(imbalance),
             ran.counts.len(),
+            elsewhere(ran).map(|text| format!("; {text}")).unwrap_or_default(),
             histogram(&ran.counts)
         )?;
         out.flush()?;
@@ -333,12 +425,16 @@ impl Run<'_> {
         Ok(matches)
     }
 
-    fn write(&self, path: &Path, outputs: &[(usize, Vec<u8>)]) -> Result<()> {
-        let named = outputs.iter().map(|(index, y)| {
-            let name = if self.arguments.all { format!("output.{index}") } else { "output".to_owned() };
-            Ok((name, HostView::new(y, self.input.dtype, 0, self.input.shape)?))
-        });
-        let named = named.collect::<Result<Vec<_>>>()?;
+    fn write(&self, path: &Path, outputs: &[(usize, Ran)]) -> Result<()> {
+        let mut named = Vec::new();
+        for (index, ran) in outputs {
+            let name = |stem: &str| if self.arguments.all { format!("{stem}.{index}") } else { stem.to_owned() };
+            named.push((name("output"), HostView::new(&ran.y, self.input.dtype, 0, self.input.shape)?));
+            let tokens = self.input.shape.rows();
+            if let Some(state) = ran.state.as_ref().filter(|_| tokens > 0) {
+                named.push((name("router_state"), HostView::of(state, [tokens, state.len() / tokens])?));
+            }
+        }
         let tensors = named.iter().map(|(name, view)| (name.as_str(), *view));
         write_safetensors(path, tensors).map_err(|error| {
             remedied(error.to_string(), "check the free space and the permissions of its directory")
@@ -346,6 +442,14 @@ impl Run<'_> {
         writeln!(output::stdout(), "written  {}", path.display())?;
         Ok(())
     }
+}
+
+/// The slots that no expert's matrices carried out.
+fn elsewhere(ran: &Ran) -> Option<String> {
+    let dropped = (ran.dropped > 0).then(|| format!("{} slots dropped, their expert being full", ran.dropped));
+    let weightless = (ran.weightless > 0).then(|| format!("{} slots of experts without weights", ran.weightless));
+    let parts: Vec<String> = dropped.into_iter().chain(weightless).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
 }
 
 /// The largest difference over the largest expected magnitude; infinite where one of two is not a number.
@@ -361,134 +465,6 @@ pub(crate) fn relative_error<I: Iterator<Item = f64>>(
         false => (a - e).abs() / unit,
     };
     actual.zip(expected()).map(error).fold(0.0, f64::max)
-}
-
-/// What a layer did.
-struct Ran {
-    y: Vec<u8>,
-    /// Slots of each expert.
-    counts: Vec<u32>,
-    status: Status,
-    median: Duration,
-    runs: usize,
-    /// Bytes of the weights that were needed.
-    bytes: u64,
-    device: String,
-}
-
-impl Ran {
-    /// In 10^9 bytes a second.
-    fn bandwidth(&self) -> f64 {
-        self.bytes as f64 / self.median.as_secs_f64().max(1e-9) / 1e9
-    }
-}
-
-/// Runs a layer a few times on one input.
-struct Once<'a> {
-    layer: &'a CheckpointLayer<'a>,
-    input: &'a Tensor,
-    /// Of the token ids, where experts are chosen by them.
-    seed: u64,
-    /// How many outputs are on the host in the end.
-    outputs_kept: usize,
-    /// Bytes that x and y may have each.
-    largest: u64,
-}
-
-impl Visitor for Once<'_> {
-    type Output = Result<Ran>;
-
-    fn visit<B: Backend>(self, backend: &B) -> Result<Ran> {
-        let layer = self.layer.prepare(backend, &Options::default())?;
-        let (dtype, shape, experts) = (self.input.dtype, self.input.shape, layer.config().experts);
-        if backend.name() == "cpu" {
-            // x and y of the backend
-            let workspace = |tokens| layer.workspace_bytes(tokens).ok();
-            self.input.check_memory(self.outputs_kept + 2, self.largest, workspace)?;
-        } else {
-            self.input.check_memory(self.outputs_kept, self.largest, |_| Some(0))?;
-        }
-        let stream = backend.stream()?;
-        let mut workspace = layer.workspace(shape.rows())?;
-        let mut x = backend.allocate(self.input.bytes().len())?;
-        backend.upload(self.input.bytes(), &mut x)?;
-        let mut y = backend.allocate(self.input.bytes().len())?;
-        let ids = match &self.layer.weights.table {
-            Some(table) => {
-                let mut ids = Numbers::new(DType::F32, shape.rows(), 1.0, self.seed).into_words();
-                // the numbers are f32, whose low bits are mostly 0
-                let mixed = |bits: u32| u64::from(bits).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-                ids.iter_mut().for_each(|id| *id = (mixed(*id) % table.vocabulary.max(1) as u64) as u32);
-                let mut memory = backend.allocate(ids.len() * size_of::<u32>())?;
-                backend.upload(bytemuck::cast_slice(&ids), &mut memory)?;
-                Some(memory)
-            }
-            None => None,
-        };
-        let ends = match shape.dims() {
-            &[sequences, tokens, _] if self.layer.by_sequence => {
-                let ends: Vec<u32> = (0..=sequences).map(|n| (n * tokens) as u32).collect();
-                let mut memory = backend.allocate(size_of_val(&ends[..]))?;
-                backend.upload(bytemuck::cast_slice(&ends), &mut memory)?;
-                Some((memory, ends.len())).filter(|_| sequences > 0)
-            }
-            _ => None,
-        };
-        let mut counts = backend.allocate(experts * size_of::<u32>())?;
-        let mut status = Status::OK;
-        let mut times = Vec::new();
-        let begin = Instant::now();
-        for run in 0..=RUNS {
-            if run > 1 && begin.elapsed() > ENOUGH {
-                break;
-            }
-            let mut call = Forward::<B>::new(
-                shorten::<B>(View::new(B::read(&x), dtype, 0, shape)?),
-                shorten_mut::<B>(View::new(B::write(&mut y), dtype, 0, shape)?),
-            );
-            if let Some(ids) = &ids {
-                call.token_ids = Some(shorten::<B>(View::new(B::read(ids), DType::U32, 0, [shape.rows()])?));
-            }
-            if let Some((ends, count)) = &ends {
-                call.sequences = Some(shorten::<B>(View::new(B::read(ends), DType::U32, 0, [*count])?));
-            }
-            call.counts = Some(shorten_mut::<B>(View::new(B::write(&mut counts), DType::U32, 0, [experts])?));
-            let start = Instant::now();
-            layer.run(&stream, call, &mut workspace)?;
-            status |= stream.status()?;
-            if run > 0 {
-                times.push(start.elapsed());
-            }
-        }
-        times.sort_unstable();
-        let mut ran = Ran {
-            y: vec![0; self.input.bytes().len()],
-            counts: vec![0; experts],
-            status,
-            median: times.get(times.len() / 2).copied().unwrap_or_default(),
-            runs: times.len(),
-            bytes: 0,
-            device: format!("{}: {}", backend.name(), backend.describe()),
-        };
-        backend.download(&stream, &y, &mut ran.y)?;
-        backend.download(&stream, &counts, bytemuck::cast_slice_mut(&mut ran.counts))?;
-        ran.bytes = weight_bytes(self.layer, &ran.counts);
-        Ok(ran)
-    }
-}
-
-/// Bytes of the router, the shared expert, and the experts that have tokens.
-fn weight_bytes(layer: &CheckpointLayer<'_>, counts: &[u32]) -> u64 {
-    let matrix = |matrix: &Matrix<'_>| (matrix.rows() * matrix.cols() * matrix.dtype().size()) as u64;
-    let expert = |expert: &ExpertMatrices<'_>| {
-        let optional = [&expert.gate, &expert.gate_bias, &expert.up_bias, &expert.down_bias];
-        optional.into_iter().flatten().chain([&expert.up, &expert.down]).map(matrix).sum::<u64>()
-    };
-    let weights = &layer.weights;
-    let router = weights.router.map_or(0, |router| router.extent() as u64);
-    let shared = weights.shared.as_ref().map_or(0, |shared| expert(&shared.matrices));
-    let used = weights.experts.iter().zip(counts).filter(|(_, count)| **count > 0);
-    router + shared + used.map(|(matrices, _)| expert(matrices)).sum::<u64>()
 }
 
 #[cfg(test)]

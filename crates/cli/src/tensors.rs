@@ -6,6 +6,7 @@ use crate::output::{bytes, remedied};
 use anyhow::Result;
 use fused_moe::{DType, Shape};
 use half::{bf16, f16};
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::cell::OnceCell;
 use std::fs;
@@ -94,37 +95,13 @@ impl Tensor {
     /// The tensor that `FILE` or `FILE:TENSOR` names.
     pub(crate) fn read(name: &str) -> Result<Self> {
         let (path, tensor) = split(name);
-        let data = fs::read(&path).map_err(|error| {
-            let message = format!("{}: cannot read the file: {error}", path.display());
-            remedied(message, "give an existing safetensors file, and the tensor after a colon")
-        })?;
+        let data = read(&path)?;
         Self::parse(&path, &data, tensor)
     }
 
     /// A tensor of a file in memory; its only one where no name is given.
     pub(crate) fn parse(path: &Path, data: &[u8], name: Option<&str>) -> Result<Self> {
-        let file = SafeTensors::deserialize(data).map_err(|error| {
-            let message = format!("{}: not a whole safetensors file: {error}", path.display());
-            remedied(message, "the header and the length of the data must agree; write the file again")
-        })?;
-        let mut names = file.names();
-        names.sort_unstable();
-        let name = match (name, names.as_slice()) {
-            (Some(name), _) => name,
-            (None, [one]) => one,
-            (None, []) => return Err(remedied(format!("{}: holds no tensor", path.display()), "write one to it")),
-            (None, _) => {
-                let message = format!("{}: holds {} tensors, and none is named", path.display(), names.len());
-                return Err(remedied(
-                    message,
-                    format!("add one of them, as in {}:{}\n{}", path.display(), names[0], list(&names)),
-                ));
-            }
-        };
-        let Ok(tensor) = file.tensor(name) else {
-            let message = format!("{}: holds no tensor {name:?}", path.display());
-            return Err(remedied(message, format!("it holds\n{}", list(&names))));
-        };
+        let (name, tensor) = find(path, data, name)?;
         let origin = format!("tensor {name} of {}", path.display());
         let (dtype, words) = match tensor.dtype() {
             Dtype::F32 => (DType::F32, words(tensor.data())),
@@ -165,6 +142,85 @@ impl Tensor {
     /// Its elements in f64.
     pub(crate) fn values(&self) -> impl Iterator<Item = f64> {
         floats(self.dtype, self.bytes())
+    }
+}
+
+/// The tensor of the same file that goes with an input, if there is one: beside `input.0` that is STEM`.0`, else STEM.
+pub(crate) fn companion(input: &str, stem: &str) -> Result<Option<String>> {
+    let (path, name) = split(input);
+    let data = fs::read(&path)?;
+    let Ok(file) = SafeTensors::deserialize(&data) else { return Ok(None) };
+    let numbered = name.and_then(|name| name.strip_prefix("input").or(name.strip_prefix("output")));
+    let names = [format!("{stem}{}", numbered.unwrap_or_default()), stem.to_owned()];
+    let found = names.into_iter().find(|name| file.tensor(name).is_ok());
+    Ok(found.map(|name| format!("{}:{name}", path.display())))
+}
+
+/// The token ids that `FILE` or `FILE:TENSOR` names: integers below `vocabulary`, one for each token.
+pub(crate) fn ids(name: &str, tokens: usize, vocabulary: usize) -> Result<Vec<u32>> {
+    let (path, tensor) = split(name);
+    let data = read(&path)?;
+    let (tensor, found) = find(&path, &data, tensor)?;
+    let origin = format!("tensor {tensor} of {}", path.display());
+    let ids: Vec<i64> = match found.dtype() {
+        Dtype::I64 => found.data().as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect(),
+        Dtype::I32 => found.data().as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect(),
+        Dtype::U32 => found.data().as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes).into()).collect(),
+        other => {
+            let message = format!("{origin} is {other:?}, expected token ids in I64, I32 or U32");
+            return Err(remedied(message, "name another tensor, or convert this one"));
+        }
+    };
+    if ids.len() != tokens {
+        let message = format!("{origin} has {} token ids, the input has {tokens} tokens", ids.len());
+        return Err(remedied(message, "give one for each token"));
+    }
+    let valid = |id: i64| u32::try_from(id).ok().filter(|&id| (id as usize) < vocabulary);
+    ids.iter()
+        .map(|&id| {
+            valid(id).ok_or_else(|| {
+                let message =
+                    format!("{origin} has token id {id}, the layer's table has 0 to {}", vocabulary.saturating_sub(1));
+                remedied(message, "they must be ids of this model's own tokenizer")
+            })
+        })
+        .collect()
+}
+
+/// A file's bytes.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|error| {
+        let message = format!("{}: cannot read the file: {error}", path.display());
+        remedied(message, "give an existing safetensors file, and the tensor after a colon")
+    })
+}
+
+/// A tensor of a file in memory, with its name; its only one where no name is given.
+fn find<'a>(path: &Path, data: &'a [u8], name: Option<&str>) -> Result<(String, TensorView<'a>)> {
+    let file = SafeTensors::deserialize(data).map_err(|error| {
+        let message = format!("{}: not a whole safetensors file: {error}", path.display());
+        remedied(message, "the header and the length of the data must agree; write the file again")
+    })?;
+    let mut names = file.names();
+    names.sort_unstable();
+    let name = match (name, names.as_slice()) {
+        (Some(name), _) => name,
+        (None, [one]) => one,
+        (None, []) => return Err(remedied(format!("{}: holds no tensor", path.display()), "write one to it")),
+        (None, _) => {
+            let message = format!("{}: holds {} tensors, and none is named", path.display(), names.len());
+            return Err(remedied(
+                message,
+                format!("add one of them, as in {}:{}\n{}", path.display(), names[0], list(&names)),
+            ));
+        }
+    };
+    match file.tensor(name) {
+        Ok(tensor) => Ok((name.to_owned(), tensor)),
+        Err(_) => {
+            let message = format!("{}: holds no tensor {name:?}", path.display());
+            Err(remedied(message, format!("it holds\n{}", list(&names))))
+        }
     }
 }
 

@@ -7,7 +7,6 @@ use crate::plan::RowsPlan;
 use crate::route::descending;
 use crate::rows::{Floats, Part, share_rows};
 use fused_moe_core::backend::{reborrow, share};
-use fused_moe_core::config::CapacityLimit;
 use fused_moe_core::operation::DropOverflow;
 use fused_moe_core::problem::DropOverflowProblem;
 use fused_moe_core::{NO_EXPERT, Permutation};
@@ -99,11 +98,7 @@ impl Overflow<'_> {
     /// Drops what an expert does not take of its slots in a sequence of so many tokens.
     fn limit(&self, slots: &[u32], length: usize) {
         let DropOverflowProblem { top_k, experts, capacity, .. } = self.problem;
-        let limit = match capacity.limit {
-            CapacityLimit::Slots(slots) => slots,
-            CapacityLimit::Fraction(fraction) => (fraction * length as f32).ceil() as usize,
-            CapacityLimit::EvenShare { factor } => factor.saturating_mul(length.div_ceil(experts)),
-        };
+        let limit = capacity.limit.slots(length, experts);
         if slots.len() <= limit {
             return;
         }

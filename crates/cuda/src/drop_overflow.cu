@@ -30,8 +30,8 @@ __device__ __forceinline__ Sequence sequence_of(const DropOverflowParams& p, u64
 __device__ __forceinline__ u64 limit_of(const DropOverflowParams& p, u64 tokens) {
     if (p.limit_kind == LIMIT_SLOTS) return p.limit;
     if (p.limit_kind == LIMIT_EVEN_SHARE) return p.limit * ((tokens + p.experts_total - 1) / p.experts_total);
-    const f32 most = ceilf(p.fraction * (f32)tokens);
-    return most < 4294967296.0f ? (u64)most : NO_ROW;
+    const f64 most = ceil(p.fraction * (f64)tokens);
+    return most < 4294967296.0 ? (u64)most : NO_ROW;
 }
 
 // The first row of begin .. end whose slot is not before `slot`.

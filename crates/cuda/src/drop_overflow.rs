@@ -8,7 +8,7 @@ params! {
     DropOverflowParams {
         row_slot: Tensor, slot_row: Tensor, offsets: Tensor, importance: Tensor, sequences: Tensor,
         experts: Tensor, weights: Tensor, tokens: u64, slots: u64,
-        top_k: u32, experts_total: u32, sequence_count: u32, limit_kind: u32, limit: u32, fraction: f32,
+        top_k: u32, experts_total: u32, sequence_count: u32, limit_kind: u32, limit: u32, fraction: f64,
         by_score: u32, renormalize: u32, least_sum: f32,
     }
 }

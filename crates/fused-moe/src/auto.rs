@@ -145,7 +145,16 @@ impl Device {
     pub fn cuda(ordinal: usize) -> Result<Self, DeviceError> {
         fused_moe_cuda::Cuda::new(ordinal)
             .and_then(|cuda| fused_moe_cuda::compiler().map(|_| Self::Cuda(cuda)))
-            .map_err(|error| DeviceError::Unavailable { name: "cuda", reason: error.to_string() })
+            .map_err(|error| {
+                let reason = match error {
+                    // the loader's words mean nothing to somebody who has no such GPU
+                    fused_moe_cuda::Error::NoDriver { tried, reason } if reason.contains("No such file") => {
+                        format!("no NVIDIA driver here (looked for {tried})")
+                    }
+                    other => other.to_string(),
+                };
+                DeviceError::Unavailable { name: "cuda", reason }
+            })
     }
 
     /// The adapter of this number, GPUs before processors that play one: a GPU through Vulkan, Metal or DX12.

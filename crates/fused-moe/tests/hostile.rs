@@ -332,11 +332,10 @@ fn model_types() {
     let Error::UnknownModel { nearest, .. } = &error else { panic!("{error}") };
     assert_eq!(nearest[0], "qwen3_moe");
     assert!(error.to_string().contains("perhaps qwen3_moe or"), "{error}");
-    assert!(error.to_string().contains("qwen3_mo") && error.to_string().contains("olmoe"), "{error}");
+    assert!(error.to_string().contains("qwen3_mo") && !error.to_string().contains("olmoe"), "{error}");
     for name in ["whisper", "bert", "", "5"] {
         let error = open(&with_field("model_type", json!(name))).to_string();
-        assert!(error.contains("is not known; known: mixtral, "), "{error}");
-        assert_eq!(error.matches("mixtral").count(), 1, "{error}");
+        assert!(error.ends_with("is not known"), "{error}");
     }
     assert!(matches!(open(&with_field("model_type", json!(null))), Error::ConfigMissing { .. }));
     for value in [json!(3), json!({})] {
@@ -388,7 +387,7 @@ fn config_numbers() {
         assert!(error.to_string().contains("config.json"), "{error}");
     }
     let error = layer(&with_field("num_experts_per_tok", json!(3)), 0).to_string();
-    assert!(error.contains("K = 3, E = 2"), "{error}");
+    assert!(error.contains("num_experts_per_tok = 3, num_experts = 2: a token cannot go"), "{error}");
     for value in [json!(u64::MAX), json!(70_000), json!(-3), json!("1"), json!([])] {
         open(&with_field("num_hidden_layers", value));
     }

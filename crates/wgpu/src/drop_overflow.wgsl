@@ -38,10 +38,37 @@ fn sequence_of(token: u32) -> Sequence {
     return sequence;
 }
 
+// a * b + c: the low word and the high one.
+fn multiply_add(a: u32, b: u32, c: u32) -> vec2<u32> {
+    let low = (a & 0xffffu) * (b & 0xffffu);
+    let middle = (a >> 16u) * (b & 0xffffu) + (low >> 16u);
+    let other = (a & 0xffffu) * (b >> 16u) + (middle & 0xffffu);
+    let product = (other << 16u) | (low & 0xffffu);
+    let sum = product + c;
+    return vec2(sum, (a >> 16u) * (b >> 16u) + (middle >> 16u) + (other >> 16u) + select(0u, 1u, sum < product));
+}
+
+// ceil(fraction * length), the product rounded to f64.
+fn part_of(length: u32) -> u32 {
+    let a = multiply_add(p.fraction3, length, 0u);
+    let b = multiply_add(p.fraction2, length, a.y);
+    let c = multiply_add(p.fraction1, length, b.y);
+    let whole = multiply_add(p.fraction0, length, c.y);
+    if (whole.y != 0u) { return 0xffffffffu; }
+    // a product less than half a unit in the last place above a whole number is rounded to it: 2^(bit - 53)
+    var above = (a.x | b.x | c.x) != 0u;
+    if (whole.x != 0u) {
+        let bit = firstLeadingBit(whole.x) + 11u;
+        let middle = select(0u, 1u << (bit & 31u), bit < 32u);
+        let high = select(1u << (bit & 31u), 0u, bit < 32u);
+        above = c.x > high || (c.x == high && (b.x > middle || (b.x == middle && a.x != 0u)));
+    }
+    return whole.x + select(0u, 1u, above && whole.x != 0xffffffffu);
+}
+
 fn limit_of(length: u32) -> u32 {
     switch (p.limit_by) {
-        // the largest f32 below 2^32
-        case LIMIT_FRACTION: { return u32(min(ceil(p.fraction * f32(length)), 4294967040.0)); }
+        case LIMIT_FRACTION: { return part_of(length); }
         case LIMIT_EVEN_SHARE: {
             let share = (length + p.experts_total - 1u) / p.experts_total;
             return select(0xffffffffu, p.limit * share, share == 0u || p.limit <= 0xffffffffu / share);

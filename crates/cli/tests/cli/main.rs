@@ -4,9 +4,12 @@
 
 mod cuda;
 mod errors;
+mod layers;
 mod support;
 mod wgpu;
 
+use fused_moe::HostView;
+use fused_moe::checkpoint::write_safetensors;
 use support::{Model, fmoe, golden, input};
 
 #[test]
@@ -35,8 +38,12 @@ fn experts_by_token_id() {
     let model = golden("../deepseek_v4_hash");
     let ran = fmoe(["run", &model, "--tokens", "200"]).succeeds();
     assert!(ran.stdout.contains("600 slots") && ran.stdout.contains("0 of 8 experts unused"), "{ran}");
-    let input = golden("../deepseek_v4_hash/golden.safetensors:input.0");
-    fmoe(["run", &model, "--input", &input]).errs(["layer 0: chooses experts by token id, and --input has none"]);
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("x.safetensors");
+    let view = HostView::of(&[0.5f32; 96][..], [2, 48]).unwrap();
+    write_safetensors(&input, [("x", view)]).unwrap();
+    fmoe(["run", &model, "--input", input.to_str().unwrap()])
+        .errs(["layer 0: chooses experts by token id, and tensor x of ", "--ids FILE[:TENSOR]"]);
 }
 
 #[test]
@@ -135,7 +142,7 @@ fn inspect_in_words_and_json() {
     }
     let ran = fmoe(["inspect", model.name(), "--json"]).succeeds();
     let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
-    assert_eq!(json["sizes"]["experts"], 4);
+    assert_eq!(json["kinds"][0]["sizes"]["experts"], 4);
     assert_eq!(json["layers"].as_array().unwrap().len(), 2);
 }
 
@@ -241,7 +248,7 @@ fn bench_from_logits() {
 
 #[test]
 fn help_has_examples() {
-    for command in ["run", "inspect", "check", "bench", "devices"] {
+    for command in ["run", "inspect", "check", "bench", "devices", "families"] {
         let ran = fmoe([command, "--help"]).succeeds();
         assert!(ran.stdout.contains("Examples:"), "{ran}");
     }

@@ -222,6 +222,15 @@ pub(crate) fn input_of(model: &Written, file: &str, shape: &[usize; 2], value: i
     model.file(file)
 }
 
+/// Says of a model's tensors that they have another format of as many bytes.
+pub(crate) fn rewrite(model: &Written, from: &str, to: &str) {
+    let file = model.file("model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header = std::str::from_utf8(&bytes[8..8 + length]).unwrap().replace(from, to);
+    raw(Path::new(&file), &header, &bytes[8 + length..]);
+}
+
 /// Writes a safetensors file as it is told, right or wrong.
 pub(crate) fn raw(path: &Path, header: &str, data: &[u8]) {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();

@@ -51,17 +51,35 @@ impl Capacity {
 }
 
 /// How many slots of a sequence of `L` tokens an expert takes.
+///
+/// ```
+/// use fused_moe_core::config::CapacityLimit;
+/// // 7.000000000000001, as in Python
+/// assert_eq!(CapacityLimit::Fraction(0.07).slots(100, 8), 8);
+/// assert_eq!(CapacityLimit::EvenShare { factor: 2 }.slots(10, 8), 4);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum CapacityLimit {
     /// So many.
     Slots(usize),
-    /// `ceil(fraction * L)`.
-    Fraction(f32),
+    /// `ceil(fraction * L)`, the product rounded to f64 as most programs have it.
+    Fraction(f64),
     /// `factor * ceil(L / E)`.
     EvenShare {
         /// How many times its even share.
         factor: usize,
     },
+}
+
+impl CapacityLimit {
+    /// The number for a sequence of `length` = L tokens and `experts` = E.
+    pub fn slots(self, length: usize, experts: usize) -> usize {
+        match self {
+            Self::Slots(slots) => slots,
+            Self::Fraction(fraction) => (fraction * length as f64).ceil() as usize,
+            Self::EvenShare { factor } => factor.saturating_mul(length.div_ceil(experts.max(1))),
+        }
+    }
 }
 
 /// Which tokens of a sequence come first.

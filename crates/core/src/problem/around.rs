@@ -82,7 +82,8 @@ impl Check {
 
     pub(super) fn capacity(self, capacity: Capacity) -> Result<()> {
         if let CapacityLimit::Fraction(fraction) = capacity.limit {
-            self.not_negative("capacity.limit", fraction)?;
+            let sensible = fraction.is_finite() && fraction >= 0.0;
+            self.value(sensible, "capacity.limit", "a number not below zero", fraction)?;
         }
         capacity.renormalize.map_or(Ok(()), |min| self.not_negative("capacity.renormalize", min))
     }

@@ -1,6 +1,6 @@
 //! Slots that overflow their expert's capacity.
 
-use crate::config::{Capacity, CapacityLimit, CapacityOrder};
+use crate::config::{Capacity, CapacityOrder};
 use crate::{NO_EXPERT, NO_ROW};
 
 /// Operands of [`drop_overflow`].
@@ -33,7 +33,7 @@ pub struct DropOverflow<'a> {
 /// [`CapacityOrder::Position`]. The first `limit` slots stay.
 ///
 /// Token t is in sequence `n` where n is the number of `sequences[1..N]` (without both ends) that are `<= t`; the length L
-/// of a sequence is that of its tokens among the T. `Fraction` is reckoned in f32, `ceil(fraction * L)`.
+/// of a sequence is that of its tokens among the T.
 /// Where weights are divided, a NaN among a token's makes all of them NaN.
 ///
 /// ```
@@ -48,7 +48,7 @@ pub fn drop_overflow(op: &DropOverflow<'_>) -> (Vec<u32>, Vec<f64>) {
     let sequence: Vec<usize> = (0..op.tokens).map(|t| sequence_of(t, op.sequences)).collect();
     for t in 0..op.tokens {
         let length = sequence.iter().filter(|&&other| other == sequence[t]).count();
-        let limit = limit(op.capacity.limit, length, op.experts);
+        let limit = op.capacity.limit.slots(length, op.experts);
         for k in 0..op.top_k {
             let slot = t * op.top_k + k;
             if op.slot_row[slot] == NO_ROW {
@@ -81,14 +81,6 @@ fn sequence_of(t: usize, sequences: Option<&[u32]>) -> usize {
     inner.iter().filter(|&&first| first as usize <= t).count()
 }
 
-fn limit(limit: CapacityLimit, length: usize, experts: usize) -> usize {
-    match limit {
-        CapacityLimit::Slots(slots) => slots,
-        CapacityLimit::Fraction(fraction) => (fraction * length as f32).ceil() as usize,
-        CapacityLimit::EvenShare { factor } => factor.saturating_mul(length.div_ceil(experts.max(1))),
-    }
-}
-
 /// Whether token s comes before token t, both being other ones.
 fn comes_before(op: &DropOverflow<'_>, s: usize, t: usize) -> bool {
     let importance = match (op.capacity.order, op.importance) {
@@ -103,6 +95,7 @@ fn comes_before(op: &DropOverflow<'_>, s: usize, t: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::CapacityLimit;
 
     fn op<'a>(capacity: Capacity, ids: &'a [u32], slot_row: &'a [u32], top_k: usize) -> DropOverflow<'a> {
         let tokens = ids.len() / top_k;

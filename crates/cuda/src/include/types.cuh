@@ -5,6 +5,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef float f32;
+typedef double f64;
 
 struct f16 { u16 bits; };
 struct bf16 { u16 bits; };

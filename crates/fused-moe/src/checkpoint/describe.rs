@@ -1,10 +1,31 @@
-//! A layer's routing in one English sentence.
+//! A layer in plain English: one sentence on where a token goes, and a phrase for each other part.
 
+use super::error::Result;
 use super::family::Family;
+use super::inspect::{LayerKind, sizes};
+use super::layer::CheckpointLayer;
+use super::model_config::ModelConfig;
+use super::resolve;
 use fused_moe_core::config::*;
 
+/// What a layer is, in words.
+pub(super) fn kind(layer: &CheckpointLayer<'_>, config: &ModelConfig, family: &Family) -> Result<LayerKind> {
+    // without a factor that the layer has among its tensors: two layers that differ in it alone are of one kind
+    let described = resolve::layer_config(config, family, layer.index)?;
+    Ok(LayerKind {
+        layers: vec![layer.index],
+        sizes: sizes(&described),
+        routing: routing(&described, family),
+        router: router(&described, layer.weights.router_bias.is_some()),
+        activation: activation(described.activation),
+        biases: biases(layer, family),
+        shared: described.shared.as_ref().map(shared),
+        around: around(&described),
+    })
+}
+
 /// What happens to a token, in one sentence.
-pub(super) fn sentence(config: &LayerConfig, family: &Family) -> String {
+fn routing(config: &LayerConfig, family: &Family) -> String {
     let rule = &config.routing;
     let (experts, top_k) = (config.experts - rule.always, config.top_k - rule.always);
     let candidates = match config.zero_experts {
@@ -36,48 +57,67 @@ pub(super) fn sentence(config: &LayerConfig, family: &Family) -> String {
         0 => String::new(),
         more => format!(" and always to {more} more, which are scored and weighted together with them"),
     };
-    let (logits, weights) = (logits(config), weights(config));
-    let mut text = format!("Each token goes to {choice}{always}{logits}, {weights}");
+    let mut text = format!("Each token goes to {choice}{always}, {}", weights(config, family));
     if let Some(capacity) = &config.capacity {
         let whole_call = family.capacity.is_some_and(|slots| slots.whole_call);
         text += &room(capacity, if whole_call { "call" } else { "sequence" });
     }
-    if let Some(width) = config.latent {
-        text += &format!(", the experts working in a width of {width} between two projections");
-    }
-    if let Some(shared) = &config.shared {
-        let gate = if shared.gated { ", weighted by a sigmoid gate of its own" } else { "" };
-        text += &format!(", and every token also to a shared expert of width {}{gate}", shared.intermediate);
-    }
-    text + &norms(&config.norms) + "."
+    text + "."
 }
 
 /// How the router makes its logits, where that is more than a product.
-fn logits(config: &LayerConfig) -> String {
+fn router(config: &LayerConfig, biased: bool) -> Option<String> {
     let gate = &config.gate;
-    let mut text = String::new();
+    let mut parts = Vec::new();
     if let Some(RouterMlp { width, .. }) = config.router_mlp {
-        text += &format!(
-            ", the router having layers of its own of width {width}, whose state goes on to the router of the next block"
-        );
+        parts.push(format!("layers of its own of width {width}, whose state goes on to the router of the next block"));
     }
     if gate.norm.is_some() {
-        text += ", the router reading the token through a norm";
+        parts.push("reads the token through an RMSNorm with a factor for each channel".to_owned());
     }
     if gate.scale != 1.0 {
-        text += &format!(", logits times {}", gate.scale);
+        parts.push(format!("logits times {}", gate.scale));
+    }
+    if biased {
+        parts.push("logits plus a bias".to_owned());
     }
     if let Some(cap) = gate.softcap {
-        text += &format!(", logits capped at {cap} by tanh");
+        parts.push(format!("logits capped at {cap} by tanh"));
     }
-    text
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
+/// What is added to the products of the routed experts.
+fn biases(layer: &CheckpointLayer<'_>, family: &Family) -> Option<String> {
+    let expert = layer.weights.experts.iter().next()?;
+    if !family.sum_bias.is_empty() {
+        return Some("one, added to the sum of the experts".into());
+    }
+    let named = [("gate", &expert.gate_bias), ("up", &expert.up_bias), ("down", &expert.down_bias)];
+    let there: Vec<&str> = named.into_iter().filter(|(_, bias)| bias.is_some()).map(|(name, _)| name).collect();
+    (!there.is_empty()).then(|| format!("of every expert: {}", there.join(", ")))
+}
+
+/// The expert that every token goes to.
+fn shared(shared: &SharedConfig) -> String {
+    let gate = if shared.gated { ", times a sigmoid gate of its own" } else { "" };
+    let scale = if shared.scale == 1.0 { String::new() } else { format!(", times {}", shared.scale) };
+    format!("every token goes to one of width {}: {}{gate}{scale}", shared.intermediate, activation(shared.activation))
+}
+
+/// Projections and norms.
+fn around(config: &LayerConfig) -> Option<String> {
+    let latent = config.latent.map(|width| format!("the experts work in a width of {width} between two projections"));
+    let parts: Vec<String> = latent.into_iter().chain(norms(&config.norms)).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
 }
 
 fn room(capacity: &Capacity, of: &str) -> String {
     let limit = match capacity.limit {
         CapacityLimit::Slots(1) => format!("1 slot of a {of}"),
         CapacityLimit::Slots(slots) => format!("{slots} slots of a {of}"),
-        CapacityLimit::Fraction(part) => format!("as many slots as {part} of the tokens of a {of}"),
+        CapacityLimit::Fraction(1.0) => format!("as many slots as a {of} has tokens"),
+        CapacityLimit::Fraction(part) => format!("{part} times as many slots as a {of} has tokens, rounded up"),
         CapacityLimit::EvenShare { factor } => format!("{factor} times an even share of the tokens of a {of}"),
     };
     let first = match capacity.order {
@@ -89,7 +129,7 @@ fn room(capacity: &Capacity, of: &str) -> String {
     format!(", an expert taking at most {limit}, {first}, the others adding nothing{renormalized}")
 }
 
-fn norms(norms: &Norms) -> String {
+fn norms(norms: &Norms) -> Option<String> {
     let Norms { experts_in, expert_out, routed_out, shared_in, shared_out, out } = norms;
     let named = [
         (experts_in, "before the experts"),
@@ -101,9 +141,9 @@ fn norms(norms: &Norms) -> String {
     ];
     let places: Vec<&str> = named.iter().filter(|(norm, _)| norm.is_some()).map(|(_, place)| *place).collect();
     match places.as_slice() {
-        [] => String::new(),
-        [one] => format!(", with a norm {one}"),
-        [several @ .., last] => format!(", with norms {} and {last}", several.join(", ")),
+        [] => None,
+        [one] => Some(format!("a norm {one}")),
+        [several @ .., last] => Some(format!("norms {} and {last}", several.join(", "))),
     }
 }
 
@@ -128,7 +168,7 @@ fn groups_text(groups: &Groups) -> String {
     format!(" within the best {} of {} groups by {worth}{masked}", groups.keep, groups.count)
 }
 
-fn weights(config: &LayerConfig) -> String {
+fn weights(config: &LayerConfig, family: &Family) -> String {
     let rule = &config.routing.weights;
     let place = match config.weight_on {
         WeightOn::Output => "weighted by",
@@ -150,7 +190,7 @@ fn weights(config: &LayerConfig) -> String {
         Normalize::None => String::new(),
         Normalize::Sum { eps: 0.0 } => format!(" divided by {whose} sum"),
         Normalize::Sum { eps } => format!(" divided by {whose} sum (plus {eps:e})"),
-        Normalize::SumAtLeast { min } => format!(" divided by {whose} sum or {min:e} if that is larger"),
+        Normalize::SumAtLeast { min } => format!(" divided by {whose} sum or {min:?} if that is larger"),
         Normalize::Lp { p: 1.0 } => format!(" divided by the sum of {whose} magnitudes"),
         Normalize::Lp { p } => format!(" divided by {whose} L{p} norm"),
     };
@@ -160,7 +200,11 @@ fn weights(config: &LayerConfig) -> String {
     };
     let factor = rule.scale * config.routed_scale;
     let scale = if factor == 1.0 { String::new() } else { format!(" times {factor}") };
-    format!("{place} {value}{normalize}{own}{scale}")
+    let of_layer = match family.scale {
+        [] => String::new(),
+        names => format!(" times a factor of the layer, {}", names.join(" or ")),
+    };
+    format!("{place} {value}{normalize}{own}{scale}{of_layer}")
 }
 
 /// What experts compute between their matrices, as a formula.

@@ -118,8 +118,13 @@ impl Files {
 
     /// Whether there is a tensor whose name begins like this.
     pub(super) fn has_prefix(&self, prefix: &str) -> bool {
-        let from = self.tensors.range::<str, _>((std::ops::Bound::Included(prefix), std::ops::Bound::Unbounded)).next();
-        from.is_some_and(|(name, _)| name.starts_with(prefix))
+        self.names(prefix).next().is_some()
+    }
+
+    /// The tensors whose names begin like this.
+    pub(super) fn names(&self, prefix: &str) -> impl Iterator<Item = &str> {
+        let from = self.tensors.range::<str, _>((std::ops::Bound::Included(prefix), std::ops::Bound::Unbounded));
+        from.map(|(name, _)| name.as_str()).take_while(move |name| name.starts_with(prefix))
     }
 
     /// How many tensors there are.
@@ -139,7 +144,45 @@ impl Files {
 }
 
 /// A JSON file of moderate size.
-pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    parse(path, &read_text(path)?)
+}
+
+/// The same, with the numbers that Python writes and JSON has not as texts: NaN, Infinity and -Infinity.
+pub(super) fn read_config<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    parse(path, &quoted(&read_text(path)?))
+}
+
+fn parse<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T> {
+    serde_json::from_slice(text).map_err(|source| Error::Json { path: path.into(), source })
+}
+
+/// What is no JSON number, in quotes.
+fn quoted(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    let (mut rest, mut inside) = (text, false);
+    while let [byte, behind @ ..] = rest {
+        let odd = ["-Infinity", "Infinity", "NaN"].into_iter().find(|odd| !inside && rest.starts_with(odd.as_bytes()));
+        if let Some(odd) = odd {
+            out.extend([b"\"", odd.as_bytes(), b"\""].concat());
+            rest = rest.get(odd.len()..).unwrap_or_default();
+            continue;
+        }
+        out.push(*byte);
+        rest = behind;
+        match (byte, behind) {
+            (b'\\', [escaped, behind @ ..]) if inside => {
+                out.push(*escaped);
+                rest = behind;
+            }
+            (b'"', _) => inside = !inside,
+            _ => {}
+        }
+    }
+    out
+}
+
+fn read_text(path: &Path) -> Result<Vec<u8>> {
     let kind = fs::metadata(path).map_err(|source| io(path, "read the file", source))?;
     if !kind.is_file() {
         return Err(Error::NotAFile { path: path.into() });
@@ -152,7 +195,7 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     if text.starts_with(GIT_LFS) {
         return Err(Error::GitLfs { path: path.into() });
     }
-    serde_json::from_slice(&text).map_err(|source| Error::Json { path: path.into(), source })
+    Ok(text)
 }
 
 fn io(path: &Path, action: &'static str, source: std::io::Error) -> Error {

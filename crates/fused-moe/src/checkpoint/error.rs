@@ -1,4 +1,3 @@
-use super::model_config::known_model_types;
 use fused_moe_core::{DType, Shape};
 use std::fmt;
 use std::path::PathBuf;
@@ -113,8 +112,9 @@ pub enum Error {
         /// What is wrong.
         reason: HeaderError,
     },
-    /// A model that the table of families does not know.
-    #[error("{}: model type {model_type:?} is not known{}; known: {}", config.display(), suggestion(nearest), known())]
+    /// A model that the table of families does not know; [`known_model_types`](super::known_model_types) has those that it
+    /// does.
+    #[error("{}: model type {model_type:?} is not known{}", config.display(), suggestion(nearest))]
     UnknownModel {
         /// The config.json.
         config: PathBuf,
@@ -153,6 +153,43 @@ pub enum Error {
         /// What is there.
         actual: String,
     },
+    /// A field of config.json asks for what layers here are not made for.
+    #[error("{}: field {field} expected {known}, got {actual}", config.display())]
+    ConfigUnsupported {
+        /// The config.json.
+        config: PathBuf,
+        /// Its name.
+        field: String,
+        /// What layers are made for.
+        known: String,
+        /// What is there.
+        actual: String,
+    },
+    /// Fields of config.json that cannot be right together.
+    #[error("{}: {}: {reason}", config.display(), fields.iter().map(|(name, value)| format!("{name} = {value}")).collect::<Vec<_>>().join(", "))]
+    ConfigContradiction {
+        /// The config.json.
+        config: PathBuf,
+        /// Their names and values.
+        fields: Vec<(String, String)>,
+        /// Why they do not fit.
+        reason: &'static str,
+    },
+    /// A layer that is dense by config.json has the router of experts.
+    #[error(
+        "{}: layer {layer} has no experts by {}, and the tensor {tensor} is there", path.display(),
+        fields.iter().map(|(name, value)| format!("{name} = {value}")).collect::<Vec<_>>().join(", ")
+    )]
+    DenseWithExperts {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The layer.
+        layer: usize,
+        /// The fields of config.json that say so, with their values.
+        fields: Vec<(String, String)>,
+        /// The router.
+        tensor: String,
+    },
     /// config.json is no JSON object.
     #[error("{}: expected a JSON object, got {actual}; give the config.json of the model", config.display())]
     ConfigKind {
@@ -180,7 +217,7 @@ pub enum Error {
         count: usize,
     },
     /// The layer has no experts.
-    #[error("{}: layer {layer} is dense; its MoE layers are {}", path.display(), ranges(moe))]
+    #[error("{}: layer {layer} is dense; its MoE layers are {}", path.display(), layer_numbers(moe))]
     DenseLayer {
         /// The checkpoint.
         path: PathBuf,
@@ -312,6 +349,8 @@ pub enum TensorProblem {
         names: Vec<String>,
         /// The shape that it should have.
         expected: Shape,
+        /// The likest name in its layer that the layer does not read, if one is like it.
+        nearest: Option<String>,
     },
     /// It has another shape.
     Shape {
@@ -375,7 +414,10 @@ pub enum TensorProblem {
 impl fmt::Display for TensorProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Missing { names, expected } => write!(f, "{} {expected} is missing", names.join(" or ")),
+            Self::Missing { names, expected, nearest } => {
+                write!(f, "{} {expected} is missing", names.join(" or "))?;
+                nearest.as_ref().map_or(Ok(()), |nearest| write!(f, ", the likest that is there is {nearest}"))
+            }
             Self::Shape { name, expected, actual } => write!(f, "{name} expected {expected}, got {actual:?}"),
             Self::Mixed { name, format, expected } => write!(f, "{name} is {format}, expected {expected}"),
             Self::Unexpected { name, fields } => {
@@ -400,7 +442,7 @@ impl fmt::Display for TensorProblem {
 }
 
 /// At most so many names in a message.
-const LISTED: usize = 4;
+pub(super) const LISTED: usize = 4;
 
 fn lines(problems: &[TensorProblem]) -> String {
     let listed = problems.iter().take(LISTED).map(|problem| format!("\n  {problem}"));
@@ -420,12 +462,8 @@ fn suggestion(nearest: &[&str]) -> String {
     if nearest.is_empty() { String::new() } else { format!(", perhaps {}", nearest.join(" or ")) }
 }
 
-fn known() -> String {
-    known_model_types().collect::<Vec<_>>().join(", ")
-}
-
-/// `0, 2-5, 7`.
-fn ranges(numbers: &[usize]) -> String {
+/// Numbers of layers in short: `0, 2-5, 7`.
+pub fn layer_numbers(numbers: &[usize]) -> String {
     if numbers.is_empty() {
         return "none".into();
     }

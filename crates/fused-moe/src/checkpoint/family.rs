@@ -388,5 +388,6 @@ pub(super) struct Shared {
     /// `[H]` or `[1, H]`; empty: not gated.
     pub(super) gate: Names,
     pub(super) activation: Act,
-    pub(super) scale: Cases<Number>,
+    /// Factor on its output and on the routed sum beside it.
+    pub(super) both: Cases<Number>,
 }

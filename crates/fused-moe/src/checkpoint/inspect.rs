@@ -1,8 +1,7 @@
 //! What a checkpoint holds, from its headers.
 
-use super::describe::{activation, sentence};
-use super::family::Family;
-use super::layer::CheckpointLayer;
+use super::describe::kind;
+use super::layer::{CheckpointLayer, stored_router};
 use super::{Checkpoint, Error, TensorProblem};
 use fused_moe_core::config::LayerConfig;
 use fused_moe_core::weights::{ExpertMatrices, LayerWeights, Matrix};
@@ -31,20 +30,57 @@ pub struct Summary {
     pub beside: Option<&'static str>,
     /// How many layers the model has.
     pub layer_count: usize,
-    /// The sizes of the first MoE layer that could be read.
-    pub sizes: Option<Sizes>,
-    /// Its routing, in one sentence.
-    pub routing: Option<String>,
-    /// Its activation, as a formula.
-    pub activation: Option<String>,
+    /// Which of them have experts by config.json.
+    pub moe_layers: Vec<usize>,
+    /// What the MoE layers that can be read are, one entry for those that are alike.
+    pub kinds: Vec<LayerKind>,
     /// Parameters of the MoE layers that are here.
     pub parameters: u64,
     /// Their bytes.
     pub bytes: u64,
     /// Bytes by number format.
     pub formats: BTreeMap<String, u64>,
-    /// The MoE layers, one by one.
+    /// The MoE layers, one by one, and those that have a router and are dense by config.json.
     pub layers: Vec<LayerSummary>,
+}
+
+impl Summary {
+    /// Whether any layer can run.
+    pub fn runs(&self) -> bool {
+        self.layers.iter().any(|layer| layer.problem.is_none())
+    }
+}
+
+/// Layers that are alike in all but their weights, in words.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct LayerKind {
+    /// Their numbers.
+    pub layers: Vec<usize>,
+    /// Their sizes.
+    pub sizes: Sizes,
+    /// Where a token goes and with what weights, in one sentence.
+    pub routing: String,
+    /// How the router makes its logits, where that is more than a product.
+    pub router: Option<String>,
+    /// What a routed expert computes between its matrices, as a formula.
+    pub activation: String,
+    /// What biases the routed experts have.
+    pub biases: Option<String>,
+    /// The expert that every token goes to.
+    pub shared: Option<String>,
+    /// Projections and norms around the experts.
+    pub around: Option<String>,
+}
+
+impl LayerKind {
+    fn is_like(&self, other: &Self) -> bool {
+        let words = |kind: &Self| {
+            let Self { layers: _, sizes, routing, router, activation, biases, shared, around } = kind.clone();
+            (sizes, routing, router, activation, biases, shared, around)
+        };
+        words(self) == words(other)
+    }
 }
 
 /// The sizes of a layer.
@@ -93,17 +129,19 @@ pub(super) fn summary(checkpoint: &Checkpoint) -> Summary {
         parts: if checkpoint.parts.len() > 1 { checkpoint.parts.clone() } else { Vec::new() },
         beside: checkpoint.family.beside,
         layer_count: checkpoint.count,
-        sizes: None,
-        routing: None,
-        activation: None,
+        moe_layers: checkpoint.moe.clone(),
+        kinds: Vec::new(),
         parameters: 0,
         bytes: 0,
         formats: BTreeMap::new(),
         layers: Vec::new(),
     };
-    for &index in &checkpoint.moe {
-        match checkpoint.layer(index) {
-            Ok(layer) => summary.add(&layer, checkpoint.family),
+    let dense = |index: &usize| checkpoint.moe.binary_search(index).is_err();
+    let routed = |index: &usize| stored_router(&checkpoint.files, checkpoint.family, *index).is_some();
+    for index in (0..checkpoint.count).filter(|index| !dense(index) || routed(index)) {
+        let layer = checkpoint.layer(index);
+        match layer.and_then(|layer| Ok((kind(&layer, &checkpoint.config, checkpoint.family)?, layer))) {
+            Ok((kind, layer)) => summary.add(&layer, kind),
             Err(error) => summary.layers.push(LayerSummary {
                 index,
                 name: None,
@@ -118,11 +156,10 @@ pub(super) fn summary(checkpoint: &Checkpoint) -> Summary {
 }
 
 impl Summary {
-    fn add(&mut self, layer: &CheckpointLayer<'_>, family: &Family) {
-        if self.sizes.is_none() {
-            self.sizes = Some(sizes(&layer.config));
-            self.routing = Some(sentence(&layer.config, family));
-            self.activation = Some(activation(layer.config.activation));
+    fn add(&mut self, layer: &CheckpointLayer<'_>, kind: LayerKind) {
+        match self.kinds.iter_mut().find(|known| known.is_like(&kind)) {
+            Some(known) => known.layers.push(layer.index),
+            None => self.kinds.push(kind),
         }
         let mut total = Tally::default();
         let weights = &layer.weights;
@@ -184,7 +221,7 @@ fn views<'a>(weights: &LayerWeights<'a>) -> impl Iterator<Item = HostView<'a>> {
     vectors.into_iter().flatten().chain(latent.into_iter().flatten()).chain(layers.into_iter().flatten())
 }
 
-fn sizes(config: &LayerConfig) -> Sizes {
+pub(super) fn sizes(config: &LayerConfig) -> Sizes {
     Sizes {
         hidden: config.hidden,
         intermediate: config.intermediate,

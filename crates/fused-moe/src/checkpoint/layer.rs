@@ -7,13 +7,15 @@ mod tensors;
 
 use super::Checkpoint;
 use super::directory::Files;
-use super::error::{Error, Result, TensorProblem};
+use super::error::{Error, LISTED, Result, TensorProblem};
 use super::family::Family;
+use super::model_config::ALIKE;
 use super::resolve;
 use fused_moe_core::config::LayerConfig;
 use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::weights::LayerWeights;
 use fused_moe_core::{Backend, Options};
+use std::collections::HashSet;
 use std::sync::OnceLock;
 use tensors::Tensors;
 
@@ -88,13 +90,41 @@ pub(super) fn load(checkpoint: &Checkpoint, index: usize) -> Result<CheckpointLa
         norms: tensors.norms(&family.around, &config),
         router_mlp: tensors.router_mlp(family, &config, first),
     };
-    let problems = tensors.problems;
+    let (problems, read) = (tensors.problems, tensors.read);
     if !problems.is_empty() || weights.router.is_none() {
-        return Err(unfit(checkpoint, index, problems));
+        let read: HashSet<String> = read.into_iter().collect();
+        let of_layer = prefix(&name, index);
+        let others: Vec<&str> = files.names(of_layer).filter(|name| !read.contains(*name)).collect();
+        return Err(unfit(checkpoint, index, nearest(problems, &others, of_layer.len())));
     }
     LayerProblem::new(&config, &weights, &Options::default()).map_err(invalid)?;
     let by_sequence = family.capacity.is_some_and(|capacity| !capacity.whole_call);
     Ok(CheckpointLayer { index, name, config, weights, by_sequence, beside: family.beside })
+}
+
+/// What the names of a layer's tensors begin with, given the name of its block.
+fn prefix(block: &str, index: usize) -> &str {
+    let number = format!(".{index}.");
+    match block.find(&number) {
+        Some(at) => block.get(..at + number.len()).unwrap_or(block),
+        None => block,
+    }
+}
+
+/// Adds to what is missing the likest names of the same layer that nothing has read; they have the first `common` bytes in
+/// common.
+fn nearest(mut problems: Vec<TensorProblem>, others: &[&str], common: usize) -> Vec<TensorProblem> {
+    // a message has no more
+    for problem in problems.iter_mut().take(LISTED) {
+        let TensorProblem::Missing { names, nearest, .. } = problem else { continue };
+        let likeness = |other: &str| {
+            let own = |name: &str| name.get(common..).unwrap_or_default().to_owned();
+            names.iter().map(|name| strsim::jaro_winkler(&own(name), &own(other))).fold(0.0, f64::max)
+        };
+        let scored = others.iter().map(|&other| (likeness(other), other)).filter(|(score, _)| *score >= ALIKE);
+        *nearest = scored.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, other)| other.to_owned());
+    }
+    problems
 }
 
 fn unfit(checkpoint: &Checkpoint, layer: usize, problems: Vec<TensorProblem>) -> Error {
@@ -110,20 +140,30 @@ fn unfit(checkpoint: &Checkpoint, layer: usize, problems: Vec<TensorProblem>) ->
     }
 }
 
-/// Whether the files hold anything of a layer's block.
-pub(super) fn is_stored(files: &Files, family: &Family, index: usize) -> bool {
-    blocks(family, index).any(|block| family.router.iter().any(|router| files.tensor(&full(&block, router)).is_some()))
+/// The router of a layer's block, if the files hold it.
+pub(super) fn stored_router(files: &Files, family: &Family, index: usize) -> Option<String> {
+    blocks(family, index).find_map(|block| router_of(files, family, &block))
 }
 
-/// The block that has the router; failing that, one that has any tensor; failing that, the family's first.
+fn router_of(files: &Files, family: &Family, block: &str) -> Option<String> {
+    family.router.iter().map(|router| full(block, router)).find(|name| files.tensor(name).is_some())
+}
+
+/// The block that has the router; failing that, one that has any tensor; failing that, one where other layers are;
+/// failing that, the family's first.
 fn block(files: &Files, family: &Family, index: usize) -> String {
-    let routed = |block: &String| family.router.iter().any(|router| files.tensor(&full(block, router)).is_some());
+    let routed = |block: &String| router_of(files, family, block).is_some();
     let present = |block: &String| files.has_prefix(&format!("{block}."));
+    let number = format!(".{index}");
+    let beside = |block: &String| {
+        block.find(&number).and_then(|at| block.get(..=at)).is_some_and(|layers| files.has_prefix(layers))
+    };
     let mut candidates = blocks(family, index);
     candidates
         .clone()
         .find(routed)
         .or_else(|| candidates.clone().find(present))
+        .or_else(|| candidates.clone().find(beside))
         .or_else(|| candidates.next())
         .unwrap_or_default()
 }

@@ -9,6 +9,7 @@ mod error;
 mod families;
 mod family;
 mod file;
+mod fit;
 mod inspect;
 mod layer;
 mod model_config;
@@ -16,8 +17,8 @@ mod parts;
 mod resolve;
 mod write;
 
-pub use error::{Error, HeaderError, Result, TensorProblem};
-pub use inspect::{LayerSummary, Sizes, Summary};
+pub use error::{Error, HeaderError, Result, TensorProblem, layer_numbers};
+pub use inspect::{LayerKind, LayerSummary, Sizes, Summary};
 pub use layer::CheckpointLayer;
 pub use model_config::{known_families, known_model_types};
 pub use write::{WriteError, write_safetensors};
@@ -65,7 +66,8 @@ impl Checkpoint {
     }
 
     /// Opens one of several language models in a directory, as [`parts`](Self::parts) has it: of a model that thinks and
-    /// talks, the talker; of decoder and encoder, the encoder. [`open`](Self::open) takes the first that has layers in
+    /// talks, the talker; of decoder and encoder, the encoder. The last word of a name will do: `encoder`.
+    /// [`open`](Self::open) takes the first that has layers in
     /// these files.
     ///
     /// Errors: those of `open`, and `NoSuchPart`.
@@ -79,16 +81,19 @@ impl Checkpoint {
         let parts: Vec<&'static str> = models.iter().map(|(_, family)| family.name).collect();
         let stored = |(config, family): &(ModelConfig, &'static Family)| {
             let layers = resolve::layers(config, family);
-            layers.is_ok_and(|(_, moe)| moe.iter().any(|&index| layer::is_stored(&files, family, index)))
+            layers.is_ok_and(|(_, moe)| moe.iter().any(|&index| layer::stored_router(&files, family, index).is_some()))
         };
         let chosen = match part {
             None if models.len() == 1 => 0,
             None => models.iter().position(stored).unwrap_or(0),
-            Some(part) => parts.iter().position(|name| *name == part).ok_or_else(|| Error::NoSuchPart {
-                path: path.into(),
-                part: part.into(),
-                parts: parts.clone(),
-            })?,
+            Some(part) => {
+                let named = models.iter().position(|(_, family)| family.name == part);
+                named.or_else(|| abbreviated(&models, part)).ok_or_else(|| Error::NoSuchPart {
+                    path: path.into(),
+                    part: part.into(),
+                    parts: parts.clone(),
+                })?
+            }
         };
         let (config, family) = models.swap_remove(chosen);
         let (count, moe) = resolve::layers(&config, family)?;
@@ -122,27 +127,47 @@ impl Checkpoint {
 
     /// The first MoE layer whose tensors are in these files: a checkpoint may hold a part of its model.
     pub fn first_stored_layer(&self) -> Option<usize> {
-        self.moe.iter().copied().find(|&index| layer::is_stored(&self.files, self.family, index))
+        self.moe.iter().copied().find(|&index| layer::stored_router(&self.files, self.family, index).is_some())
     }
 
     /// Layer `index` of the model, counted from 0 over all its layers.
     ///
-    /// Errors: `NoSuchLayer`, `DenseLayer`; `ConfigMissing`, `ConfigValue` and `Config` when config.json does not
-    /// describe a layer; `Tensors` with everything that is missing, misshapen or of a format that cannot be read,
+    /// Errors: `NoSuchLayer`, `DenseLayer`, `DenseWithExperts`; `ConfigMissing`, `ConfigValue`, `ConfigUnsupported`,
+    /// `ConfigContradiction` and `Config` when config.json does not describe a layer; `Tensors` with everything that is missing, misshapen or of a format that cannot be read,
     /// `Quantised` if config.json says why; `MixedFormats`; `Layer` if all that does not make a layer. What is returned
     /// passes a backend's checks.
     pub fn layer(&self, index: usize) -> Result<CheckpointLayer<'_>> {
         if index >= self.count {
             return Err(Error::NoSuchLayer { path: self.path.clone(), layer: index, count: self.count });
         }
-        if self.moe.binary_search(&index).is_err() {
-            return Err(Error::DenseLayer { path: self.path.clone(), layer: index, moe: self.moe.clone() });
+        if self.moe.binary_search(&index).is_ok() {
+            return layer::load(self, index);
         }
-        layer::load(self, index)
+        let path = self.path.clone();
+        match layer::stored_router(&self.files, self.family, index) {
+            Some(tensor) => {
+                let fields = resolve::dense_by(&self.config, self.family, index)?;
+                Err(Error::DenseWithExperts { path, layer: index, fields, tensor })
+            }
+            None => Err(Error::DenseLayer { path, layer: index, moe: self.moe.clone() }),
+        }
     }
 
     /// What the checkpoint holds, from headers and what [`layer`](Self::layer) reads.
     pub fn inspect(&self) -> Summary {
         inspect::summary(self)
+    }
+}
+
+/// The one model whose name, or whose type's name, ends in this word.
+fn abbreviated(models: &[(ModelConfig, &'static Family)], word: &str) -> Option<usize> {
+    let ends = |name: &str| name.strip_suffix(word).is_some_and(|name| name.ends_with('_'));
+    let mut fitting = models
+        .iter()
+        .enumerate()
+        .filter(|(_, (_, family))| ends(family.name) || family.model_types.iter().any(|name| ends(name)));
+    match (fitting.next(), fitting.next()) {
+        (Some((at, _)), None) => Some(at),
+        _ => None,
     }
 }

@@ -1,6 +1,6 @@
 //! config.json: fields by any of their names, with errors that say where.
 
-use super::directory::read_json;
+use super::directory::read_config;
 use super::error::{Error, Result};
 use super::families;
 use super::family::{Case, Cases, Family, Field, Flag, Number, Size};
@@ -17,7 +17,46 @@ const SCOPES: [&[&str]; 5] = [
 ];
 
 /// The Jaro-Winkler similarity from which a name is worth suggesting.
-const ALIKE: f64 = 0.88;
+pub(super) const ALIKE: f64 = 0.88;
+
+/// What a number must be.
+#[derive(Clone, Copy)]
+pub(super) enum Within {
+    /// Finite in f32.
+    Finite,
+    /// 0 or more.
+    NotNegative,
+    /// More than 0.
+    Positive,
+    /// From 0 to less than 1.
+    Part,
+    /// At most 1.
+    AtMostOne,
+}
+
+impl Within {
+    fn has(self, x: f64) -> bool {
+        let finite = (x as f32).is_finite();
+        finite
+            && match self {
+                Self::Finite => true,
+                Self::NotNegative => x >= 0.0,
+                Self::Positive => x as f32 > 0.0,
+                Self::Part => (0.0..1.0).contains(&x),
+                Self::AtMostOne => x <= 1.0,
+            }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Self::Finite => "a number",
+            Self::NotNegative => "a number from 0 on",
+            Self::Positive => "a number above 0",
+            Self::Part => "a number from 0 to less than 1",
+            Self::AtMostOne => "a number up to 1",
+        }
+    }
+}
 
 /// The part of config.json that describes the language model.
 #[derive(Debug)]
@@ -31,7 +70,7 @@ pub(super) struct ModelConfig {
 impl ModelConfig {
     /// Reads the file and finds the language models that it describes, at least one, each with its family.
     pub(super) fn open(path: &Path) -> Result<Vec<(Self, &'static Family)>> {
-        let root: Value = read_json(path)?;
+        let root: Value = read_config(path)?;
         if !root.is_object() {
             return Err(Error::ConfigKind { config: path.into(), actual: short(&root) });
         }
@@ -105,9 +144,20 @@ impl ModelConfig {
         matches!(self.lookup(field, layer), Some((_, Value::Null)))
     }
 
-    /// Whether a field is there, for the first layer if it is a list.
+    /// Whether a field is there, if only as an empty list.
     pub(super) fn has(&self, field: Field) -> bool {
-        self.find(field, 0).is_some()
+        field.iter().any(|name| self.value(name).is_some_and(|value| !value.is_null()))
+    }
+
+    /// The name and the value that a field has for a layer, for a message.
+    pub(super) fn named(&self, field: Field, layer: usize) -> (String, String) {
+        self.find(field, layer).map_or_else(|| self.whole(field), |(name, value)| (name, short(value)))
+    }
+
+    /// The name and the value of a field for all layers, for a message.
+    pub(super) fn whole(&self, field: Field) -> (String, String) {
+        let found = field.iter().find_map(|&name| Some((name.to_owned(), short(self.value(name)?))));
+        found.unwrap_or_else(|| (field.join(" or "), "absent".into()))
     }
 
     /// How long a list or a text is.
@@ -165,24 +215,32 @@ impl ModelConfig {
         }
     }
 
-    pub(super) fn number(&self, number: Number, layer: usize) -> Result<f32> {
+    pub(super) fn number(&self, number: Number, within: Within, layer: usize) -> Result<f32> {
         match number {
             Number::Fixed(x) => Ok(x),
             Number::Field { field, default } => {
-                self.optional_number(field, layer)?.or(default).ok_or_else(|| self.missing(field))
+                self.optional_number(field, within, layer)?.or(default).ok_or_else(|| self.missing(field))
             }
             Number::Inverse(field) => Ok(1.0 / self.size(field, layer)? as f32),
             Number::InverseRoot(field) => Ok((1.0 / (self.size(field, layer)? as f64).sqrt()) as f32),
             Number::OneLess(field) => {
-                let number = self.optional_number(field, layer)?.ok_or_else(|| self.missing(field))?;
-                Ok((1.0 - f64::from(number)) as f32)
+                let number = self.optional_precise(field, Within::Part, layer)?.ok_or_else(|| self.missing(field))?;
+                Ok((1.0 - number) as f32)
             }
         }
     }
 
-    pub(super) fn optional_number(&self, field: Field, layer: usize) -> Result<Option<f32>> {
+    pub(super) fn optional_number(&self, field: Field, within: Within, layer: usize) -> Result<Option<f32>> {
+        Ok(self.optional_precise(field, within, layer)?.map(|x| x as f32))
+    }
+
+    /// A number that f32 does not round.
+    pub(super) fn optional_precise(&self, field: Field, within: Within, layer: usize) -> Result<Option<f64>> {
         let Some((name, value)) = self.find(field, layer) else { return Ok(None) };
-        value.as_f64().map(|x| Some(x as f32)).ok_or_else(|| self.wrong(&name, "a number", value))
+        match value.as_f64().filter(|&x| within.has(x)) {
+            Some(x) => Ok(Some(x)),
+            None => Err(self.wrong(&name, within.words(), value)),
+        }
     }
 
     pub(super) fn flag(&self, flag: Flag, layer: usize) -> Result<bool> {
@@ -220,11 +278,31 @@ impl ModelConfig {
         let (field, name, value) = unmet.unwrap_or((&[], String::new(), &Value::Null));
         let known = cases.iter().flat_map(|case| case.when).filter(|(known, _)| *known == field);
         let known: Vec<&str> = known.map(|(_, value)| *value).collect();
-        Err(self.wrong(&name, &known.join(" or "), value))
+        Err(self.unsupported(&name, &known.join(" or "), value))
     }
 
+    /// The error where a field has no value for a layer.
     pub(super) fn missing(&self, field: Field) -> Error {
-        Error::ConfigMissing { config: self.path.clone(), fields: field.iter().map(|&name| name.to_owned()).collect() }
+        let too_short = field.iter().find_map(|&name| Some((name, self.value(name).filter(|value| value.is_array())?)));
+        match too_short {
+            Some((name, list)) => self.wrong(name, "an entry for every layer", list),
+            None => {
+                let fields = field.iter().map(|&name| name.to_owned()).collect();
+                Error::ConfigMissing { config: self.path.clone(), fields }
+            }
+        }
+    }
+
+    /// A value that may well be right, and that layers here are not made for.
+    pub(super) fn unsupported(&self, field: &str, known: &str, actual: &Value) -> Error {
+        let (config, field) = (self.path.clone(), field.into());
+        Error::ConfigUnsupported { config, field, known: known.into(), actual: short(actual) }
+    }
+
+    /// Fields that cannot be right together.
+    pub(super) fn contradiction(&self, fields: &[Field], layer: usize, reason: &'static str) -> Error {
+        let fields = fields.iter().map(|field| self.named(field, layer)).collect();
+        Error::ConfigContradiction { config: self.path.clone(), fields, reason }
     }
 
     pub(super) fn wrong(&self, field: &str, expected: &str, actual: &Value) -> Error {

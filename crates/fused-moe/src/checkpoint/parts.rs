@@ -47,7 +47,10 @@ pub(super) const BASE: Family = Family {
     around: PLAIN,
 };
 
-pub(super) const TOP_K: Field = &["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"];
+pub(super) const TOP_K: Field = &["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"];
+
+/// Where no width of dense layers has the shorter name.
+pub(super) const EXPERT_WIDTH: Field = &["moe_intermediate_size", "intermediate_size"];
 
 /// Experts with nothing around them.
 pub(super) const PLAIN: Around = Around {
@@ -60,7 +63,7 @@ pub(super) const PLAIN: Around = Around {
     out: None,
 };
 
-pub(super) const RMS_EPS: Number = field(&["rms_norm_eps"], None);
+pub(super) const RMS_EPS: Number = field(&["rms_norm_eps", "norm_epsilon", "norm_eps"], None);
 
 /// A norm whose factor is its weight.
 pub(super) const fn rms(weight: &'static str) -> Rms {
@@ -108,6 +111,7 @@ pub(super) const DEEPSEEK_V2: Family = Family {
 pub(super) const CLAMPED_SHARED_EXPERTS: Shared = Shared { activation: CLAMPED_SILU, ..SHARED_EXPERTS };
 
 pub(super) const GRANITE: Family = Family {
+    beside: Some("the residual and its factor: a decoder layer is x + residual_multiplier * y"),
     blocks: SPARSE_BLOCK,
     intermediate: &["intermediate_size"],
     router: &["router.layer.weight", "router.weight"],
@@ -146,6 +150,7 @@ pub(super) const GPT_OSS: Family = Family {
 
 /// Softmax scores chosen with a correction bias, layers in a range.
 pub(super) const ERNIE: Family = Family {
+    unread: &[(&["use_bias"], "biases of experts")],
     sparse: &[Sparse::Range {
         first: &["moe_layer_start_index"],
         last: &["moe_layer_end_index"],
@@ -306,7 +311,7 @@ pub(super) const QWEN_SHARED: Shared = Shared {
     times: None,
     gate: &["shared_expert_gate.weight"],
     activation: HIDDEN_ACT,
-    scale: ONE,
+    both: ONE,
 };
 
 /// The same without a gate of its own.
@@ -320,5 +325,5 @@ pub(super) const SHARED_EXPERTS: Shared = Shared {
     times: Some(&["n_shared_experts", "num_shared_experts", "moe_num_shared_experts"]),
     gate: &[],
     activation: HIDDEN_ACT,
-    scale: ONE,
+    both: ONE,
 };

@@ -2,7 +2,8 @@
 
 use super::error::{Error, Result};
 use super::family::*;
-use super::model_config::ModelConfig;
+use super::fit;
+use super::model_config::{ModelConfig, Within};
 use fused_moe_core::config::{
     Activation, Capacity, CapacityLimit, CapacityOrder, ExpertScale, Function, GateConfig, GateNorm, Groups,
     LayerConfig, Normalize, Norms, RmsNorm, RouterMlp, RoutingRule, Selection, SharedConfig, WeightRule, ZeroExperts,
@@ -12,6 +13,21 @@ use std::collections::HashSet;
 
 /// More layers than any model has; keeps a hostile number from filling memory.
 const MAX_LAYERS: usize = 1 << 16;
+
+/// The fields of config.json that say that a layer is dense, with their values.
+pub(super) fn dense_by(config: &ModelConfig, family: &Family, layer: usize) -> Result<Vec<(String, String)>> {
+    let rule = Rule::new(config, family.sparse)?;
+    if rule.holds(config, layer)? {
+        return Ok(vec![config.named(family.experts, layer)]);
+    }
+    let named = rule.fields().into_iter().filter(|field| config.has(field)).map(|field| match rule.sparse {
+        Some(Sparse::Kind { .. } | Sparse::Marked(_)) => config.named(field, layer),
+        _ => config.whole(field),
+    });
+    let named: Vec<_> = named.collect();
+    let unsaid = || vec![("model_type".to_owned(), format!("{:?}", config.model_type()))];
+    Ok(if named.is_empty() { unsaid() } else { named })
+}
 
 /// How many layers the model has, and which of them have experts.
 pub(super) fn layers(config: &ModelConfig, family: &Family) -> Result<(usize, Vec<usize>)> {
@@ -73,6 +89,22 @@ impl Rule {
         Ok(Self { sparse, listed: listed.into_iter().collect() })
     }
 
+    /// What it goes by.
+    fn fields(&self) -> Vec<Field> {
+        match self.sparse.unwrap_or(Sparse::Every) {
+            Sparse::Every | Sparse::Behind(_) | Sparse::If(Flag::Never | Flag::Always) => Vec::new(),
+            Sparse::Kind { field, .. } | Sparse::Letter { field, .. } => vec![field],
+            Sparse::Listed(field) | Sparse::Marked(field) => vec![field],
+            Sparse::From { first: field } | Sparse::Before { end: field, .. } => vec![field],
+            Sparse::EveryFrom { first, step, .. } => vec![first, step],
+            Sparse::Step { step, except, .. } => vec![step, except],
+            Sparse::Range { first, last, interval } => vec![first, last, interval],
+            Sparse::Period { period, offset } => vec![period, offset],
+            Sparse::SecondOf { step } | Sparse::LastOf { step } => vec![step],
+            Sparse::If(Flag::Field { field, .. } | Flag::Not(field)) => vec![field],
+        }
+    }
+
     fn holds(&self, config: &ModelConfig, layer: usize) -> Result<bool> {
         let is_listed = || self.listed.contains(&(layer as u64));
         Ok(match self.sparse.unwrap_or(Sparse::Every) {
@@ -123,8 +155,8 @@ fn divisor(config: &ModelConfig, field: Field) -> Result<usize> {
 pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) -> Result<LayerConfig> {
     for &(field, what) in family.unread {
         if config.flag(Flag::Field { field, default: Some(false) }, layer)? {
-            let expected = format!("false, as {what} are not read");
-            return Err(config.wrong(field.first().unwrap_or(&""), &expected, &Value::from(true)));
+            let known = format!("false, as {what} are not read");
+            return Err(config.unsupported(field.first().unwrap_or(&""), &known, &Value::from(true)));
         }
     }
     let mut routing = routing(config, config.case(family.routing, layer)?, layer)?;
@@ -145,20 +177,20 @@ pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) 
         Size::Fixed(top_k) => top_k,
         Size::Field(field) => config.size(field, layer)?,
     };
-    let intermediate = match family.intermediate_beside {
-        Some([beside, intermediate]) if config.has(beside) => intermediate,
-        _ => family.intermediate,
+    let intermediate = intermediate(config, family);
+    let shared = match &family.shared {
+        Some(described) => shared(config, described, layer)?,
+        None => None,
     };
+    // what the shared expert's share of the sum is, the routed experts' is too
+    let both = shared.map_or(1.0, |shared| shared.scale);
     let described = LayerConfig {
         gate: gate(config, family, layer)?,
         routing,
         activation: activation(config, family.activation, layer)?,
         weight_on: family.weight_on,
-        routed_scale: config.number(*config.case(family.routed_scale, layer)?, layer)?,
-        shared: match &family.shared {
-            Some(described) => shared(config, described, layer)?,
-            None => None,
-        },
+        routed_scale: both * config.number(*config.case(family.routed_scale, layer)?, Within::Positive, layer)?,
+        shared,
         zero_experts: match family.zero_experts {
             Some(Zero { count, output }) => {
                 Some(ZeroExperts { count: config.count(count, layer)?, output }).filter(|zero| zero.count > 0)
@@ -176,7 +208,8 @@ pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) 
         norms: norms(config, &family.around, layer)?,
         router_mlp: match family.router_mlp {
             Some(RouterLayers { width, eps, function, .. }) => {
-                Some(RouterMlp { width: config.size(width, layer)?, eps: config.number(eps, layer)?, function })
+                let eps = config.number(eps, Within::NotNegative, layer)?;
+                Some(RouterMlp { width: config.size(width, layer)?, eps, function })
             }
             None => None,
         },
@@ -187,25 +220,34 @@ pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) 
             top_k.saturating_add(always),
         )
     };
+    fit::check(config, family, &described, layer)?;
     match described.check() {
         Ok(()) => Ok(described),
         Err(source) => Err(Error::Config { config: config.path().into(), source: source.into() }),
     }
 }
 
+/// The field of I.
+pub(super) fn intermediate(config: &ModelConfig, family: &Family) -> Field {
+    match family.intermediate_beside {
+        Some([beside, intermediate]) if config.has(beside) => intermediate,
+        _ => family.intermediate,
+    }
+}
+
 fn gate(config: &ModelConfig, family: &Family, layer: usize) -> Result<GateConfig> {
     let norm = match family.router_norm {
-        Some((_, eps)) => Some(GateNorm { eps: config.number(eps, layer)?, feeds_experts: false }),
+        Some((_, eps)) => Some(GateNorm { eps: config.number(eps, Within::NotNegative, layer)?, feeds_experts: false }),
         None => None,
     };
-    let softcap = config.optional_number(family.softcap, layer)?.filter(|&cap| cap > 0.0);
-    Ok(GateConfig { norm, scale: config.number(family.router_scale, layer)?, softcap })
+    let softcap = config.optional_number(family.softcap, Within::Finite, layer)?.filter(|&cap| cap > 0.0);
+    Ok(GateConfig { norm, scale: config.number(family.router_scale, Within::Positive, layer)?, softcap })
 }
 
 fn capacity(config: &ModelConfig, slots: &Slots, layer: usize) -> Result<Capacity> {
     let fraction = match slots.fraction {
         [] => 0.0,
-        field => config.number(Number::Field { field, default: None }, layer)?,
+        field => config.optional_precise(field, Within::AtMostOne, layer)?.ok_or_else(|| config.missing(field))?,
     };
     let limit = if fraction > 0.0 {
         CapacityLimit::Fraction(fraction)
@@ -225,7 +267,7 @@ fn capacity(config: &ModelConfig, slots: &Slots, layer: usize) -> Result<Capacit
 fn norms(config: &ModelConfig, around: &Around, layer: usize) -> Result<Norms> {
     let norm = |norm: Option<Rms>| -> Result<Option<RmsNorm>> {
         let Some(Rms { eps, unit_offset, scaled_first, .. }) = norm else { return Ok(None) };
-        Ok(Some(RmsNorm { eps: config.number(eps, layer)?, unit_offset, scaled_first }))
+        Ok(Some(RmsNorm { eps: config.number(eps, Within::NotNegative, layer)?, unit_offset, scaled_first }))
     };
     Ok(Norms {
         experts_in: norm(around.experts_in)?,
@@ -247,17 +289,21 @@ fn routing(config: &ModelConfig, routing: &Routing, layer: usize) -> Result<Rout
                 None => None,
             },
         },
-        Select::SparseMixer { jitter } => Selection::SparseMixer { jitter: config.number(jitter, layer)? },
+        Select::SparseMixer { jitter } => {
+            Selection::SparseMixer { jitter: config.number(jitter, Within::NotNegative, layer)? }
+        }
     };
     let normalize = match routing.normalize {
         Norm::Never => Normalize::None,
         Norm::Sum { when, eps } if config.flag(when, layer)? => Normalize::Sum { eps },
         Norm::Sum { .. } => Normalize::None,
-        Norm::AtLeast(min) => Normalize::SumAtLeast { min: config.number(min, layer)? },
+        Norm::AtLeast(min) => Normalize::SumAtLeast { min: config.number(min, Within::NotNegative, layer)? },
         Norm::Lp { p, .. } if config.is_null(p, layer) => Normalize::None,
-        Norm::Lp { p, default } => Normalize::Lp { p: config.optional_number(p, layer)?.unwrap_or(default) },
+        Norm::Lp { p, default } => {
+            Normalize::Lp { p: config.optional_number(p, Within::Positive, layer)?.unwrap_or(default) }
+        }
     };
-    let scale = config.number(routing.scale, layer)?;
+    let scale = config.number(routing.scale, Within::Positive, layer)?;
     let weights = WeightRule { value: routing.value, normalize, scale, ..WeightRule::default() };
     Ok(RoutingRule { score: *config.case(routing.score, layer)?, selection, weights, always: 0 })
 }
@@ -277,20 +323,21 @@ fn activation(config: &ModelConfig, act: Act, layer: usize) -> Result<Activation
         Act::ClampedSilu { limit: Number::Field { field, .. } } if config.is_null(field, layer) => {
             Activation::default()
         }
-        Act::ClampedSilu { limit } => match config.number(limit, layer)? {
-            limit if limit <= 0.0 => Activation::default(),
+        Act::ClampedSilu { limit } => match config.number(limit, Within::NotNegative, layer)? {
+            0.0 => Activation::default(),
             limit => Activation::ClampedSilu { limit },
         },
-        Act::ClampedSwish { alpha, limit } => {
-            Activation::ClampedSwish { alpha: config.number(alpha, layer)?, limit: config.number(limit, layer)? }
-        }
-        Act::SiluThenClamp { limit } => match config.optional_number(limit, layer)? {
+        Act::ClampedSwish { alpha, limit } => Activation::ClampedSwish {
+            alpha: config.number(alpha, Within::Finite, layer)?,
+            limit: config.number(limit, Within::Positive, layer)?,
+        },
+        Act::SiluThenClamp { limit } => match config.optional_number(limit, Within::NotNegative, layer)? {
             Some(limit) if limit != 0.0 => Activation::SiluThenClamp { limit },
             _ => Activation::default(),
         },
         Act::SoftcappedSilu { gate_cap, up_cap } => Activation::SoftcappedSilu {
-            gate_cap: config.number(gate_cap, layer)?,
-            up_cap: config.number(up_cap, layer)?,
+            gate_cap: config.number(gate_cap, Within::Positive, layer)?,
+            up_cap: config.number(up_cap, Within::Positive, layer)?,
         },
     })
 }
@@ -305,8 +352,8 @@ fn function(config: &ModelConfig, field: Field, default: Function, layer: usize)
         "relu2" => Ok(Function::ReluSquared),
         "linear" => Ok(Function::Identity),
         other => {
-            let expected = "silu, gelu, gelu_pytorch_tanh, relu, relu2 or linear";
-            Err(config.wrong(field.first().unwrap_or(&""), expected, &Value::from(other)))
+            let known = "silu, gelu, gelu_pytorch_tanh, relu, relu2 or linear";
+            Err(config.unsupported(&config.named(field, layer).0, known, &Value::from(other)))
         }
     }
 }
@@ -333,6 +380,6 @@ fn shared(config: &ModelConfig, shared: &Shared, layer: usize) -> Result<Option<
         intermediate,
         activation: activation(config, shared.activation, layer)?,
         gated: !shared.gate.is_empty(),
-        scale: config.number(*config.case(shared.scale, layer)?, layer)?,
+        scale: config.number(*config.case(shared.both, layer)?, Within::Positive, layer)?,
     }))
 }

@@ -1,8 +1,9 @@
 //! Which layers have experts, and how wide they are, as config.json says it.
 
-use crate::block::with;
+use crate::block::{Row, with};
 use crate::common::model::{Model, file, tensors};
 use crate::common::path;
+use crate::parts::{block_of, rows_of};
 use fused_moe::checkpoint::Checkpoint;
 use serde_json::{Value, json};
 
@@ -37,6 +38,9 @@ fn which_layers_have_experts() {
         ("axk1", json!({}), vec![1, 2, 3, 4, 5]),
         ("axk1", json!({ "first_k_dense_replace": 0 }), all.clone()),
         ("exaone_moe", json!({}), vec![1, 2, 3, 4, 5]),
+        ("mimo_v2_flash", json!({ "moe_layer_freq": [0, 1, 1, 0, 1, 1] }), vec![1, 2, 4, 5]),
+        ("kolibri1", json!({ "first_k_dense_replace": 2 }), vec![2, 3, 4, 5]),
+        ("llama4", json!({ "moe_layers": [] }), vec![]),
         ("flint", json!({}), vec![2, 3, 4, 5]),
         ("flint", json!({ "decoder_sparse_step": 2 }), vec![3, 5]),
         ("flint", json!({ "decoder_sparse_step": 2, "mlp_only_layers": [3] }), vec![1, 5]),
@@ -68,7 +72,11 @@ fn steps_of_no_layer() {
 #[test]
 fn layer_maps_that_are_none() {
     for (family, more, words) in [
-        ("minimax_m3_vl", json!({ "moe_layer_freq": [0, 1] }), "field moe_layer_freq is missing"),
+        (
+            "minimax_m3_vl",
+            json!({ "moe_layer_freq": [0, 1] }),
+            "field moe_layer_freq expected an entry for every layer, got [0,1]",
+        ),
         (
             "minimax_m3_vl",
             json!({ "moe_layer_freq": [true] }),
@@ -108,4 +116,41 @@ fn widths_of_inkling() {
     assert_eq!(widths(json!(null), 33, json!(20)), Ok(20));
     assert_eq!(widths(json!(null), 20, json!(null)), Ok(20));
     assert!(widths(json!(33), 7, json!(20)).unwrap_err().contains("w13_weight expected [8, 14, 48], got [8, 40, 48]"));
+}
+
+/// Where no dense layer has the shorter name, the experts may.
+#[test]
+fn other_names_of_fields() {
+    let renamed = |config: &Value, names: &[(&str, &str)]| {
+        let mut config = config.clone();
+        for (from, to) in names {
+            let value = config.as_object_mut().unwrap().remove(*from).unwrap();
+            config[*to] = value;
+        }
+        config
+    };
+    for family in ["beam", "flint", "kolibri1", "laguna"] {
+        let row = rows_of(family).remove(0);
+        let config = renamed(
+            &row.config,
+            &[("moe_intermediate_size", "intermediate_size"), ("num_experts_per_tok", "moe_top_k")],
+        );
+        let model = Model::new(&config, &Row::file_of(&[&row]));
+        let layer = *row.moe.last().unwrap();
+        let checkpoint = Checkpoint::open(model.path()).unwrap();
+        let config = checkpoint.layer(layer).unwrap_or_else(|error| panic!("{family}: {error}")).config;
+        assert_eq!((config.intermediate, config.top_k), (6, 3), "{family}");
+    }
+    let block = block_of("zaya");
+    let names = [("moe_intermediate_size", "intermediate_size"), ("rms_norm_eps", "norm_epsilon")];
+    let model = block.model();
+    std::fs::write(model.join("config.json"), renamed(&block.config, &names).to_string()).unwrap();
+    let config = Checkpoint::open(model.path()).unwrap().layer(1).unwrap().config;
+    assert_eq!((config.intermediate, config.router_mlp.unwrap().eps), (6, 0.04));
+
+    // of two names of a shared width, that of the family's own
+    let row = rows_of("dots3_note").remove(0);
+    let config = with(row.config.clone(), json!({ "moe_shared_expert_intermediate_size": 99 }));
+    let checkpoint = Checkpoint::open(Model::new(&config, &Row::file_of(&[&row])).path()).unwrap();
+    assert_eq!(checkpoint.layer(1).unwrap().config.shared.unwrap().intermediate, 10);
 }

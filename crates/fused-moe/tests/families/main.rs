@@ -6,6 +6,7 @@
 mod common;
 
 mod block;
+mod contradictions;
 mod disk;
 mod layers;
 mod limited;
@@ -15,6 +16,7 @@ mod rules;
 mod sigmoid;
 mod softmax;
 mod surrounded;
+mod words;
 
 use block::Row;
 use disk::Block;

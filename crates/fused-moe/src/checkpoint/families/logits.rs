@@ -2,7 +2,7 @@
 
 use crate::checkpoint::family::*;
 use crate::checkpoint::parts::*;
-use fused_moe_core::config::{Score, SelectBy, WeightOn, WeightValue};
+use fused_moe_core::config::{Function, Score, SelectBy, WeightOn, WeightValue};
 use fused_moe_core::weights::{GateUpOrder, StackLayout};
 
 pub(super) const FAMILIES: &[Family] = &[
@@ -69,6 +69,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "cohere2_moe",
         model_types: &["cohere2_moe"],
+        beside: Some("the attention, which reads the same x: a decoder layer is x + attention(x) + y"),
         intermediate: &["intermediate_size"],
         sparse: FIRST_DENSE,
         routing: &[
@@ -83,8 +84,7 @@ pub(super) const FAMILIES: &[Family] = &[
                 },
             },
         ],
-        routed_scale: SHARED_COMBINATION,
-        shared: Some(Shared { width: &["intermediate_size"], scale: SHARED_COMBINATION, ..SHARED_EXPERTS }),
+        shared: Some(Shared { width: &["intermediate_size"], both: SHARED_COMBINATION, ..SHARED_EXPERTS }),
         ..BASE
     },
     Family {
@@ -93,6 +93,8 @@ pub(super) const FAMILIES: &[Family] = &[
         intermediate: &["intermediate_size"],
         router: &["router.weight"],
         routing: &[always(TOP_LOGITS)],
+        // whatever the activation of the shared expert
+        activation: Act::Gated { named: &[], default: Function::Silu },
         matrices: &[Layout::Joint {
             gate_up: "experts.fc1.weight",
             down: "experts.fc2.weight",

@@ -72,7 +72,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ],
         routing: &[always(deepseek(factor(1.0)))],
         shared: Some(Shared {
-            width: &["moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"],
+            width: &["shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"],
             ..SHARED_EXPERTS
         }),
         ..DEEPSEEK
@@ -101,7 +101,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "mimo_v2_flash",
         model_types: &["mimo_v2_flash"],
-        sparse: ONE_DENSE,
+        sparse: &[MLP_LAYER_TYPES, MOE_LAYER_FREQ, FIRST_K_DENSE, Sparse::Behind(1)],
         routing: &[always(deepseek(factor(1.0)))],
         shared: None,
         ..DEEPSEEK
@@ -159,6 +159,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "beam",
         model_types: &["beam"],
+        intermediate: EXPERT_WIDTH,
         routing: &[always(deepseek(Number::Fixed(1.0)))],
         routed_scale: &[always(SCALING_FACTOR)],
         shared: None,
@@ -304,6 +305,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "laguna",
         model_types: &["laguna"],
+        intermediate: EXPERT_WIDTH,
         sparse: ONE_DENSE,
         softcap: &["moe_router_logit_softcapping"],
         correction_bias: &["experts.e_score_correction_bias"],
@@ -315,6 +317,8 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "kolibri1",
         model_types: &["kolibri1"],
+        intermediate: EXPERT_WIDTH,
+        sparse: FIRST_DENSE,
         correction_bias: &["../moe.router.expert_bias"],
         routing: &[always(Routing {
             select: Select::TopK { by: SelectBy::Logit, bias: Flag::Always, groups: None },
@@ -327,6 +331,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "flint",
         model_types: &["flint"],
+        intermediate: EXPERT_WIDTH,
         sparse: &[Sparse::Step { step: &["decoder_sparse_step"], except: &["mlp_only_layers"], default: &[0, 1] }],
         routing: &[always(Routing { score: &[always(Score::Sigmoid)], normalize: norm_if(None, 0.0), ..SOFTMAX })],
         shared: Some(SHARED_EXPERT),
@@ -394,7 +399,7 @@ pub(super) const FAMILIES: &[Family] = &[
 
 const INKLING: Family = Family {
     roots: &["model.llm.", "model.language_model.", "model."],
-    intermediate: &["moe_intermediate_size", "intermediate_size"],
+    intermediate: EXPERT_WIDTH,
     intermediate_beside: Some([&["dense_intermediate_size"], &["intermediate_size"]]),
     sparse: &[MLP_LAYER_TYPES, Sparse::From { first: &["dense_mlp_idx"] }, Sparse::Every],
     correction_bias: &["gate.bias"],

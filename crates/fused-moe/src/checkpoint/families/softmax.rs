@@ -7,7 +7,13 @@ use fused_moe_core::weights::{Orientation, StackLayout};
 
 pub(super) const FAMILIES: &[Family] = &[
     Family { name: "mixtral", model_types: &["mixtral"], routing: &[always(NORMALIZED)], ..MIXTRAL },
-    Family { name: "minimax", model_types: &["minimax"], routing: &[always(NORMALIZED)], ..MIXTRAL },
+    Family {
+        name: "minimax",
+        model_types: &["minimax"],
+        beside: Some("the residual and its factors: a decoder layer is mlp_alpha_factor * x + mlp_beta_factor * y"),
+        routing: &[always(NORMALIZED)],
+        ..MIXTRAL
+    },
     Family {
         name: "phimoe",
         model_types: &["phimoe"],
@@ -50,6 +56,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "qwen4_exp",
         model_types: &["qwen4_exp"],
+        beside: Some("the hyper-connections around the block, which mix its output with the residual streams"),
         routing: &[always(norm_topk_prob(true))],
         shared: Some(QWEN_SHARED),
         ..BASE
@@ -89,6 +96,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "flex_olmo",
         model_types: &["flex_olmo"],
+        beside: Some("the norm behind the block: a decoder layer is x + norm(y)"),
         intermediate: &["intermediate_size"],
         routing: &[always(norm_topk_prob(false))],
         ..BASE
@@ -202,6 +210,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         name: "zaya",
         model_types: &["zaya"],
+        intermediate: EXPERT_WIDTH,
         zero_experts: Some(Zero { count: Size::Fixed(1), output: ZeroOutput::Zero }),
         router: &["gate.router_mlp.out_proj.weight"],
         router_mlp: Some(RouterLayers {
@@ -273,7 +282,7 @@ const BIASED: Routing =
 
 /// A norm before and one behind both the experts and a dense MLP beside them, and one of their sum; the router has its own.
 const GEMMA: Family = Family {
-    beside: Some("the layer's residual and its factor: a decoder layer is (x + y) * layer_scalar"),
+    beside: Some("the residual and its factor: a decoder layer is (x + y) * layer_scalar"),
     blocks: &["layers.{l}"],
     top_k: Size::Field(&["top_k_experts"]),
     sparse: &[Sparse::If(Flag::Field { field: &["enable_moe_block"], default: Some(false) })],

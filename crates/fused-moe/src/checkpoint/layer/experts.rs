@@ -6,6 +6,7 @@ use crate::checkpoint::family::{Family, Layout};
 use fused_moe_core::Shape;
 use fused_moe_core::config::LayerConfig;
 use fused_moe_core::weights::{ExpertMatrices, ExpertWeights, GateUpOrder, Matrix, Orientation, SharedWeights};
+use std::cmp::Reverse;
 
 impl<'a> Tensors<'a, '_> {
     /// The routed experts, behind them those that every token goes to besides. What is missing is among the problems.
@@ -45,21 +46,31 @@ impl<'a> Tensors<'a, '_> {
     }
 
     /// The first layout whose tensors are all there with the right shapes; if there is none, no experts and the problems of
-    /// the layout of which most is there.
+    /// the layout of which most fits, or is there at all, with the fewest problems.
     fn matrices(&mut self, layouts: &[Layout], sizes: [usize; 3]) -> Contract<(ExpertWeights<'a>, Formats)> {
         let mut nearest: Option<Self> = None;
         for layout in layouts {
             let mut attempt = Tensors::new(self.files, self.block);
             let experts = attempt.layout(*layout, sizes)?;
             if let (true, Some(experts)) = (attempt.problems.is_empty(), experts) {
+                self.read.append(&mut attempt.read);
                 return Ok((experts, attempt.formats));
             }
-            if nearest.as_ref().is_none_or(|nearest| attempt.found > nearest.found) {
+            if nearest.as_ref().is_none_or(|nearest| attempt.nearness() > nearest.nearness()) {
                 nearest = Some(attempt);
             }
         }
-        self.problems.extend(nearest.into_iter().flat_map(|nearest| nearest.problems));
+        if let Some(mut nearest) = nearest {
+            self.read.append(&mut nearest.read);
+            self.problems.append(&mut nearest.problems);
+        }
         Ok((ExpertWeights::per_expert(Vec::new()), Formats::default()))
+    }
+
+    /// How well the files fit a layout; of those of which nothing is there, none is better.
+    fn nearness(&self) -> (usize, usize, Reverse<usize>) {
+        let found = self.read.len();
+        (self.fit, found, Reverse(if found > 0 { self.problems.len() } else { 0 }))
     }
 
     fn layout(&mut self, layout: Layout, [experts, inner, hidden]: [usize; 3]) -> Contract<Option<ExpertWeights<'a>>> {

@@ -125,10 +125,10 @@ impl<'a> Tensors<'a, '_> {
         let rows = |rows| Shape::from([vocabulary.unwrap_or(rows), config.top_k]);
         let Some((name, tensor)) = found else {
             let names = full_names().collect();
-            self.problems.push(TensorProblem::Missing { names, expected: rows(1) });
+            self.problems.push(TensorProblem::Missing { names, expected: rows(1), nearest: None });
             return None;
         };
-        self.found += 1;
+        self.read.push(name.clone());
         let expected = rows(tensor.shape.first().copied().unwrap_or(1));
         if tensor.shape != expected.dims() {
             self.problems.push(TensorProblem::Shape { name, expected, actual: tensor.shape.to_vec() });

@@ -11,7 +11,10 @@ use safetensors::Dtype;
 pub(super) struct Tensors<'a, 'n> {
     pub(super) files: &'a Files,
     pub(super) block: &'n str,
-    pub(super) found: usize,
+    /// Names of tensors that are there.
+    pub(super) read: Vec<String>,
+    /// How many of them are as they should be.
+    pub(super) fit: usize,
     pub(super) problems: Vec<TensorProblem>,
     /// The matrices before and after the activation, with their formats.
     pub(super) formats: Formats,
@@ -29,7 +32,7 @@ pub(super) enum Side {
 
 impl<'a, 'n> Tensors<'a, 'n> {
     pub(super) fn new(files: &'a Files, block: &'n str) -> Self {
-        Self { files, block, found: 0, problems: Vec::new(), formats: Default::default() }
+        Self { files, block, read: Vec::new(), fit: 0, problems: Vec::new(), formats: Default::default() }
     }
 
     /// `[experts, rows, cols]`, or `[experts * rows, cols]` if flat; a stack of one may be a matrix.
@@ -37,7 +40,13 @@ impl<'a, 'n> Tensors<'a, 'n> {
         let [experts, rows, cols] = dims;
         let matrix = [Shape::from([experts.saturating_mul(rows), cols])];
         let also: &[Shape] = if flat || experts == 1 { &matrix } else { &[] };
-        self.matrix(side, name, dims.into(), also)
+        let earlier = self.problems.len();
+        let found = self.matrix(side, name, dims.into(), also);
+        // as it would lie in a file
+        if let (true, Some(TensorProblem::Missing { expected, .. })) = (flat, self.problems.get_mut(earlier)) {
+            *expected = matrix[0];
+        }
+        found
     }
 
     /// As `find`; the tensor's format must be that of the others of its side.
@@ -79,19 +88,24 @@ impl<'a, 'n> Tensors<'a, 'n> {
         let Some((name, tensor)) = full_names().find_map(|name| self.files.tensor(&name).map(|tensor| (name, tensor)))
         else {
             let names = full_names().collect();
-            self.problems.push(TensorProblem::Missing { names, expected: shape });
+            self.problems.push(TensorProblem::Missing { names, expected: shape, nearest: None });
             return None;
         };
-        self.found += 1;
+        self.read.push(name.clone());
         let Some(dtype) = dtype(tensor.dtype) else {
             self.problems.push(TensorProblem::Format { name, format: tensor.dtype.to_string() });
             return None;
         };
         let fits = tensor.shape == shape.dims() || also.iter().any(|also| tensor.shape == also.dims());
         match HostView::new(tensor.data, dtype, 0, shape) {
-            Ok(view) if fits => Some((name, view)),
+            Ok(view) if fits => {
+                self.fit += 1;
+                Some((name, view))
+            }
             _ => {
-                self.problems.push(TensorProblem::Shape { name, expected: shape, actual: tensor.shape.to_vec() });
+                let alike = also.iter().find(|also| also.dims().len() == tensor.shape.len());
+                let expected = *alike.unwrap_or(&shape);
+                self.problems.push(TensorProblem::Shape { name, expected, actual: tensor.shape.to_vec() });
                 None
             }
         }
