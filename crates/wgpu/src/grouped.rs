@@ -57,6 +57,10 @@ pub(crate) enum GroupedKernel {
     Tiled { product: Product, find: Find },
 }
 
+/// Rows that are grouped by expert.
+pub(crate) const GROUPS: &str = include_str!("include/groups.wgsl");
+/// Their tiles.
+pub(crate) const TILES: &str = include_str!("include/tiles.wgsl");
 const GROUPED: &str = include_str!("include/grouped.wgsl");
 
 impl GroupedKernel {
@@ -77,22 +81,19 @@ impl GroupedKernel {
     }
 
     /// The parts of its text that follow the functions of activations.
-    pub(crate) fn parts(self) -> [&'static str; 3] {
-        let (form, entry) = match (self.product().0.stage, self) {
-            (Stage::GateUp, Self::Dot { .. }) => {
-                (include_str!("include/grouped_dot.wgsl"), include_str!("gate_up_dot.wgsl"))
-            }
-            (Stage::GateUp, Self::Tiled { .. }) => {
-                (include_str!("include/grouped_tiled.wgsl"), include_str!("gate_up.wgsl"))
-            }
-            (Stage::Down, Self::Dot { .. }) => {
-                (include_str!("include/grouped_dot.wgsl"), include_str!("down_dot.wgsl"))
-            }
-            (Stage::Down, Self::Tiled { .. }) => {
-                (include_str!("include/grouped_tiled.wgsl"), include_str!("down.wgsl"))
-            }
-        };
-        [GROUPED, form, entry]
+    pub(crate) fn parts(self) -> Vec<&'static str> {
+        let mut parts = vec![GROUPS, GROUPED];
+        parts.extend(match self {
+            Self::Dot { .. } => &[include_str!("include/grouped_dot.wgsl")][..],
+            Self::Tiled { .. } => &[TILES, include_str!("include/grouped_tiled.wgsl")],
+        });
+        parts.push(match (self.product().0.stage, self) {
+            (Stage::GateUp, Self::Dot { .. }) => include_str!("gate_up_dot.wgsl"),
+            (Stage::GateUp, Self::Tiled { .. }) => include_str!("gate_up.wgsl"),
+            (Stage::Down, Self::Dot { .. }) => include_str!("down_dot.wgsl"),
+            (Stage::Down, Self::Tiled { .. }) => include_str!("down.wgsl"),
+        });
+        parts
     }
 
     /// Constants that its text reads.

@@ -1,5 +1,6 @@
 //! Every kernel, what it is specialised by, and the text it is compiled from.
 
+mod backward;
 mod bindings;
 mod eight;
 mod operand;
@@ -12,6 +13,7 @@ use crate::route::RuleKind;
 use crate::{
     accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, route,
 };
+pub(crate) use backward::BackwardKernel;
 use bindings::*;
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
@@ -35,6 +37,8 @@ pub(crate) enum Kernel {
         threads: u32,
         keys: u32,
     },
+    /// Of a gradient.
+    Backward(BackwardKernel),
     GatherWeights,
     DropOverflow,
     Permute,
@@ -189,6 +193,8 @@ const GATE: &str = include_str!("include/gate.wgsl");
 const WORDS: &str = include_str!("include/words.wgsl");
 const ROUTE: &str = include_str!("include/route.wgsl");
 const SCORE: &str = include_str!("include/score.wgsl");
+/// What a routing rule is made of.
+const RULE: &str = include_str!("include/rule.wgsl");
 const CHOOSE: &str = include_str!("include/choose.wgsl");
 const SCAN: &str = include_str!("include/scan.wgsl");
 const PERMUTE: &str = include_str!("include/permute.wgsl");
@@ -201,6 +207,7 @@ impl Kernel {
             Self::Combine(_) => "combine",
             Self::DownCombine { .. } => "down_combine",
             Self::Route { .. } => "route",
+            Self::Backward(kernel) => kernel.entry(),
             Self::GatherWeights => "gather_weights",
             Self::DropOverflow => "drop_overflow",
             Self::Permute => "permute",
@@ -231,6 +238,7 @@ impl Kernel {
             Self::Combine(_) => of::<combine::CombineParams>(),
             Self::DownCombine { .. } => of::<down_combine::DownCombineParams>(),
             Self::Route { .. } => of::<route::RouteParams>(),
+            Self::Backward(kernel) => kernel.params(),
             Self::GatherWeights => of::<route::GatherWeightsParams>(),
             Self::DropOverflow => of::<drop_overflow::DropOverflowParams>(),
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter => {
@@ -257,6 +265,7 @@ impl Kernel {
             Self::DropOverflow => DROP_OVERFLOW,
             Self::Route { rule, .. } if rule.by_table() => ROUTE_BY_TABLE,
             Self::Route { .. } => ROUTE_BY_KEY,
+            Self::Backward(kernel) => kernel.bindings(),
             Self::GatherWeights => {
                 const { &[reads("scores"), reads_integers("experts"), reads("scale"), writes("weights"), STATUS] }
             }
@@ -307,7 +316,7 @@ impl Kernel {
             Self::Combine(_) => vec![MATH, REDUCE, BESIDE, include_str!("combine.wgsl")],
             Self::DownCombine { .. } => vec![MATH, REDUCE, EIGHT, STREAMED, BESIDE, include_str!("down_combine.wgsl")],
             Self::Route { rule, .. } => {
-                let mut parts = vec![MATH, ROUTE, WORDS, SCORE, include_str!("route.wgsl")];
+                let mut parts = vec![MATH, ROUTE, WORDS, SCORE, RULE, include_str!("route.wgsl")];
                 if rule.by_table() {
                     parts.push(include_str!("route_by_table.wgsl"));
                 } else {
@@ -315,6 +324,7 @@ impl Kernel {
                 }
                 parts
             }
+            Self::Backward(kernel) => kernel.parts(),
             Self::GatherWeights => vec![ROUTE, include_str!("gather_weights.wgsl")],
             Self::DropOverflow => vec![ROUTE, WORDS, include_str!("drop_overflow.wgsl")],
             Self::Permute => vec![SCAN, PERMUTE, include_str!("permute.wgsl")],
@@ -367,6 +377,7 @@ impl Kernel {
                 constants.extend(sizes.map(|(name, size)| (name, format!("{size}u"))));
                 constants
             }
+            Self::Backward(kernel) => kernel.constants(),
             Self::GatherWeights | Self::DropOverflow => vec![("THREADS", "32u".into()), ("CAPACITY", "32u".into())],
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter | Self::TileSchedule => {
                 vec![]
@@ -387,6 +398,7 @@ impl Kernel {
         let sizes = [(32, 1), (32, 4), (128, 4), (256, 16)].into_iter().cycle();
         let routes = RuleKind::all().into_iter().zip(sizes);
         all.extend(routes.map(|(rule, (threads, keys))| Self::Route { rule, threads, keys }));
+        all.extend(BackwardKernel::all().into_iter().map(Self::Backward));
         all.extend(activations().map(|activation| Self::Activation { activation: activation.into() }));
         for (norm, in_place, stash) in [(false, false, 0), (false, true, 0), (true, false, 0), (true, true, 2048)] {
             all.push(Self::Combine(CombineKernel { norm, in_place, stash }));

@@ -145,6 +145,14 @@ impl<'a> Operand<'a> {
         Ok(Self { format, tensor: Tensor { offset: 0, stride }, ..Self::whole(buffer) })
     }
 
+    /// Some f32 of a buffer of the backend's own, as rows of so many; the first is at a multiple of 64, and they are whole
+    /// fours.
+    pub(crate) fn part(buffer: &'a wgpu::Buffer, elements: Range<usize>, stride: usize) -> Self {
+        let [start, end] = [elements.start, elements.end].map(|element| 4 * element as u64);
+        let tensor = Tensor { offset: 0, stride: stride as u32 };
+        Self { start, bytes: end - start, end, format: DType::F32, tensor, ..Self::whole(buffer) }
+    }
+
     /// Whether groups of so many elements are aligned at the beginning of each row.
     pub(crate) fn aligned(&self, elements: u32) -> bool {
         self.tensor.offset.is_multiple_of(elements) && self.tensor.stride.is_multiple_of(elements)

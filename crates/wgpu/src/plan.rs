@@ -1,5 +1,6 @@
 //! How operations are carried out: pure functions of what is to be computed and of the device's numbers.
 
+pub(crate) mod backward;
 mod combine;
 pub(crate) mod grouped;
 mod layer;
@@ -8,7 +9,7 @@ pub(crate) mod windows;
 
 pub(crate) use combine::{CombineParts, CombinePlan, CombineStep, combine, down_combine};
 pub(crate) use layer::{piece, schedule, tokens_at_once};
-pub(crate) use route::{permute, route};
+pub(crate) use route::{permute, route, threads_of_token};
 
 use crate::Wgpu;
 use crate::device::DeviceNumbers;

@@ -44,12 +44,7 @@ impl From<&RoutingRule> for RuleKind {
             Selection::SparseMixer { .. } | Selection::Table => None,
         };
         Self {
-            score: match rule.score {
-                Score::Softmax => "SCORE_SOFTMAX",
-                Score::Sigmoid => "SCORE_SIGMOID",
-                Score::SqrtSoftplus => "SCORE_SQRT_SOFTPLUS",
-                Score::Logit => "SCORE_LOGIT",
-            },
+            score: score_constant(rule.score),
             selection: match rule.selection {
                 Selection::TopK { .. } => "SELECT_TOP_K",
                 Selection::SparseMixer { .. } => "SELECT_SPARSE_MIXER",
@@ -79,6 +74,26 @@ impl From<&RoutingRule> for RuleKind {
                 Normalize::Lp { .. } => "NORMALIZE_LP",
             },
         }
+    }
+}
+
+/// A score, as the kernels' texts call it.
+pub(crate) fn score_constant(score: Score) -> &'static str {
+    match score {
+        Score::Softmax => "SCORE_SOFTMAX",
+        Score::Sigmoid => "SCORE_SIGMOID",
+        Score::SqrtSoftplus => "SCORE_SQRT_SOFTPLUS",
+        Score::Logit => "SCORE_LOGIT",
+    }
+}
+
+/// The number of what weights are divided by.
+pub(crate) fn normalize_by(rule: &RoutingRule) -> f32 {
+    match rule.weights.normalize {
+        Normalize::None => 0.0,
+        Normalize::Sum { eps } => eps,
+        Normalize::SumAtLeast { min } => min,
+        Normalize::Lp { p } => p,
     }
 }
 
@@ -135,12 +150,6 @@ impl RouteParams {
             Selection::SparseMixer { jitter } => (0, 0, jitter),
             Selection::TopK { groups: None, .. } | Selection::Table => (0, 0, 0.0),
         };
-        let normalize_by = match rule.weights.normalize {
-            Normalize::None => 0.0,
-            Normalize::Sum { eps } => eps,
-            Normalize::SumAtLeast { min } => min,
-            Normalize::Lp { p } => p,
-        };
         Self {
             experts_total: problem.experts as u32,
             top_k: problem.top_k as u32,
@@ -149,7 +158,7 @@ impl RouteParams {
             groups,
             groups_kept,
             jitter,
-            normalize_by,
+            normalize_by: normalize_by(rule),
             weight_scale: rule.weights.scale,
             not_a_number: f32::NAN,
             ..Self::default()

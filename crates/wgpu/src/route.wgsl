@@ -1,19 +1,5 @@
 // Logits to experts and weights, a workgroup a token; `choose` is in route_by_key.wgsl or route_by_table.wgsl.
 
-const SELECT_TOP_K = 0u;
-const SELECT_SPARSE_MIXER = 1u;
-const SELECT_TABLE = 2u;
-const GROUPS_NONE = 0u;
-const GROUPS_BY_BEST = 1u;
-const GROUPS_BY_BEST_TWO = 2u;
-const NORMALIZE_NONE = 0u;
-const NORMALIZE_SUM = 1u;
-const NORMALIZE_SUM_AT_LEAST = 2u;
-const NORMALIZE_LP = 3u;
-const SCALE_NEVER = 0u;
-const SCALE_BEFORE = 1u;
-const SCALE_AFTER = 2u;
-
 // The token's logits: thread i has those of the experts i, i + THREADS, ...
 var<private> logits: array<f32, KEYS>;
 // Some of the chosen experts, their places among them, and what their weights are so far; places from K on are not chosen.
@@ -105,11 +91,7 @@ fn start_sparse_mixer(token: u32, thread: u32) {
         for (var i = 0u; i < KEYS; i++) {
             let e = thread + i * THREADS;
             if (e >= p.experts_total || is_nan(most) || (turn == 1u && e == first)) { continue; }
-            let logit = logits[i];
-            // from an infinite maximum all terms but its equals' are zero
-            let width = 2.0 * p.jitter * select(most, abs(logit), abs(logit) > most);
-            let near = !is_finite(most) || logit == most || most - logit <= width;
-            if (near) { sum += term(logit, word_of(most)); }
+            if (is_near(logits[i], most, p.jitter)) { sum += term(logits[i], word_of(most)); }
         }
         sum = total(thread, sum);
         for (var i = 0u; i < KEYS; i++) {

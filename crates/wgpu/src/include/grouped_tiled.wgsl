@@ -23,64 +23,8 @@ const W_PITCH = 4u * W_PART + 2u;
 
 var<workgroup> x_tile: array<vec4<f32>, STEP / 4u * X_PITCH>;
 var<workgroup> w_tile: array<vec4<f32>, STEP / 4u * W_PITCH>;
-var<workgroup> scan: array<u32, THREADS>;
-var<workgroup> found: vec4<u32>;
 
-// A tile: its expert (from p.first on), its first row, its rows (0: there is no tile) and its first pair.
-struct Tile { expert: u32, row: u32, rows: u32, pair: u32 }
-
-fn row_tiles(rows: Rows) -> u32 {
-    return select((rows.end - rows.begin + TILE - 1u) / TILE, 0u, rows.begin >= rows.end);
-}
-
-// The n-th tile, counted within an expert by columns.
-fn tile_of(rows: Rows, n: u32) -> Tile {
-    let row = rows.begin + n % row_tiles(rows) * TILE;
-    return Tile(rows.expert - p.first, row, min(rows.end - row, TILE), n / row_tiles(rows) * PAIRS);
-}
-
-fn find(group: vec3<u32>, thread: u32) -> Tile {
-    let columns = (p.pairs + PAIRS - 1u) / PAIRS;
-    if (FIND == FIND_TILES) {
-        let entry = p.groups + group.y * 3u;
-        let first = load_groups(entry + 1u);
-        let rows = clipped(load_groups(entry), first, first + load_groups(entry + 2u));
-        let e = rows.expert - p.first;
-        let none = rows.begin >= rows.end || e >= p.here || group.x >= columns;
-        return Tile(e, rows.begin, select(rows.end - rows.begin, 0u, none), group.x * PAIRS);
-    }
-    let n = number(group);
-    // each thread has some experts, and finds out how many tiles come before them
-    let each = (p.here + THREADS - 1u) / THREADS;
-    let last = min((thread + 1u) * each, p.here);
-    var own = 0u;
-    for (var e = thread * each; e < last; e++) { own += row_tiles(rows_of(p.first + e)) * columns; }
-    var sum = own;
-    scan[thread] = own;
-    if (thread == 0u) { found = vec4<u32>(); }
-    workgroupBarrier();
-    for (var d = 1u; d < THREADS; d *= 2u) {
-        if (thread >= d) { sum += scan[thread - d]; }
-        workgroupBarrier();
-        scan[thread] = sum;
-        workgroupBarrier();
-    }
-    if (n < sum && n >= sum - own) {
-        var before = sum - own;
-        for (var e = thread * each; e < last; e++) {
-            let rows = rows_of(p.first + e);
-            let tiles = row_tiles(rows) * columns;
-            if (n < before + tiles) {
-                let tile = tile_of(rows, n - before);
-                found = vec4<u32>(tile.expert, tile.row, tile.rows, tile.pair);
-                break;
-            }
-            before += tiles;
-        }
-    }
-    let tile = workgroupUniformLoad(&found);
-    return Tile(tile.x, tile.y, tile.z, tile.w);
-}
+fn column_tiles() -> u32 { return (p.pairs + PAIRS - 1u) / PAIRS; }
 
 // Row r of x, eight columns from c on.
 fn put_x(r: u32, c: u32, v: mat2x4<f32>) {
@@ -130,7 +74,7 @@ fn grouped_tiled(group: vec3<u32>, thread: u32) {
     let of_x = r < tile.rows;
     var x = x_of(slot_of(tile.row + min(r, tile.rows - 1u)));
     if (x == NONE) { x = p.x.offset; }
-    let pair = min(tile.pair + r, p.pairs - 1u);
+    let pair = min(tile.column * PAIRS + r, p.pairs - 1u);
     let gate = at(p.gate, pair, tile.expert * p.expert_stride);
     let up = at(p.up, pair, tile.expert * p.expert_stride);
 
@@ -168,7 +112,7 @@ fn grouped_tiled(group: vec3<u32>, thread: u32) {
             for (var four = 0u; four < STEP / 4u; four++) { sums = plus_columns(sums, four, first, my_pairs); }
         }
     }
-    let j0 = tile.pair + my_pairs * 2u;
+    let j0 = tile.column * PAIRS + my_pairs * 2u;
     let row = tile.row + first;
     if (first + 0u < tile.rows) { store_pairs(row, tile.expert, j0, sums.r0); }
     if (first + 1u < tile.rows) { store_pairs(row + 1u, tile.expert, j0, sums.r1); }

@@ -80,20 +80,22 @@ fn logarithm_of_one_and(x: f32) -> f32 {
     return 2.0 * fma(s * z, sum, s);
 }
 
-// x^y for x >= 0 and y > 0; what is not finite stays as it is.
-fn power(x: f32, y: f32) -> f32 {
-    var bits = bitcast<u32>(x);
-    if (bits == 0u || bits >= 0x7f800000u) { return x; }
-    var exponent = -127.0;
-    if (bits < 0x00800000u) {
-        bits = bitcast<u32>(x * 16777216.0);
-        exponent -= 24.0;
-        if (bits == 0u) { return 0.0; }
-    }
+// ln(x * 2^n), for positive x from 2^-126 on that are finite.
+fn logarithm(x: f32, n: f32) -> f32 {
+    let bits = bitcast<u32>(x);
     // mantissa between 0.71 and 1.41
     let up = u32((bits & 0x7fffffu) > 0x3504f3u);
-    exponent += f32((bits >> 23u) + up);
+    let exponent = f32((bits >> 23u) + up) - 127.0 + n;
     let mantissa = bitcast<f32>((bits & 0x7fffffu) | (0x3f800000u - (up << 23u)));
-    let small = logarithm_of_one_and(mantissa - 1.0);
-    return exponential(y * fma(exponent, 0.693359375, fma(exponent, -2.12194440e-4, small)));
+    return fma(exponent, 0.693359375, fma(exponent, -2.12194440e-4, logarithm_of_one_and(mantissa - 1.0)));
+}
+
+// x^y for x >= 0 and y > 0; what is not finite stays as it is.
+fn power(x: f32, y: f32) -> f32 {
+    let bits = bitcast<u32>(x);
+    if (bits == 0u || bits >= 0x7f800000u) { return x; }
+    if (bits >= 0x00800000u) { return exponential(y * logarithm(x, 0.0)); }
+    let scaled = x * 16777216.0;
+    if (bitcast<u32>(scaled) == 0u) { return 0.0; }
+    return exponential(y * logarithm(scaled, -24.0));
 }

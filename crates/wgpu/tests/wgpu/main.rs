@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod conformance;
+mod gradients;
 mod hostile;
 mod layer;
 mod products;
@@ -16,6 +17,7 @@ type Test = (&'static str, fn() -> Result<()>);
 
 const TESTS: &[Test] = &[
     ("the_reference_agrees", conformance::the_reference_agrees),
+    ("the_reference_agrees_with_the_gradients", conformance::the_reference_agrees_with_the_gradients),
     ("no_such_adapter", hostile::no_such_adapter),
     ("devices_that_lack_something", hostile::devices_that_lack_something),
     (
@@ -34,6 +36,8 @@ const TESTS: &[Test] = &[
         "bits_depend_neither_on_subgroups_nor_within_a_form_on_how_many_rows_there_are",
         products::bits_depend_neither_on_subgroups_nor_within_a_form_on_how_many_rows_there_are,
     ),
+    ("a_layer_is_trained_in_one_submission", gradients::a_layer_is_trained_in_one_submission),
+    ("sums_that_no_binding_holds_are_rounded_once", gradients::sums_that_no_binding_holds_are_rounded_once),
     ("what_no_binding_holds_goes_in_pieces", products::what_no_binding_holds_goes_in_pieces),
 ];
 

@@ -6,7 +6,7 @@ use fused_moe_core::{DType, Status, View};
 use fused_moe_wgpu::{Error, Result, Wgpu};
 
 /// The first adapter, with subgroups if it has them, and without, with bindings no larger than every device has.
-fn devices() -> Result<[Wgpu; 2]> {
+pub(super) fn devices() -> Result<[Wgpu; 2]> {
     let with = Wgpu::new(0)?;
     let adapters = pollster::block_on(wgpu::Instance::default().enumerate_adapters(wgpu::Backends::PRIMARY));
     let same = |adapter: &wgpu::Adapter| adapter.get_info().name == with.numbers().name;
