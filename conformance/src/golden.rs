@@ -109,12 +109,12 @@ const WHOLE_LAYER: &str = "output = whole decoder layer";
 /// Errors: `Checkpoint`, `File`, `Content` when the folder is not as described; `Backend`.
 pub fn check_golden<B: Backend>(backend: &B, folder: &Path) -> Result<GoldenReport, B::Error> {
     let content = |name: &str, message: String| GoldenError::Content { path: folder.join(name), message };
-    let checkpoint = Checkpoint::open(folder)?;
+    let Meta { layer: number, note, module_path } = meta(folder).map_err(|message| content("meta.json", message))?;
+    let checkpoint = open_part(folder, number, module_path.as_deref())?;
     let path = folder.join("golden.safetensors");
     let bytes = std::fs::read(&path).map_err(|source| GoldenError::File { path, source })?;
     let wrong = |message: String| content("golden.safetensors", message);
     let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(error.to_string()))?;
-    let (number, note) = meta(folder).map_err(|message| content("meta.json", message))?;
     let number = number.or(checkpoint.first_stored_layer());
     let number = number.ok_or_else(|| content("config.json", "no layer with experts is stored".into()))?;
     let layer = checkpoint.layer(number)?;
@@ -137,9 +137,35 @@ pub fn check_golden<B: Backend>(backend: &B, folder: &Path) -> Result<GoldenRepo
     Ok(GoldenReport { folder: folder.into(), layer: number, note, results })
 }
 
-/// What meta.json says, if there is one: the layer's number and a note.
-fn meta(folder: &Path) -> std::result::Result<(Option<usize>, Option<String>), String> {
-    let Ok(text) = std::fs::read(folder.join("meta.json")) else { return Ok((None, None)) };
+/// Of several language models in a folder, the one that the golden data is of: whose layer has the name in meta.json.
+fn open_part(
+    folder: &Path,
+    layer: Option<usize>,
+    module_path: Option<&str>,
+) -> std::result::Result<Checkpoint, fused_moe::checkpoint::Error> {
+    let first = Checkpoint::open(folder)?;
+    if let (Some(number), Some(module_path)) = (layer, module_path) {
+        for part in first.parts() {
+            let checkpoint = Checkpoint::open_part(folder, part)?;
+            if checkpoint.layer(number).is_ok_and(|layer| layer.name == module_path) {
+                return Ok(checkpoint);
+            }
+        }
+    }
+    Ok(first)
+}
+
+/// What meta.json says.
+#[derive(Default)]
+struct Meta {
+    layer: Option<usize>,
+    note: Option<String>,
+    module_path: Option<String>,
+}
+
+/// An absent file says nothing.
+fn meta(folder: &Path) -> std::result::Result<Meta, String> {
+    let Ok(text) = std::fs::read(folder.join("meta.json")) else { return Ok(Meta::default()) };
     let meta: Value = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
     let layer = match meta.get("layer") {
         None | Some(Value::Null) => None,
@@ -148,7 +174,8 @@ fn meta(folder: &Path) -> std::result::Result<(Option<usize>, Option<String>), S
             Some(layer.ok_or_else(|| format!("\"layer\" is {number}, expected a number"))?)
         }
     };
-    Ok((layer, meta.get("note").and_then(Value::as_str).map(str::to_owned)))
+    let text = |field: &str| meta.get(field).and_then(Value::as_str).map(str::to_owned);
+    Ok(Meta { layer, note: text("note"), module_path: text("module_path") })
 }
 
 /// What a decoder layer's output is multiplied by, if anything.
@@ -291,7 +318,7 @@ impl Golden {
             None => None,
         };
         let output = needed(file, "output", input, count)?;
-        let sequences = layer.config.capacity.and_then(|_| sequences(file, input));
+        let sequences = layer.by_sequence.then(|| sequences(file, input)).flatten();
         Ok(Self { input, tokens, x, token_ids, sequences, routes, routed, output })
     }
 

@@ -48,7 +48,7 @@ pub(crate) struct Extra<'a> {
 impl Case {
     /// What the layer reads of it besides x.
     pub(crate) fn extra(&self, layer: &CheckpointLayer<'_>) -> Extra<'_> {
-        let sequences = layer.config.capacity.map(|_| &self.sequences[..]);
+        let sequences = layer.by_sequence.then_some(&self.sequences[..]);
         Extra { token_ids: self.token_ids.as_deref(), sequences, router_state: None }
     }
 }

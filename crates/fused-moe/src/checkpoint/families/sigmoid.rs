@@ -6,7 +6,7 @@ use fused_moe_core::config::{GroupScore, Masked, Score, SelectBy};
 use fused_moe_core::weights::{GateUpOrder, StackLayout};
 
 pub(super) const FAMILIES: &[Family] = &[
-    Family { name: "deepseek_v3", model_types: &["deepseek_v3", "kimi_k2", "kimi_k25"], ..DEEPSEEK },
+    Family { name: "deepseek_v3", model_types: &["deepseek_v3", "kimi_k2", "kimi_k25", "kimi_k2_5"], ..DEEPSEEK },
     Family { name: "deepseek_v32", model_types: &["deepseek_v32"], ..DEEPSEEK },
     Family {
         name: "deepseek_v4",
@@ -383,12 +383,17 @@ pub(super) const FAMILIES: &[Family] = &[
                 down: "pre_expert_proj.weight",
                 up: "post_expert_proj.weight",
             }),
-            // post_norm_eps is that of the norm behind the experts, by its name; the one before them has the model's
-            experts_in: Some(Rms { unit_offset: true, ..rms("pre_expert_norm.weight") }),
+            // post_norm_eps is that of the norm behind the experts, by its name; the one before them has the model's, where
+            // the model has one
+            experts_in: Some(Rms {
+                unit_offset: true,
+                eps: field(&["rms_norm_eps", "norm_epsilon", "norm_eps", "post_norm_eps"], None),
+                ..rms("pre_expert_norm.weight")
+            }),
             expert_out: Some(Rms {
                 scaled_first: true,
                 unit_offset: true,
-                eps: field(&["post_norm_eps"], None),
+                eps: field(&["post_norm_eps", "rms_norm_eps", "norm_epsilon", "norm_eps"], None),
                 ..rms("experts.post_expert_norm.weight")
             }),
             ..PLAIN

@@ -230,7 +230,13 @@ pub(super) const FAMILIES: &[Family] = &[
         matrices: &[FUSED, PER_EXPERT],
         ..BASE
     },
-    Family { name: "gemma4", model_types: &["gemma4"], ..GEMMA },
+    Family {
+        name: "gemma4",
+        model_types: &["gemma4"],
+        // the last is where a diffusion_gemma has it, whose text part calls itself gemma4 in some files
+        roots: &["model.language_model.", "language_model.model.", "model.", "model.decoder."],
+        ..GEMMA
+    },
     Family {
         name: "diffusion_gemma",
         model_types: &["diffusion_gemma"],
