@@ -5,7 +5,7 @@ use crate::devices;
 use crate::output::{self, BAD, DIM, GOOD, Table, checkpoint_error, plain, progress, remedied};
 use anstyle::Style;
 use anyhow::Result;
-use fused_moe::{Backend, Device, Visitor, cuda};
+use fused_moe::{Backend, BackendBackward, Device, Visitor, cuda};
 use fused_moe_conformance::golden::{GoldenError, GoldenReport, GoldenResult, check_golden};
 use fused_moe_conformance::{Options, Report, Scale, run_backward};
 use serde_json::json;
@@ -73,12 +73,19 @@ fn compile(architectures: &[String]) -> Result<ExitCode> {
 
 /// The suite of the gradients, which not every backend has.
 fn gradients(device: &Device, filter: Option<String>, scale: Scale) -> Result<Report> {
-    let Device::Cpu(cpu) = device else {
-        return Err(remedied("--backward: this backend has no gradients yet", "--backend cpu has them"));
-    };
-    let bar = progress(0, "checking");
     let options = Options { filter, scale, ..Options::default() };
-    let report = run_backward(cpu, &options, &mut |progress| {
+    match device {
+        Device::Cpu(cpu) => gradients_on(cpu, &options),
+        Device::Cuda(cuda) => gradients_on(cuda, &options),
+        _ => {
+            Err(remedied("--backward: this backend has no gradients yet", "--backend cpu and --backend cuda have them"))
+        }
+    }
+}
+
+fn gradients_on<B: BackendBackward>(backend: &B, options: &Options) -> Result<Report> {
+    let bar = progress(0, "checking");
+    let report = run_backward(backend, options, &mut |progress| {
         bar.set_length(progress.count as u64);
         bar.set_position(progress.index as u64);
     });
