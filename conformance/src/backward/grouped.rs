@@ -152,6 +152,8 @@ pub(super) fn cases(scale: Scale) -> Vec<BackwardCase> {
     };
     let mut sizes = grouped_sizes();
     sizes.extend([([150, 2, 200, 131, 2], Spread::Even), ([140, 1, 97, 260, 1], Spread::Even)]);
+    // whole pieces of 16 bytes in every format, some rows and many an expert
+    sizes.extend([([150, 2, 136, 72, 3], Spread::Even), ([210, 1, 72, 200, 1], Spread::Even)]);
     if scale == Scale::Full {
         sizes.extend([([200, 4, 256, 192, 16], Spread::Skewed), ([513, 1, 131, 97, 3], Spread::One(1))]);
     }

@@ -341,7 +341,7 @@ pub(super) fn cases() -> Vec<BackwardCase> {
     }
     let (f32, bf16) = (DType::F32, DType::BF16);
     for dtypes in FLOATS.map(|dtype| [dtype; 3]).into_iter().chain([[bf16, bf16, f32], [f32, bf16, bf16]]) {
-        for sizes in [[0, 16, 8], [1, 1, 1], [7, 31, 24], [5, 67, 1], [140, 200, 130]] {
+        for sizes in [[0, 16, 8], [1, 1, 1], [7, 31, 24], [5, 67, 1], [140, 200, 130], [210, 136, 72]] {
             for (named, mode) in MODES {
                 for softcap in [None, Some(1.5)] {
                     let name = format!("{named}{}{sizes:?}", if softcap.is_some() { "softcap " } else { "" });

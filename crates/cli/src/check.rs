@@ -76,9 +76,9 @@ fn gradients(device: &Device, filter: Option<String>, scale: Scale) -> Result<Re
     let options = Options { filter, scale, ..Options::default() };
     match device {
         Device::Cpu(cpu) => gradients_of(cpu, &options),
+        Device::Cuda(cuda) => gradients_of(cuda, &options),
         Device::Wgpu(wgpu) => gradients_of(wgpu, &options),
-        _ => {
-            Err(remedied("--backward: this backend has no gradients yet", "--backend cpu and --backend wgpu have them"))
+        _ => Err(remedied("--backward: this backend has no gradients", "--backend cpu has them")),
         }
     }
 }

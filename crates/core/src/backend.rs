@@ -3,6 +3,7 @@
 //! A program written over `B: Backend` runs unchanged on host slices, on CUDA device pointers and on `wgpu::Buffer`s.
 
 use crate::config::LayerConfig;
+use crate::dtype::DType;
 use crate::error::Error;
 use crate::operation::*;
 use crate::status::Status;
@@ -133,6 +134,12 @@ pub trait Backend: Sized {
 /// As for [`Backend`]'s own operations: operands are checked, work is enqueued, nothing is allocated, waited for or read
 /// back, and the same inputs give the same bits.
 pub trait BackendBackward: Backend {
+    /// The format of what lies between two operations of a layer that is trained, for x and expert matrices of these
+    /// formats: that of both where the backend's products want all operands alike, else f32.
+    fn between(&self, _x: DType, _matrices: DType) -> DType {
+        DType::F32
+    }
+
     /// Of the experts' rows, the weights and the shared expert's part.
     fn combine_backward(&self, stream: &Self::Stream, operands: CombineBackward<'_, Self>) -> Result<(), Self::Error>;
 

@@ -63,7 +63,7 @@ pub(crate) enum GroupedKernel {
     Tiled { product: Product, x: DType, weight: DType, vector: u8 },
 }
 
-const GROUPED: &str = include_str!("include/grouped.cuh");
+pub(crate) const GROUPED: &str = include_str!("include/grouped.cuh");
 
 impl GroupedKernel {
     fn product(self) -> Product {
@@ -90,7 +90,7 @@ impl GroupedKernel {
         parts.extend(match self {
             Self::Mma { .. } => vec![include_str!("include/mma.cuh"), include_str!("include/grouped_mma.cuh")],
             Self::Dot { .. } => vec![include_str!("include/grouped_dot.cuh")],
-            Self::Tiled { .. } => vec![include_str!("include/grouped_tiled.cuh")],
+            Self::Tiled { .. } => vec![include_str!("include/tiles.cuh"), include_str!("include/grouped_tiled.cuh")],
         });
         parts.push(match (self.product().stage, self) {
             (Stage::GateUp, Self::Mma { .. }) => include_str!("gate_up_mma.cu"),

@@ -1,10 +1,13 @@
 //! Every kernel, what it is specialised by, and the text it is compiled from.
 
+pub(crate) mod backward;
+
 use crate::grouped::GroupedKernel;
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
 use crate::{accumulate, activation, combine, copy, drop_overflow, gate, linear, measure, permute, route};
+use backward::BackwardKernel;
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 
@@ -34,6 +37,7 @@ pub(crate) enum Kernel {
     Counts,
     ReadAll,
     Grouped(GroupedKernel),
+    Backward(BackwardKernel),
 }
 
 /// Rows and columns that a block of a matrix product has, its warps a slice of the inner dimension each.
@@ -119,6 +123,7 @@ impl Kernel {
             Self::Counts => "counts",
             Self::ReadAll => "read_all",
             Self::Grouped(kernel) => kernel.entry(),
+            Self::Backward(kernel) => kernel.entry(),
         }
     }
 
@@ -143,6 +148,7 @@ impl Kernel {
             Self::Counts => copy::CountsParams::DEFINITION,
             Self::ReadAll => measure::ReadAllParams::DEFINITION,
             Self::Grouped(_) => crate::grouped::GroupedParams::DEFINITION,
+            Self::Backward(kernel) => kernel.params(),
         }
     }
 
@@ -177,6 +183,7 @@ impl Kernel {
             Self::Counts => vec![own, include_str!("counts.cu")],
             Self::ReadAll => vec![own, include_str!("read_all.cu")],
             Self::Grouped(kernel) => [vec![REDUCE, ACTIVATION, own], kernel.parts()].concat(),
+            Self::Backward(kernel) => kernel.parts(),
         }
     }
 
@@ -192,7 +199,11 @@ impl Kernel {
 
     /// Whether it may use more shared memory than a launch gives unasked.
     pub(crate) fn asks_for_shared(self) -> bool {
-        matches!(self, Self::Route { .. } | Self::GateRoute { .. } | Self::Permute | Self::Grouped(_))
+        match self {
+            Self::Route { .. } | Self::GateRoute { .. } | Self::Permute | Self::Grouped(_) => true,
+            Self::Backward(kernel) => kernel.asks_for_shared(),
+            _ => false,
+        }
     }
 
     /// What the text is specialised by.
@@ -251,6 +262,7 @@ impl Kernel {
             | Self::Counts
             | Self::ReadAll => vec![],
             Self::Grouped(kernel) => kernel.defines(),
+            Self::Backward(kernel) => kernel.defines(),
         }
     }
 
@@ -270,6 +282,7 @@ impl Kernel {
             Self::ReadAll,
         ];
         all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
+        all.extend(BackwardKernel::all().into_iter().map(Self::Backward));
         for tile in crate::plan::SPLIT_TILES {
             all.extend([DType::F16, DType::BF16].map(|format| Self::LinearMma { format, tile }));
             all.extend([DType::F16, DType::BF16].map(|format| Self::GateMma { format, weighted: false, tile }));

@@ -69,7 +69,10 @@
 
 mod accumulate;
 mod activation;
+mod activation_backward;
+mod backward;
 mod combine;
+mod combine_backward;
 mod copy;
 #[allow(unsafe_code)]
 mod cublas;
@@ -77,11 +80,15 @@ mod dense;
 #[allow(unsafe_code)]
 mod device;
 mod down;
+mod down_backward;
 mod drop_overflow;
 mod error;
 mod gate;
+mod gate_backward;
 mod gate_up;
+mod gate_up_backward;
 mod grouped;
+mod grouped_backward;
 #[allow(unsafe_code)]
 mod jit;
 mod kernel;
@@ -89,6 +96,7 @@ mod kernel;
 mod launch;
 mod layer;
 mod linear;
+mod losses;
 mod measure;
 #[allow(unsafe_code)]
 mod memory;
@@ -98,6 +106,7 @@ mod plan;
 mod record;
 mod rehearse;
 mod route;
+mod route_backward;
 #[allow(unsafe_code)]
 mod stream;
 #[allow(unsafe_code)]

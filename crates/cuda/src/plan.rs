@@ -1,5 +1,6 @@
 //! How an operation is carried out: a pure function of its problem and the device's numbers.
 
+pub(crate) mod backward;
 pub(crate) mod grouped;
 
 use crate::device::DeviceNumbers;

@@ -44,27 +44,13 @@ impl ChoiceParams {
             experts_total: problem.experts as u32,
             top_k: problem.top_k as u32,
             always: rule.always as u32,
-            score: match rule.score {
-                Score::Softmax => 0,
-                Score::Sigmoid => 1,
-                Score::SqrtSoftplus => 2,
-                Score::Logit => 3,
-            },
+            score: score_code(rule.score),
             softmax_of_chosen: (rule.weights.value == WeightValue::SoftmaxOfChosen).into(),
-            scale_when: match rule.weights.expert_scale {
-                None => 0,
-                Some(ExpertScale::BeforeNormalize) => 1,
-                Some(ExpertScale::AfterNormalize) => 2,
-            },
+            scale_when: scale_code(rule.weights.expert_scale),
             weight_scale: rule.weights.scale,
             ..Self::default()
         };
-        (params.normalize, params.normalize_by) = match rule.weights.normalize {
-            Normalize::None => (0, 0.0),
-            Normalize::Sum { eps } => (1, eps),
-            Normalize::SumAtLeast { min } => (2, min),
-            Normalize::Lp { p } => (3, p),
-        };
+        (params.normalize, params.normalize_by) = normalize_code(rule.weights.normalize);
         match rule.selection {
             Selection::TopK { by, bias, groups } => {
                 params.by_logit = (by == SelectBy::Logit || (!bias && groups.is_none())).into();
@@ -81,6 +67,35 @@ impl ChoiceParams {
             Selection::Table => params.selection = 2,
         }
         Ok(params)
+    }
+}
+
+/// What the kernels name a score.
+pub(crate) fn score_code(score: Score) -> u32 {
+    match score {
+        Score::Softmax => 0,
+        Score::Sigmoid => 1,
+        Score::SqrtSoftplus => 2,
+        Score::Logit => 3,
+    }
+}
+
+/// What they name the place of a per-expert scale.
+pub(crate) fn scale_code(scale: Option<ExpertScale>) -> u32 {
+    match scale {
+        None => 0,
+        Some(ExpertScale::BeforeNormalize) => 1,
+        Some(ExpertScale::AfterNormalize) => 2,
+    }
+}
+
+/// What they name a norm of weights, and its number.
+pub(crate) fn normalize_code(normalize: Normalize) -> (u32, f32) {
+    match normalize {
+        Normalize::None => (0, 0.0),
+        Normalize::Sum { eps } => (1, eps),
+        Normalize::SumAtLeast { min } => (2, min),
+        Normalize::Lp { p } => (3, p),
     }
 }
 

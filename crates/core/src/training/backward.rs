@@ -1,11 +1,12 @@
 use super::forward::{SharedExpert, activate};
-use super::workspace::{SharedScratch, TrainingWorkspace};
+use super::workspace::{Scratch, SharedScratch, TrainingWorkspace};
 use super::{
-    Activations, Sizes, TrainingLayer, activation_backward, again, deliver, norm, permutation, permute, row,
+    Activations, Formats, Sizes, TrainingLayer, activation_backward, again, deliver, norm, permutation, permute, row,
     row_gradient, shorter, stack, stack_gradient,
 };
 use crate::backend::{Backend, BackendBackward, In, shorten};
 use crate::config::{LayerConfig, WeightOn};
+use crate::dtype::DType;
 use crate::operation::*;
 use crate::routing::{Permutation, Routing};
 
@@ -29,7 +30,8 @@ impl TrainingLayer {
         let tokens = self.check_sizes("backward", &sizes)?;
         workspace.check("backward", tokens)?;
         let LayerConfig { hidden, experts, top_k, .. } = self.config;
-        self.logits(backend, stream, (x, parameters, from_router), workspace)?;
+        let formats = self.formats(backend, x.dtype(), parameters);
+        self.logits(backend, stream, (x, parameters, from_router), formats, workspace)?;
         let LayerGradients { gate_up, gate_up_bias, down, down_bias, shared: shared_gradients, .. } = gradients;
         let through = Experts {
             layer: self,
@@ -38,6 +40,7 @@ impl TrainingLayer {
             parameters,
             routing: Routing { experts: shorten::<B>(routing.experts), weights: shorten::<B>(routing.weights) },
             z: shorten::<B>(pre_activation),
+            formats,
         };
         through.run(backend, stream, (gate_up, gate_up_bias, down, down_bias), workspace)?;
         if let (Some(z), Some(_)) = (shared_pre_activation, &parameters.shared) {
@@ -92,7 +95,7 @@ impl TrainingLayer {
                     logits: Some(logits.read([tokens, experts])?),
                     softcap: self.config.gate.softcap,
                     scale: self.config.gate.scale,
-                    n: Some(if normed { n.read([tokens, hidden])? } else { shorten::<B>(x) }),
+                    n: Some(if normed { n.read_as(formats.between, [tokens, hidden])? } else { shorten::<B>(x) }),
                     router: shorten::<B>(matrix),
                     d_n: Some(d_n),
                     d_router: shorter::<B>(router),
@@ -117,13 +120,14 @@ impl TrainingLayer {
         backend: &B,
         stream: &B::Stream,
         (x, parameters, from_router): (In<'_, B>, &LayerParameters<'_, B>, bool),
+        Formats { between, .. }: Formats,
         workspace: &mut TrainingWorkspace<B>,
     ) -> Result<(), B::Error> {
         let LayerConfig { hidden, experts, gate: config, .. } = self.config;
         let tokens = x.rows();
         let TrainingWorkspace { logits, n, tokens: sum, .. } = workspace;
         if let Some(router) = parameters.router.filter(|_| from_router) {
-            let normed = if config.norm.is_some() { Some(n.write([tokens, hidden])?) } else { None };
+            let normed = if config.norm.is_some() { Some(n.write_as(between, [tokens, hidden])?) } else { None };
             let (x, router) = (shorten::<B>(x), shorten::<B>(router));
             let bias = parameters.router_bias.map(shorten::<B>);
             let norm_weight = parameters.router_norm.map(shorten::<B>);
@@ -132,7 +136,7 @@ impl TrainingLayer {
         }
         match config.norm.filter(|_| self.norm_feeds()) {
             Some(rule) => {
-                let to = (sum.write([tokens, hidden])?, n.write([tokens, hidden])?);
+                let to = (sum.write([tokens, hidden])?, n.write_as(between, [tokens, hidden])?);
                 norm(backend, stream, (x, parameters.router_norm, rule.eps), to)
             }
             None => Ok(()),
@@ -166,6 +170,7 @@ struct Experts<'a, 'p, B: Backend> {
     parameters: &'a LayerParameters<'p, B>,
     routing: Routing<'a, B>,
     z: In<'a, B>,
+    formats: Formats,
 }
 
 /// Of gate_up and its bias, of down and its bias.
@@ -184,11 +189,13 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
         let config = &self.layer.config;
         let &LayerConfig { hidden, intermediate, experts, top_k, .. } = config;
         let (tokens, on_input) = (self.x.rows(), config.weight_on == WeightOn::Input);
-        let rows = tokens * top_k;
-        let TrainingWorkspace { permutation: slots, n, d_n, d_weights, a, d_a, d_z, rows: d_rows, .. } = workspace;
+        let (rows, Formats { between, outputs }) = (tokens * top_k, self.formats);
+        let TrainingWorkspace {
+            permutation: slots, n, d_n, d_weights, ones, factors, a, d_a, d_z, rows: d_rows, ..
+        } = workspace;
         permute(backend, stream, (self.routing.experts, experts), slots)?;
         let slots = permutation(slots, [rows, experts])?;
-        let to = Some(d_a.write([rows, intermediate])?);
+        let to = Some(d_a.write_as(between, [rows, intermediate])?);
         backend.down_backward(stream, DownBackward { d_a: to, ..self.through_down(&slots) })?;
         activation_backward(
             backend,
@@ -196,18 +203,18 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
             Activations {
                 activation: config.activation,
                 z: shorten::<B>(self.z),
-                d_a: d_a.read([rows, intermediate])?,
+                d_a: d_a.read_as(between, [rows, intermediate])?,
                 row_weights: Some(self.by_slot(Some(shorten::<B>(slots.row_slot)))),
-                a: a.write([rows, intermediate])?,
-                d_z: d_z.write([rows, config.gate_up_rows()])?,
+                a: a.write_as(between, [rows, intermediate])?,
+                d_z: d_z.write_as(between, [rows, config.gate_up_rows()])?,
             },
         )?;
         if !on_input {
             let experts = shorten::<B>(self.routing.experts);
             let bias = self.parameters.down_bias.map(|bias| DownBias { bias: shorten::<B>(bias), experts });
             let from = WeightsFrom::Intermediate {
-                a: a.read([rows, intermediate])?,
-                d_a: d_a.read([rows, intermediate])?,
+                a: a.read_as(between, [rows, intermediate])?,
+                d_a: d_a.read_as(between, [rows, intermediate])?,
                 slot_row: shorten::<B>(slots.slot_row),
                 bias,
             };
@@ -220,29 +227,29 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
             )?;
         }
         if down.is_some() || down_bias.is_some() {
-            let a = Some(a.read([rows, intermediate])?);
-            let (d_down, d_bias) = (shorter::<B>(down), shorter::<B>(down_bias));
-            let row_weights = Some(self.by_slot(None));
-            backend
-                .down_backward(stream, DownBackward { row_weights, a, d_down, d_bias, ..self.through_down(&slots) })?;
+            let gradients = (shorter::<B>(down), shorter::<B>(down_bias));
+            self.matrices_of_down(backend, stream, &slots, gradients, (a, d_a, ones, factors))?;
         }
-        let read = if self.layer.norm_feeds() { n.read([tokens, hidden])? } else { shorten::<B>(self.x) };
+        let read = if self.layer.norm_feeds() { n.read_as(between, [tokens, hidden])? } else { shorten::<B>(self.x) };
         backend.gate_up_backward(
             stream,
             GateUpBackward {
-                d_z: d_z.read([rows, config.gate_up_rows()])?,
+                d_z: d_z.read_as(between, [rows, config.gate_up_rows()])?,
                 x: Some(shorten::<B>(read)),
                 rows: self.layer.tokens(),
                 permutation: again(&slots),
                 input_weights: on_input.then_some(shorten::<B>(self.routing.weights)),
                 matrices: shorten::<B>(self.parameters.gate_up),
-                d_rows: Some(d_rows.write([rows, hidden])?),
+                d_rows: Some(d_rows.write_as(outputs, [rows, hidden])?),
                 d_gate_up: shorter::<B>(gate_up),
                 d_bias: shorter::<B>(gate_up_bias),
             },
         )?;
         let of_rows = || -> crate::error::Result<SlotRows<'_, B>> {
-            Ok(SlotRows::Permuted { y: d_rows.read([rows, hidden])?, slot_row: shorten::<B>(slots.slot_row) })
+            Ok(SlotRows::Permuted {
+                y: d_rows.read_as(outputs, [rows, hidden])?,
+                slot_row: shorten::<B>(slots.slot_row),
+            })
         };
         if on_input {
             let out = Gradient::assign(d_weights.write([tokens, top_k])?);
@@ -265,6 +272,48 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
                 out: d_n.write([tokens, hidden])?,
             },
         )
+    }
+
+    /// The gradients of down and its bias. Products of narrow numbers take no factors in the middle of a sum: there a is
+    /// multiplied by the rows' factors first, where `d_a`, of which nothing is read any more, lay.
+    fn matrices_of_down(
+        &self,
+        backend: &B,
+        stream: &B::Stream,
+        slots: &Permutation<'_, B>,
+        (d_down, d_bias): (Option<Gradient<'_, B>>, Option<Gradient<'_, B>>),
+        (a, weighted, ones, factors): (&Scratch<B>, &mut Scratch<B>, &Scratch<B>, &mut Scratch<B>),
+    ) -> Result<(), B::Error> {
+        let &LayerConfig { intermediate, top_k, routed_scale, .. } = &self.layer.config;
+        let (tokens, between) = (self.x.rows(), self.formats.between);
+        let [rows, of_rows] = [[tokens * top_k, 1], [tokens * top_k, intermediate]];
+        if between == DType::F32 || d_down.is_none() {
+            let (a, row_weights) = (Some(a.read_as(between, of_rows)?), Some(self.by_slot(None)));
+            let (d_down, d_bias) = (shorter::<B>(d_down), shorter::<B>(d_bias));
+            let whole = DownBackward { row_weights, a, d_down, d_bias, ..self.through_down(slots) };
+            return backend.down_backward(stream, whole);
+        }
+        let (d_y, slot_row) = (factors.write(rows)?, shorten::<B>(slots.slot_row));
+        let each = CombineBackward {
+            weights: self.by_slot(None).weights.map(shorten::<B>),
+            routed_scale,
+            d_rows: Some(RowsGradient::Permuted { d_y, slot_row }),
+            ..CombineBackward::new(ones.read([tokens, 1])?, top_k)
+        };
+        backend.combine_backward(stream, each)?;
+        let product = CombineBackward {
+            weights: Some(factors.read(rows)?),
+            d_rows: Some(RowsGradient::Slots(weighted.write_as(between, of_rows)?)),
+            ..CombineBackward::new(a.read_as(between, of_rows)?, 1)
+        };
+        backend.combine_backward(stream, product)?;
+        let (a, d_down) = (Some(weighted.read_as(between, of_rows)?), shorter::<B>(d_down));
+        backend.down_backward(stream, DownBackward { a, d_down, ..self.through_down(slots) })?;
+        let (row_weights, d_bias) = (Some(self.by_slot(None)), shorter::<B>(d_bias));
+        match d_bias {
+            Some(_) => backend.down_backward(stream, DownBackward { row_weights, d_bias, ..self.through_down(slots) }),
+            None => Ok(()),
+        }
     }
 
     /// Through down, of nothing yet.
@@ -302,23 +351,28 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
         let TrainingWorkspace { identity, zeros, n, d_n, tokens: apart, shared, .. } = workspace;
         permute(backend, stream, (zeros.read([tokens, 1])?, 1), identity)?;
         let permutation = permutation(identity, [tokens, 1])?;
-        let x = if self.layer.norm_feeds() { n.read([tokens, hidden])? } else { shorten::<B>(self.x) };
-        let expert = SharedExpert { config, weights, x, permutation };
+        let x = if self.layer.norm_feeds() {
+            n.read_as(self.formats.between, [tokens, hidden])?
+        } else {
+            shorten::<B>(self.x)
+        };
+        let expert = SharedExpert::new(backend, (config, weights), x, permutation);
+        let Formats { between, outputs } = expert.formats;
         let gate = expert.gate();
         if gate.is_some() {
             expert.outputs(backend, stream, shorten::<B>(z), shared)?;
         } else {
-            activate(backend, stream, config.activation, (z, shared.a.write([tokens, width])?))?;
+            activate(backend, stream, config.activation, (z, shared.a.write_as(between, [tokens, width])?))?;
         }
         let SharedScratch { a, d_a, d_z, y, d_y, logit, d_logit } = shared;
         let d_gate = if gate.is_some() { Some(Gradient::assign(d_logit.write([tokens, 1])?)) } else { None };
         let logit = if gate.is_some() { Some(logit.read([tokens, 1])?) } else { None };
         let part = SharedBackward {
-            y: Some(y.read([tokens, hidden])?),
+            y: Some(y.read_as(outputs, [tokens, hidden])?),
             factor: None,
             logit,
             scale: config.scale,
-            d_y: Some(d_y.write([tokens, hidden])?),
+            d_y: Some(d_y.write_as(between, [tokens, hidden])?),
             d_gate,
         };
         backend.combine_backward(
@@ -328,13 +382,13 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
         backend.down_backward(
             stream,
             DownBackward {
-                d_out: d_y.read([tokens, hidden])?,
+                d_out: d_y.read_as(between, [tokens, hidden])?,
                 rows: RowSource::Rows,
                 permutation: again(&expert.permutation),
                 row_weights: None,
-                a: Some(a.read([tokens, width])?),
+                a: Some(a.read_as(between, [tokens, width])?),
                 matrices: stack::<B>(shorten::<B>(weights.down))?,
-                d_a: Some(d_a.write([tokens, width])?),
+                d_a: Some(d_a.write_as(between, [tokens, width])?),
                 d_down: stack_gradient(shorter::<B>(gradients.down))?,
                 d_bias: row_gradient(shorter::<B>(gradients.down_bias))?,
             },
@@ -346,16 +400,16 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
             Activations {
                 activation: config.activation,
                 z: shorten::<B>(z),
-                d_a: d_a.read([tokens, width])?,
+                d_a: d_a.read_as(between, [tokens, width])?,
                 row_weights: None,
-                a: a.write([tokens, width])?,
-                d_z: d_z.write([tokens, height])?,
+                a: a.write_as(between, [tokens, width])?,
+                d_z: d_z.write_as(between, [tokens, height])?,
             },
         )?;
         backend.gate_up_backward(
             stream,
             GateUpBackward {
-                d_z: d_z.read([tokens, height])?,
+                d_z: d_z.read_as(between, [tokens, height])?,
                 x: Some(shorten::<B>(expert.x)),
                 rows: RowSource::Rows,
                 permutation: again(&expert.permutation),

@@ -1,5 +1,5 @@
 use super::workspace::{SharedScratch, TrainingWorkspace};
-use super::{Sizes, TrainingLayer, again, norm, permutation, permute, row, stack};
+use super::{Formats, Sizes, TrainingLayer, again, norm, permutation, permute, row, stack};
 use crate::backend::{Backend, BackendBackward, In, Out, reborrow, share, shorten, shorten_mut};
 use crate::config::{Activation, LayerConfig, SharedConfig, WeightOn};
 use crate::error::Result;
@@ -45,10 +45,12 @@ impl TrainingLayer {
             shared,
             ..
         } = workspace;
+        let formats = self.formats(backend, x.dtype(), parameters);
+        let Formats { between, outputs } = formats;
         let feeds = self.norm_feeds();
         let from_router = matches!(source, Source::Router);
         if let (Source::Router, Some(router)) = (&source, parameters.router) {
-            let normed = if feeds { Some(n.write([tokens, hidden])?) } else { None };
+            let normed = if feeds { Some(n.write_as(between, [tokens, hidden])?) } else { None };
             backend.gate(
                 stream,
                 Gate {
@@ -84,12 +86,12 @@ impl TrainingLayer {
             (None, None) => return Err(no_routes("forward").into()),
         };
         if let (true, false, Some(rule)) = (feeds, from_router, config.gate.norm) {
-            let to = (sum.write([tokens, hidden])?, n.write([tokens, hidden])?);
+            let to = (sum.write([tokens, hidden])?, n.write_as(between, [tokens, hidden])?);
             norm(backend, stream, (x, parameters.router_norm, rule.eps), to)?;
         }
         permute(backend, stream, (routing.experts, experts), slots)?;
         let permutation = permutation(slots, [rows, experts])?;
-        let read = if feeds { n.read([tokens, hidden])? } else { shorten::<B>(x) };
+        let read = if feeds { n.read_as(between, [tokens, hidden])? } else { shorten::<B>(x) };
         let on_input = config.weight_on == WeightOn::Input;
         backend.gate_up(
             stream,
@@ -109,30 +111,30 @@ impl TrainingLayer {
             backend,
             stream,
             config.activation,
-            (share::<B>(&pre_activation), a.write([rows, config.intermediate])?),
+            (share::<B>(&pre_activation), a.write_as(between, [rows, config.intermediate])?),
         )?;
         backend.down(
             stream,
             Down {
-                a: a.read([rows, config.intermediate])?,
+                a: a.read_as(between, [rows, config.intermediate])?,
                 offsets: shorten::<B>(permutation.offsets),
                 matrices: Matrices::Stack(shorten::<B>(parameters.down)),
                 bias: parameters.down_bias.map(shorten::<B>),
-                out: y_rows.write([rows, hidden])?,
+                out: y_rows.write_as(outputs, [rows, hidden])?,
             },
         )?;
         let mut part = None;
         if let (Some(of), Some(weights), Some(z)) = (config.shared, &parameters.shared, shared_pre_activation) {
             permute(backend, stream, (zeros.read([tokens, 1])?, 1), identity)?;
             let permutation = super::permutation(identity, [tokens, 1])?;
-            let expert = SharedExpert { config: of, weights, x: shorten::<B>(read), permutation };
+            let expert = SharedExpert::new(backend, (of, weights), shorten::<B>(read), permutation);
             part = Some(expert.forward(backend, stream, shorten_mut::<B>(z), shared)?);
         }
         backend.combine(
             stream,
             Combine {
                 rows: SlotRows::Permuted {
-                    y: y_rows.read([rows, hidden])?,
+                    y: y_rows.read_as(outputs, [rows, hidden])?,
                     slot_row: shorten::<B>(permutation.slot_row),
                 },
                 weights: (!on_input).then_some(shorten::<B>(routing.weights)),
@@ -209,6 +211,19 @@ pub(super) struct SharedExpert<'a, 'p, B: Backend> {
     /// What it reads, `[T, H]`.
     pub(super) x: In<'a, B>,
     pub(super) permutation: Permutation<'a, B>,
+    pub(super) formats: Formats,
+}
+
+impl<'a, 'p, B: BackendBackward> SharedExpert<'a, 'p, B> {
+    pub(super) fn new(
+        backend: &B,
+        (config, weights): (SharedConfig, &'a SharedParameters<'p, B>),
+        x: In<'a, B>,
+        permutation: Permutation<'a, B>,
+    ) -> Self {
+        let formats = Formats::of(backend, x.dtype(), [weights.gate_up.dtype(), weights.down.dtype()]);
+        Self { config, weights, x, permutation, formats }
+    }
 }
 
 impl<B: Backend> SharedExpert<'_, '_, B> {
@@ -237,7 +252,12 @@ impl<B: Backend> SharedExpert<'_, '_, B> {
         self.outputs(backend, stream, share::<B>(&z), scratch)?;
         let [tokens, hidden] = [x.rows(), x.cols()];
         let logit = if self.gate().is_some() { Some(scratch.logit.read([tokens, 1])?) } else { None };
-        Ok(Shared { y: scratch.y.read([tokens, hidden])?, factor: None, logit, scale: config.scale })
+        Ok(Shared {
+            y: scratch.y.read_as(self.formats.outputs, [tokens, hidden])?,
+            factor: None,
+            logit,
+            scale: config.scale,
+        })
     }
 
     /// Its gate, if the layer is to have one.
@@ -255,15 +275,15 @@ impl<B: Backend> SharedExpert<'_, '_, B> {
     ) -> Result<(), B::Error> {
         let Self { config, weights, x, .. } = self;
         let [tokens, hidden, width] = [x.rows(), x.cols(), config.intermediate];
-        activate(backend, stream, config.activation, (z, scratch.a.write([tokens, width])?))?;
+        activate(backend, stream, config.activation, (z, scratch.a.write_as(self.formats.between, [tokens, width])?))?;
         backend.down(
             stream,
             Down {
-                a: scratch.a.read([tokens, width])?,
+                a: scratch.a.read_as(self.formats.between, [tokens, width])?,
                 offsets: shorten::<B>(self.permutation.offsets),
                 matrices: Matrices::Stack(stack::<B>(shorten::<B>(weights.down))?),
                 bias: weights.down_bias.map(|bias| row::<B>(shorten::<B>(bias))).transpose()?,
-                out: scratch.y.write([tokens, hidden])?,
+                out: scratch.y.write_as(self.formats.outputs, [tokens, hidden])?,
             },
         )?;
         if let Some(gate) = self.gate() {

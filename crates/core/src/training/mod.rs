@@ -4,6 +4,9 @@
 //! Between the two passes a token keeps x, the pre-activation of its K slots (and of the shared expert), and its routes;
 //! [`TrainingLayer::activation_bytes`] tells how much that is. The logits, the activations and the normalised tokens are
 //! made once more; the experts' outputs are needed by nobody.
+//!
+//! What lies between two operations of a call is f32, or narrower where the backend wants that
+//! ([`BackendBackward::between`]); sums are f32 on every backend.
 
 mod backward;
 mod forward;
@@ -11,7 +14,7 @@ mod workspace;
 
 pub use workspace::TrainingWorkspace;
 
-use crate::backend::{Backend, BackendBackward, In, reborrow, shorten, shorten_mut};
+use crate::backend::{Backend, BackendBackward, In, shorten, shorten_mut};
 use crate::config::{LayerConfig, Norms, Selection};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -77,6 +80,11 @@ impl TrainingLayer {
         TrainingWorkspace::new(backend, &self.config, max_tokens)
     }
 
+    /// The formats of what lies between the operations of a call.
+    fn formats<B: BackendBackward>(&self, backend: &B, x: DType, parameters: &LayerParameters<'_, B>) -> Formats {
+        Formats::of(backend, x, [parameters.gate_up.dtype(), parameters.down.dtype()])
+    }
+
     /// Whether the experts read the norm of x.
     fn norm_feeds(&self) -> bool {
         self.config.gate.norm.is_some_and(|norm| norm.feeds_experts)
@@ -115,6 +123,22 @@ impl TrainingLayer {
             return Err(Error::Missing { operation, operand, reason });
         }
         Ok(tokens)
+    }
+}
+
+/// The formats of what lies between two operations.
+#[derive(Clone, Copy)]
+struct Formats {
+    /// Of activations and their gradients.
+    between: DType,
+    /// Of the experts' outputs and of the gradients of what they read: f16 has too small a range for them.
+    outputs: DType,
+}
+
+impl Formats {
+    fn of<B: BackendBackward>(backend: &B, x: DType, [gate_up, down]: [DType; 2]) -> Self {
+        let between = if gate_up == down { backend.between(x, gate_up) } else { DType::F32 };
+        Self { between, outputs: if between == DType::F16 { DType::F32 } else { between } }
     }
 }
 
@@ -157,12 +181,25 @@ fn deliver<B: Backend>(
     from: In<'_, B>,
     to: Option<Gradient<'_, B>>,
 ) -> Result<(), B::Error> {
-    let Some(Gradient { mut view, mode }) = to else { return Ok(()) };
-    if mode == GradientMode::Assign {
-        backend.zero(stream, Zero { out: reborrow::<B>(&mut view) })?;
+    let Some(Gradient { view, mode }) = to else { return Ok(()) };
+    let (view, from) = (shorten_mut::<B>(view), shorten::<B>(from));
+    if mode == GradientMode::Accumulate {
+        return backend.accumulate(stream, Accumulate { acc: view, weight: Factor::Value(1.0), y: from });
     }
-    let acc = shorten_mut::<B>(view);
-    backend.accumulate(stream, Accumulate { acc, weight: Factor::Value(1.0), y: shorten::<B>(from) })
+    let none = shorten::<B>(from).row_range(0, 0)?;
+    backend.combine(
+        stream,
+        Combine {
+            rows: SlotRows::Slots(none),
+            weights: None,
+            copies: None,
+            routed_scale: 1.0,
+            shared: None,
+            residual: Some(Residual::Of(from)),
+            norm: None,
+            out: view,
+        },
+    )
 }
 
 /// The matrices of one expert as a stack of one.

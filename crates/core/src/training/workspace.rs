@@ -19,19 +19,23 @@ pub struct TrainingWorkspace<B: Backend> {
     pub(super) d_logits: Scratch<B>,
     /// f32 `[T, K]`.
     pub(super) d_weights: Scratch<B>,
-    /// f32 `[T, H]`: the norm of x.
+    /// `[T, H]`: the norm of x, in the format between operations.
     pub(super) n: Scratch<B>,
     /// f32 `[T, H]`: of what the experts read.
     pub(super) d_n: Scratch<B>,
     /// f32 `[T, H]`.
     pub(super) tokens: Scratch<B>,
-    /// f32 `[R, I]`.
+    /// f32 `[T, 1]`: ones.
+    pub(super) ones: Scratch<B>,
+    /// f32 `[R, 1]`: the factor of each row.
+    pub(super) factors: Scratch<B>,
+    /// `[R, I]`, in the format between operations, as the next two.
     pub(super) a: Scratch<B>,
-    /// f32 `[R, I]`.
+    /// `[R, I]`.
     pub(super) d_a: Scratch<B>,
-    /// f32 `[R, N]`.
+    /// `[R, N]`.
     pub(super) d_z: Scratch<B>,
-    /// f32 `[R, H]`: the experts' outputs; in a backward pass the gradient of what each row read.
+    /// `[R, H]`: the experts' outputs; in a backward pass the gradient of what each row read.
     pub(super) rows: Scratch<B>,
     pub(super) shared: SharedScratch<B>,
 }
@@ -43,17 +47,17 @@ pub(super) struct PermutationScratch<B: Backend> {
     pub(super) offsets: B::Memory,
 }
 
-/// Scratch of the shared expert.
+/// Scratch of the shared expert, in the formats of the other experts'.
 pub(super) struct SharedScratch<B: Backend> {
-    /// f32 `[T, S]`.
+    /// `[T, S]`.
     pub(super) a: Scratch<B>,
-    /// f32 `[T, S]`.
+    /// `[T, S]`.
     pub(super) d_a: Scratch<B>,
-    /// f32 `[T, 2S]`.
+    /// `[T, 2S]`.
     pub(super) d_z: Scratch<B>,
-    /// f32 `[T, H]`.
+    /// `[T, H]`.
     pub(super) y: Scratch<B>,
-    /// f32 `[T, H]`.
+    /// `[T, H]`.
     pub(super) d_y: Scratch<B>,
     /// f32 `[T, 1]`.
     pub(super) logit: Scratch<B>,
@@ -74,6 +78,15 @@ impl<B: Backend> Scratch<B> {
 
     pub(super) fn write(&mut self, shape: impl Into<Shape>) -> Result<Out<'_, B>> {
         View::new(B::write(&mut self.memory), self.dtype, 0, shape)
+    }
+
+    /// As numbers of another format, of no more bytes.
+    pub(super) fn read_as(&self, dtype: DType, shape: impl Into<Shape>) -> Result<In<'_, B>> {
+        View::new(B::read(&self.memory), dtype, 0, shape)
+    }
+
+    pub(super) fn write_as(&mut self, dtype: DType, shape: impl Into<Shape>) -> Result<Out<'_, B>> {
+        View::new(B::write(&mut self.memory), dtype, 0, shape)
     }
 }
 
@@ -100,6 +113,8 @@ impl<B: Backend> TrainingWorkspace<B> {
         };
         let width = config.shared.map_or(0, |shared| shared.intermediate);
         let height = config.shared.map_or(0, |shared| shared.activation.gate_up_rows(shared.intermediate));
+        let mut ones = memory(max_tokens, 1)?;
+        backend.upload(bytemuck::cast_slice(&vec![1.0f32; max_tokens]), &mut ones)?;
         // without a shared expert its parts are empty
         let shared_tokens = if width > 0 { max_tokens } else { 0 };
         Ok(Self {
@@ -113,6 +128,8 @@ impl<B: Backend> TrainingWorkspace<B> {
             n: floats(max_tokens, hidden)?,
             d_n: floats(max_tokens, hidden)?,
             tokens: floats(max_tokens, hidden)?,
+            ones: Scratch { memory: ones, dtype: DType::F32 },
+            factors: floats(rows, 1)?,
             a: floats(rows, intermediate)?,
             d_a: floats(rows, intermediate)?,
             d_z: floats(rows, config.gate_up_rows())?,

@@ -5,24 +5,7 @@
 //                        sums += outer products
 //
 // Gate and up rows of an output are neighbours in a tile.
-#define TILE 64
-#define STEP 16
 #define TILE_OUTPUTS (GATED ? TILE / 2 : TILE)
-
-struct Tiles {
-    f32 x[STEP][TILE + 4];
-    f32 w[STEP][TILE + 4];
-};
-
-// Four neighbours of a row, zeros outside.
-template <class T> __device__ __forceinline__ void load_four(const T* row, bool inside, u64 col, u64 width, f32 (&to)[4]) {
-    if (VEC == 4 && inside && col + 4 <= width) {
-        load<4>(row + col, to);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) to[i] = inside && col + i < width ? to_f32(row[col + i]) : 0.0f;
-}
 
 __device__ __forceinline__ void multiply_tile(const GroupedParams& p, const Tile& tile, Tiles& tiles, f32 (&sum)[4][4]) {
     const Expert expert = expert_at<W_T>(p, tile.expert);
@@ -41,24 +24,15 @@ __device__ __forceinline__ void multiply_tile(const GroupedParams& p, const Tile
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            tiles.x[c + i][r] = a[i];
-            tiles.w[c + i][r] = b[i];
+            tiles.a[c + i][r] = a[i];
+            tiles.b[c + i][r] = b[i];
         }
         __syncthreads();
         if (k + STEP < p.inner) {
             load_four(x, slot != NO_ROW, k + STEP + c, p.inner, a);
             load_four(w, w_inside, k + STEP + c, p.inner, b);
         }
-#pragma unroll
-        for (int i = 0; i < STEP; i++) {
-            f32 u[4], v[4];
-            load<4>(&tiles.x[i][thread / 16 * 4], u);
-            load<4>(&tiles.w[i][thread % 16 * 4], v);
-#pragma unroll
-            for (int m = 0; m < 4; m++)
-#pragma unroll
-                for (int n = 0; n < 4; n++) sum[m][n] = fmaf(u[m], v[n], sum[m][n]);
-        }
+        add_products(tiles, sum);
     }
     const u64 first = (u64)tile.column * TILE_OUTPUTS + thread % 16 * (GATED ? 2 : 4);
 #pragma unroll

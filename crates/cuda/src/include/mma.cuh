@@ -16,6 +16,14 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
                  : "memory");
 }
 
+// The same, each 8 x 8 matrix transposed.
+__device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 // c += a . b^T, a [16, 16], b [8, 16]
 __device__ __forceinline__ void mma(bf16, f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

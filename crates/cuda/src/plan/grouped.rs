@@ -59,16 +59,16 @@ const TILES: [(usize, MmaTile); 4] = [
 ];
 
 impl MmaTile {
-    fn stage_bytes(self) -> usize {
+    pub(super) fn stage_bytes(self) -> usize {
         (usize::from(self.rows) + usize::from(self.columns)) * 64 * 2
     }
 
-    fn threads(self) -> u32 {
+    pub(super) fn threads(self) -> u32 {
         32 * u32::from(self.warps[0]) * u32::from(self.warps[1])
     }
 
     /// The same with as many stages as the device has room for, two at least.
-    fn fit(self, schedule: usize, device: &DeviceNumbers) -> Self {
+    pub(super) fn fit(self, schedule: usize, device: &DeviceNumbers) -> Self {
         let room = device.shared_per_block.saturating_sub(schedule) / self.stage_bytes();
         Self { stages: self.stages.min(room.clamp(2, 255) as u8), ..self }
     }
@@ -130,7 +130,7 @@ fn tiled(sizes: &Sizes, aligned: impl Fn(u64) -> bool, device: &DeviceNumbers) -
 }
 
 /// The most row tiles there can be.
-fn row_tiles(rows: usize, experts: usize, tile: usize) -> usize {
+pub(super) fn row_tiles(rows: usize, experts: usize, tile: usize) -> usize {
     rows / tile + experts.min(rows)
 }
 

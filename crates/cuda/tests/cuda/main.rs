@@ -10,6 +10,7 @@ mod hostile;
 mod layer;
 mod lend;
 mod multi;
+mod training;
 
 use fused_moe_cuda::{Cuda, Error, Result, compiler, device_count};
 use libtest_mimic::{Arguments, Trial};
@@ -42,6 +43,8 @@ const DEVICE: &[Test] = &[
     ("a_captured_layer_with_a_capacity_replays", around::a_captured_layer_with_a_capacity_replays),
     ("a_captured_layer_with_surroundings_replays", around::a_captured_layer_with_surroundings_replays),
     ("surroundings_do_not_depend_on_the_batch", around::surroundings_do_not_depend_on_the_batch),
+    ("the_gradients_agree_with_the_reference", training::the_gradients_agree_with_the_reference),
+    ("a_captured_training_step_replays", training::a_captured_training_step_replays),
     ("too_much_says_how_much", layer::too_much_says_how_much),
     ("experts_beyond_4_gib", layer::experts_beyond_4_gib),
     ("no_such_device", hostile::no_such_device),

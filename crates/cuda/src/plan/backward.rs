@@ -1,0 +1,315 @@
+//! How a gradient is carried out.
+
+use super::grouped::row_tiles;
+use super::{Plan, vector};
+use crate::device::DeviceNumbers;
+use crate::grouped::MmaTile;
+use crate::grouped_backward::{GroupedBackwardKernel, Stage};
+use crate::kernel::Kernel;
+use crate::kernel::backward::{BackwardKernel, ONE_BLOCK};
+use crate::launch::Grid;
+use fused_moe_core::DType;
+use fused_moe_core::problem::{
+    ActivationBackwardProblem, CombineBackwardProblem, GroupedBackwardProblem, LossProblem, NormBackwardProblem,
+    RouteBackwardProblem,
+};
+
+/// A kernel of a grouped product's gradients, its grid, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GroupedBackwardPlan {
+    pub(crate) kernel: GroupedBackwardKernel,
+    pub(crate) grid: Grid,
+    pub(crate) why: &'static str,
+}
+
+/// Elements that element-wise kernels take at once.
+pub(crate) const VECTOR: u8 = 8;
+/// Rows and columns of a tile of the general kernels, and blocks of them that a multiprocessor holds.
+const TILE: usize = 64;
+const TILED_BLOCKS: usize = 4;
+/// Tiles on tensor cores by the rows that an expert has on average. Those of the matrices do not depend on them.
+const ROWS: [(usize, MmaTile); 4] = [
+    (12, MmaTile { rows: 16, columns: 64, warps: [1, 4], stages: 5, blocks: 4 }),
+    (40, MmaTile { rows: 32, columns: 128, warps: [1, 4], stages: 3, blocks: 3 }),
+    (160, MmaTile { rows: 64, columns: 128, warps: [2, 2], stages: 3, blocks: 3 }),
+    (usize::MAX, MmaTile { rows: 128, columns: 128, warps: [2, 4], stages: 3, blocks: 2 }),
+];
+const MATRICES: MmaTile = MmaTile { rows: 128, columns: 128, warps: [2, 4], stages: 3, blocks: 2 };
+
+const GENERAL: &str = "f32, mixed formats, weighted sums or odd sizes: multiply-adds in f32";
+
+/// Whether tensor cores take operands of these formats.
+fn fast([a, b]: [DType; 2], aligned: &impl Fn(u64) -> bool) -> bool {
+    a == b && a.size() == 2 && aligned(8)
+}
+
+/// What the router's kernels on tensor cores have in shared memory.
+const GATE_SHARED: [usize; 2] = [2 * (64 * 40 * 4 + 32 * 128 * 2), 8 * 3 * (16 * 68 * 4 + 16 * 40 * 2)];
+const WIDE: &str = "router: tensor cores, each f32 of the logits' gradient in three terms";
+
+/// The gradient of the rows; `formats` of d and the matrices; `plain`: d is as it lies; `aligned` says whether groups of so many elements of both may
+/// be read at once.
+pub(crate) fn rows(
+    stage: Stage,
+    problem: &GroupedBackwardProblem,
+    (formats, plain): ([DType; 2], bool),
+    aligned: impl Fn(u64) -> bool,
+    device: &DeviceNumbers,
+) -> GroupedBackwardPlan {
+    let &GroupedBackwardProblem { rows, experts, inputs, .. } = problem;
+    let ([d, matrix], schedule) = (formats, 4 * (experts + 1));
+    if stage == Stage::Gate && plain && formats == [DType::F32, DType::BF16] && aligned(8) {
+        let grid = Grid::plane(rows.div_ceil(64), inputs.div_ceil(128), 256).with_shared(GATE_SHARED[0]);
+        return GroupedBackwardPlan { kernel: GroupedBackwardKernel::GateRowsMma, grid, why: WIDE };
+    }
+    if stage != Stage::Gate && fast(formats, &aligned) {
+        let mean = rows / experts.min(rows).max(1);
+        let tile = ROWS.iter().find(|(most, _)| mean <= *most).unwrap_or(&ROWS[3]).1.fit(schedule, device);
+        let tiles = row_tiles(rows, experts, tile.rows.into()).saturating_mul(inputs.div_ceil(tile.columns.into()));
+        let kernel = GroupedBackwardKernel::RowsMma { stage, format: d, tile };
+        let why = "gradient of rows: tensor cores, matrices read as they lie, tiles by the rows of an expert";
+        return GroupedBackwardPlan { kernel, grid: persistent(tiles, tile, schedule, device), why };
+    }
+    let tiles = row_tiles(rows, experts, TILE).saturating_mul(inputs.div_ceil(TILE));
+    let grid = Grid::line(tiles.min(device.multiprocessors as usize * TILED_BLOCKS), 256).with_shared(schedule);
+    let kernel = GroupedBackwardKernel::Rows { stage, d, matrix, vector: vector(4, aligned) };
+    GroupedBackwardPlan { kernel, grid, why: GENERAL }
+}
+
+/// The gradient of the matrices; `plain`: no row has a factor.
+pub(crate) fn matrices(
+    stage: Stage,
+    problem: &GroupedBackwardProblem,
+    (formats, plain): ([DType; 2], bool),
+    aligned: impl Fn(u64) -> bool,
+    device: &DeviceNumbers,
+) -> GroupedBackwardPlan {
+    let &GroupedBackwardProblem { experts, outputs, inputs, .. } = problem;
+    let [d, x] = formats;
+    let room = device.shared_per_block >= GATE_SHARED[1];
+    if stage == Stage::Gate && plain && room && formats == [DType::F32, DType::BF16] && aligned(8) {
+        let grid = Grid::plane(outputs.div_ceil(64), inputs.div_ceil(32), 256).with_shared(GATE_SHARED[1]);
+        return GroupedBackwardPlan { kernel: GroupedBackwardKernel::GateMatricesMma, grid, why: WIDE };
+    }
+    let tiles = |[m, n]: [usize; 2]| experts.saturating_mul(super::tiles(outputs, inputs, [m, n]));
+    if stage != Stage::Gate && plain && fast(formats, &aligned) {
+        let tile = MATRICES.fit(0, device);
+        let kernel = GroupedBackwardKernel::MatricesMma { stage, format: d, tile };
+        let grid = persistent(tiles([tile.rows.into(), tile.columns.into()]), tile, 0, device);
+        let why = "gradient of matrices: tensor cores, sums over an expert's rows, read as they lie";
+        return GroupedBackwardPlan { kernel, grid, why };
+    }
+    let grid = Grid::line(tiles([TILE; 2]).min(device.multiprocessors as usize * TILED_BLOCKS), 256);
+    let kernel = GroupedBackwardKernel::Matrices { stage, d, x, vector: vector(4, aligned) };
+    GroupedBackwardPlan { kernel, grid, why: GENERAL }
+}
+
+/// As many blocks as the device holds, which take turns.
+fn persistent(tiles: usize, tile: MmaTile, schedule: usize, device: &DeviceNumbers) -> Grid {
+    let resident = device.multiprocessors as usize * usize::from(tile.blocks);
+    let shared = usize::from(tile.stages) * tile.stage_bytes() + schedule;
+    Grid::line(tiles.min(resident), tile.threads()).with_shared(shared)
+}
+
+/// Neighbouring elements that a kernel stores at once.
+pub(crate) fn neighbours(kernel: GroupedBackwardKernel) -> u64 {
+    use GroupedBackwardKernel::*;
+    match kernel {
+        Rows { .. } | Matrices { .. } => 4,
+        RowsMma { .. } | MatricesMma { .. } | GateRowsMma | GateMatricesMma => 2,
+        Bias => 1,
+    }
+}
+
+/// Every kernel of a grouped product's gradients: formats and tiles, combined as far as they meet in one text.
+pub(crate) fn all() -> Vec<GroupedBackwardKernel> {
+    use GroupedBackwardKernel::{Bias, Matrices, MatricesMma, Rows, RowsMma};
+    let floats = [DType::F32, DType::F16, DType::BF16];
+    let mut all = vec![Bias, GroupedBackwardKernel::GateRowsMma, GroupedBackwardKernel::GateMatricesMma];
+    for (d, other) in floats.into_iter().flat_map(|d| floats.map(|other| (d, other))) {
+        for vector in [1, 4] {
+            let stage = Stage::Down;
+            all.extend([Rows { stage, d, matrix: other, vector }, Matrices { stage, d, x: other, vector }]);
+        }
+    }
+    for stage in [Stage::GateUp, Stage::Gate] {
+        let (d, other, vector) = (DType::F32, DType::BF16, 4);
+        all.extend([Rows { stage, d, matrix: other, vector }, Matrices { stage, d, x: other, vector }]);
+    }
+    for format in [DType::F16, DType::BF16] {
+        let stage = Stage::Down;
+        all.extend(ROWS.map(|(_, tile)| RowsMma { stage, format, tile }));
+        all.push(MatricesMma { stage, format, tile: MATRICES });
+    }
+    let (stage, format, tile) = (Stage::GateUp, DType::BF16, MATRICES);
+    all.extend([RowsMma { stage, format, tile }, MatricesMma { stage, format, tile }]);
+    all
+}
+
+/// Blocks of an element-wise kernel that a multiprocessor holds; they go round, since to start one takes longer than a row.
+const BLOCKS: usize = 16;
+
+pub(crate) fn activation(
+    problem: &ActivationBackwardProblem,
+    aligned: impl Fn(u64) -> bool,
+    device: &DeviceNumbers,
+) -> Plan {
+    let each = whole(problem.intermediate, aligned);
+    let kernel = BackwardKernel::Activation { activation: problem.activation.into(), vector: each };
+    let columns = problem.intermediate.div_ceil(each.into());
+    // no more threads than a row has work for
+    let threads = columns.next_multiple_of(32).min(256);
+    let across = columns.div_ceil(threads.max(1));
+    let rows = problem.rows.min((device.multiprocessors as usize * BLOCKS).div_ceil(across.max(1)));
+    let grid = Grid::plane(across, rows, threads as u32);
+    Plan { kernel: Kernel::Backward(kernel), grid, why: "elements in parallel" }
+}
+
+/// And the threads that a slot has.
+pub(crate) fn combine_rows(
+    problem: &CombineBackwardProblem,
+    aligned: impl Fn(u64) -> bool,
+    device: &DeviceNumbers,
+) -> (Plan, u32) {
+    let each = whole(problem.hidden, aligned);
+    let columns = problem.hidden.div_ceil(each.into());
+    let lanes = columns.next_power_of_two().min(128);
+    let blocks = (problem.tokens * problem.top_k).div_ceil(128 / lanes);
+    let across = columns.div_ceil(lanes);
+    let blocks = blocks.min((device.multiprocessors as usize * BLOCKS).div_ceil(across.max(1)));
+    let grid = Grid::plane(blocks, across, 128);
+    let kernel = Kernel::Backward(BackwardKernel::CombineRows { vector: each });
+    (Plan { kernel, grid, why: "slots and pieces of them in parallel" }, lanes as u32)
+}
+
+pub(crate) fn combine_weights(slots: usize, aligned: impl Fn(u64) -> bool) -> Plan {
+    let kernel = Kernel::Backward(BackwardKernel::CombineWeights { vector: vector(VECTOR, aligned) });
+    Plan { kernel, grid: Grid::line(slots.div_ceil(8), 256), why: "a warp a slot" }
+}
+
+pub(crate) fn combine_shared(problem: &CombineBackwardProblem, aligned: impl Fn(u64) -> bool) -> Plan {
+    let kernel = Kernel::Backward(BackwardKernel::CombineShared { vector: whole(problem.hidden, aligned) });
+    Plan { kernel, grid: Grid::line(problem.tokens, 128), why: "a block a token" }
+}
+
+pub(crate) fn route(problem: &RouteBackwardProblem, logits: DType) -> Plan {
+    let &RouteBackwardProblem { tokens, experts, top_k, .. } = problem;
+    let shared = 8 * (experts + top_k);
+    let kernel = |threads| Kernel::Backward(BackwardKernel::Route { logits, threads });
+    if experts <= 512 {
+        let grid = Grid::line(tokens.div_ceil(4), 128).with_shared(4 * shared);
+        return Plan { kernel: kernel(32), grid, why: "a warp a token" };
+    }
+    Plan {
+        kernel: kernel(256),
+        grid: Grid::line(tokens, 256).with_shared(shared),
+        why: "many experts: a block a token",
+    }
+}
+
+pub(crate) fn route_scale(problem: &RouteBackwardProblem, logits: DType) -> Plan {
+    let kernel = Kernel::Backward(BackwardKernel::RouteScale { logits });
+    Plan { kernel, grid: Grid::line(problem.experts, 256), why: "a block an expert" }
+}
+
+pub(crate) fn norm(problem: &NormBackwardProblem) -> Plan {
+    let kernel = Kernel::Backward(BackwardKernel::Norm);
+    Plan { kernel, grid: Grid::line(problem.tokens, 256), why: "a block a token" }
+}
+
+pub(crate) fn norm_weight(problem: &NormBackwardProblem, aligned: impl Fn(u64) -> bool) -> Plan {
+    let kernel = Kernel::Backward(BackwardKernel::NormWeight { vector: whole(problem.hidden, aligned) });
+    Plan { kernel, grid: Grid::line(problem.hidden.div_ceil(32), 1024), why: "a block has 32 columns of all tokens" }
+}
+
+pub(crate) fn load_balance_loss(problem: &LossProblem, logits: DType) -> Plan {
+    let kernel = Kernel::Backward(BackwardKernel::LoadBalanceLoss { logits });
+    let grid = Grid::line(1, ONE_BLOCK).with_shared(4 * problem.experts);
+    Plan { kernel, grid, why: "one sum: one block" }
+}
+
+/// Tokens of a sequence that a block takes at least: it counts the whole sequence's slots.
+const LOSS_TOKENS: usize = 64;
+
+pub(crate) fn load_balance_loss_logits(problem: &LossProblem, logits: DType) -> Plan {
+    let kernel = Kernel::Backward(BackwardKernel::LoadBalanceLossLogits { logits });
+    let each = problem.tokens / problem.sequences.max(1);
+    let grid = Grid::plane(each.div_ceil(LOSS_TOKENS).max(1), problem.sequences, 256);
+    Plan { kernel, grid: grid.with_shared(4 * problem.experts), why: "sequences and their tokens in parallel" }
+}
+
+pub(crate) fn z_loss(logits: DType) -> Plan {
+    let kernel = Kernel::Backward(BackwardKernel::ZLoss { logits });
+    Plan { kernel, grid: Grid::line(1, ONE_BLOCK), why: "one sum: one block" }
+}
+
+pub(crate) fn z_loss_logits(problem: &LossProblem, logits: DType) -> Plan {
+    let kernel = Kernel::Backward(BackwardKernel::ZLossLogits { logits });
+    Plan { kernel, grid: Grid::line(problem.tokens.div_ceil(8), 256), why: "a warp a token" }
+}
+
+/// Elements of rows of such a width that are read at once.
+fn whole(width: usize, aligned: impl Fn(u64) -> bool) -> u8 {
+    if width.is_multiple_of(VECTOR.into()) { vector(VECTOR, aligned) } else { 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::device;
+
+    fn problem(rows: usize) -> GroupedBackwardProblem {
+        GroupedBackwardProblem { rows, experts: 128, outputs: 2048, inputs: 768, matrices: DType::BF16 }
+    }
+
+    fn plan_rows(rows_of_all: usize, formats: [DType; 2], aligned: bool) -> GroupedBackwardPlan {
+        rows(Stage::Down, &problem(rows_of_all), (formats, true), |_| aligned, &device())
+    }
+
+    #[test]
+    fn tiles_of_rows_grow_with_the_rows_of_an_expert() {
+        let tile = |rows| match plan_rows(rows, [DType::BF16; 2], true).kernel {
+            GroupedBackwardKernel::RowsMma { tile, .. } => tile.rows,
+            _ => 0,
+        };
+        assert_eq!([256, 4096, 16384, 65536].map(tile), [16, 32, 64, 128]);
+    }
+
+    #[test]
+    fn what_tensor_cores_do_not_take_goes_the_general_way() {
+        let mixed = plan_rows(4096, [DType::F32, DType::BF16], true);
+        let odd = plan_rows(4096, [DType::BF16; 2], false);
+        for plan in [mixed, odd] {
+            assert!(matches!(plan.kernel, GroupedBackwardKernel::Rows { .. }), "{plan:?}");
+        }
+        let of = |plain| matrices(Stage::Down, &problem(4096), ([DType::BF16; 2], plain), |_| true, &device()).kernel;
+        assert!(matches!(of(true), GroupedBackwardKernel::MatricesMma { .. }));
+        assert!(matches!(of(false), GroupedBackwardKernel::Matrices { vector: 4, .. }), "factors inside a sum");
+    }
+
+    #[test]
+    fn blocks_fit_the_device() {
+        for experts in [1, 128, 4096] {
+            for shared in [99 << 10, 163 << 10, 227 << 10] {
+                let device = DeviceNumbers { shared_per_block: shared, ..device() };
+                for rows_of_all in [0, 49, 50_000, 1 << 24] {
+                    let problem = GroupedBackwardProblem { experts, ..problem(rows_of_all) };
+                    let plan = rows(Stage::Down, &problem, ([DType::BF16; 2], true), |_| true, &device);
+                    assert!(plan.grid.shared as usize <= shared, "{plan:?}");
+                    let plan = matrices(Stage::Down, &problem, ([DType::BF16; 2], true), |_| true, &device);
+                    assert!(plan.grid.shared as usize <= shared && plan.grid.blocks[0] > 0, "{plan:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_token_has_room_for_all_experts() {
+        let problem = |experts, top_k| {
+            let rule = fused_moe_core::config::RoutingRule::default();
+            route(&RouteBackwardProblem { tokens: 5, experts, top_k, rule }, DType::F32).grid
+        };
+        assert_eq!(problem(128, 8), Grid::line(2, 128).with_shared(4 * 8 * 136));
+        assert!(problem(4096, 4096).shared <= 98 << 10);
+    }
+}
