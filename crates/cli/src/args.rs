@@ -127,7 +127,7 @@ pub(crate) struct Check {
     /// More formats and larger sizes
     #[arg(long, conflicts_with = "golden")]
     pub(crate) full: bool,
-    /// Check the gradients instead, on a backend that trains: the CPU
+    /// Check the gradients instead
     #[arg(long, conflicts_with_all = ["golden", "compile_only"])]
     pub(crate) backward: bool,
     /// Check these folders of golden data instead

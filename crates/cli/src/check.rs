@@ -79,7 +79,6 @@ fn gradients(device: &Device, filter: Option<String>, scale: Scale) -> Result<Re
         Device::Cuda(cuda) => gradients_of(cuda, &options),
         Device::Wgpu(wgpu) => gradients_of(wgpu, &options),
         _ => Err(remedied("--backward: this backend has no gradients", "--backend cpu has them")),
-        }
     }
 }
 
