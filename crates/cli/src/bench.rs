@@ -223,7 +223,7 @@ impl<'a> Run<'a> {
 
     fn on(&self, device: Device) -> Result<Measured<'a>> {
         match device {
-            Device::Cpu(cpu) => self.measure(&Host::new(cpu)),
+            Device::Cpu(cpu) => self.measure(&Host::new(cpu, self.dtype())),
             Device::Cuda(cuda) => self.measure(&Gpu::new(cuda)),
             Device::Wgpu(wgpu) => self.measure(&Portable::new(wgpu)),
             _ => Err(remedied("bench: this backend cannot be measured", "give --backend cpu, cuda or wgpu")),

@@ -1,4 +1,5 @@
-//! The grouped matrix product: every row times its expert's matrix. gate_up, down and the dense product are this.
+//! The grouped matrix product: every row times its expert's matrix. gate_up, down and the dense product are this; here with
+//! matrices that are read where they lie, in [`panels`](crate::panels) with packed ones.
 //!
 //! ```text
 //! for each (expert with rows, block of its outputs), shared by the threads
@@ -34,8 +35,6 @@ pub(crate) struct Grouped<'a> {
     /// f32, one for each slot of the gather or for each row, in row-major order: multiplies the row of x. By linearity
     /// it multiplies the product instead; the two differ by rounding.
     pub(crate) input_weights: Option<HostView<'a>>,
-    /// `[.., C]` for each expert.
-    pub(crate) table: Table<'a>,
     /// What becomes of the sums.
     pub(crate) epilogue: Epilogue,
     /// Written: `[R, ..]`.
@@ -69,11 +68,11 @@ pub(crate) enum Epilogue {
     Activate(Activation),
 }
 
-/// Carries out a [`Grouped`].
-pub(crate) fn grouped(cpu: &Cpu, plan: &GroupedPlan, operands: Grouped<'_>) -> Result<()> {
-    let (weights, x) = (Floats::new(&operands.table.matrices)?, Floats::new(&operands.x)?);
+/// Carries out a [`Grouped`] with `[.., C]` for each expert.
+pub(crate) fn grouped(cpu: &Cpu, plan: &GroupedPlan, table: Table<'_>, operands: Grouped<'_>) -> Result<()> {
+    let (weights, x) = (Floats::new(&table.matrices)?, Floats::new(&operands.x)?);
     each_format!(Floats, weights, weights => each_format!(Floats, x, x => {
-        typed(cpu, plan, operands.table.typed(weights)?, x, operands)
+        typed(cpu, plan, table.typed(weights)?, x, operands)
     }))
 }
 
@@ -88,7 +87,8 @@ fn typed<'a, W: Float, X: Float>(
     let product = Product {
         kernels: cpu.kernels,
         tile: plan.tile,
-        inputs: Inputs { x, rows, gather, weights: input_weights.map(|weights| weights.typed()).transpose()? },
+        inputs: Inputs::new(rows, gather, input_weights)?,
+        x,
         table,
         epilogue,
         out: OutRows::new(out)?,
@@ -101,9 +101,8 @@ fn typed<'a, W: Float, X: Float>(
         let e = usize::from(busy.experts[item / blocks]);
         let (range, first) = (groups.rows(e, rows), (item % blocks) * plan.block);
         let cut = |i: usize| range.start + range.len() * i / chunks;
-        if let Some(expert) = product.table.expert(e) {
-            product.block(expert, first..outputs.min(first + plan.block), cut(chunk)..cut(chunk + 1));
-        }
+        let columns = first..outputs.min(first + plan.block);
+        product.block(product.table.expert(e), columns, cut(chunk)..cut(chunk + 1));
     });
     Ok(())
 }
@@ -151,17 +150,20 @@ impl Busy {
     }
 }
 
-/// The rows that go in.
-struct Inputs<'a, X> {
-    x: Rows<'a, X>,
+/// Where the rows come from.
+pub(crate) struct Inputs<'a> {
     rows: usize,
     gather: Gather<'a>,
     weights: Option<Rows<'a, f32>>,
 }
 
-impl<'a, X: Float> Inputs<'a, X> {
-    /// Row r, and what it is multiplied by.
-    fn get(&self, r: usize) -> Option<(&'a [X], f32)> {
+impl<'a> Inputs<'a> {
+    pub(crate) fn new(rows: usize, gather: Gather<'a>, weights: Option<HostView<'a>>) -> Result<Self> {
+        Ok(Self { rows, gather, weights: weights.map(|weights| weights.typed()).transpose()? })
+    }
+
+    /// The row of x that row r reads, and what it is multiplied by.
+    pub(crate) fn find(&self, r: usize) -> Option<(usize, f32)> {
         let (source, slot) = match self.gather {
             Gather::Rows => (r, r),
             Gather::Tokens { row_slot, top_k } => {
@@ -179,7 +181,7 @@ impl<'a, X: Float> Inputs<'a, X> {
                 *weights.row(row).get(col)?
             }
         };
-        Some((self.x.row(source), weight))
+        Some((source, weight))
     }
 }
 
@@ -187,7 +189,8 @@ impl<'a, X: Float> Inputs<'a, X> {
 struct Product<'a, W, X> {
     kernels: Kernels,
     tile: usize,
-    inputs: Inputs<'a, X>,
+    inputs: Inputs<'a>,
+    x: Rows<'a, X>,
     table: TypedTable<'a, W>,
     epilogue: Epilogue,
     out: OutRows<'a>,
@@ -223,8 +226,8 @@ impl<'a, W: Float, X: Float> Product<'a, W, X> {
         let block = Block { first: columns.start, outputs: columns.len(), weights, bias: &bias[..count] };
         let mut tile = Tile { rows: [0; MAX_TILE], x: [&[]; MAX_TILE], weights: [0.0; MAX_TILE], len: 0 };
         for row in rows {
-            let Some((x, weight)) = self.inputs.get(row) else { continue };
-            (tile.rows[tile.len], tile.x[tile.len], tile.weights[tile.len]) = (row, x, weight);
+            let Some((source, weight)) = self.inputs.find(row) else { continue };
+            (tile.rows[tile.len], tile.x[tile.len], tile.weights[tile.len]) = (row, self.x.row(source), weight);
             tile.len += 1;
             if tile.len == self.tile {
                 self.tile(&block, &tile);

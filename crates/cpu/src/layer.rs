@@ -5,8 +5,8 @@ use crate::error::Result;
 use crate::memory::Memory;
 use crate::norm::rms_norm;
 use crate::pack::Experts;
-use crate::plan::{LayerPlan, RowsPlan};
-use crate::rows::{Floats, Part, norm_factor, share_rows};
+use crate::plan::{CHUNK, LayerPlan, RowsPlan, operand};
+use crate::rows::{Floats, FloatsMut, norm_factor, share_rows};
 use crate::workspace::{Buffer, Scratch, Workspace};
 use crate::{Cpu, CpuStream};
 use fused_moe_core::DType::F32;
@@ -193,6 +193,7 @@ impl CpuLayer {
         // Every expert that is not here, or has no weights, has no rows.
         let offsets = offsets.columns(0, config.experts + 1)?;
         let x = self.expert_input(reads.experts, &mut scratch.tokens)?;
+        let between = self.experts.between(x.dtype(), cpu.isa());
         let on_input = config.weight_on == WeightOn::Input;
         cpu.gate_up(
             stream,
@@ -205,13 +206,13 @@ impl CpuLayer {
                 bias: None,
                 activation: config.activation,
                 output: GateUpOutput::Activated,
-                out: scratch.a.view_mut(F32, [rows, config.intermediate])?,
+                out: scratch.a.view_mut(between, [rows, config.intermediate])?,
             },
         )?;
         cpu.down(
             stream,
             Down {
-                a: scratch.a.view(F32, [rows, config.intermediate])?,
+                a: scratch.a.view(between, [rows, config.intermediate])?,
                 offsets,
                 matrices: Matrices::Packed(&self.experts),
                 bias: None,
@@ -253,27 +254,25 @@ impl CpuLayer {
         }
     }
 
-    /// What the experts read: x, or its norm where the gate's norm feeds them. In f32, since each row is read by many
-    /// kernels and a narrower one would be widened by each of them.
+    /// What the experts read: x, or its norm where the gate's norm feeds them, in the format that it is multiplied in.
     fn expert_input<'s>(&self, x: HostView<'s>, tokens: &'s mut Buffer<'_>) -> Result<HostView<'s>> {
-        let norm = self.problem.core.gate.norm.filter(|norm| norm.feeds_experts);
-        if x.dtype() == F32 && norm.is_none() {
-            return Ok(x);
-        }
+        let Some(norm) = self.problem.core.gate.norm.filter(|norm| norm.feeds_experts) else { return Ok(x) };
         let (shape, kernels) = ([x.rows(), x.cols()], self.cpu.kernels);
-        let (x, out) = (Floats::new(&x)?, Part::<f32>::new(tokens.view_mut(F32, shape)?)?);
+        let format = operand(x.dtype(), self.problem.gate_up, self.cpu.isa());
+        let (x, out) = (Floats::new(&x)?, FloatsMut::new(tokens.view_mut(format, shape)?)?);
         share_rows(&self.cpu.pool, out, shape[0], RowsPlan::elements(shape[1]), |range, mut out| {
+            let mut normed = [0.0; CHUNK];
             for (i, t) in range.enumerate() {
-                match norm {
-                    None => x.load(kernels, t, 0, out.row(i)),
-                    Some(norm) => {
-                        let factor = norm_factor(x.sum_squares(kernels, t), shape[1], norm.eps);
-                        x.scale(kernels, [t, 0], factor, self.router_norm.as_deref(), out.row(i));
-                    }
+                let factor = norm_factor(x.sum_squares(kernels, t), shape[1], norm.eps);
+                for col in (0..shape[1]).step_by(CHUNK) {
+                    let normed = &mut normed[..CHUNK.min(shape[1] - col)];
+                    let weight = self.router_norm.as_deref().and_then(|weight| weight.get(col..col + normed.len()));
+                    x.scale(kernels, [t, col], factor, weight, normed);
+                    out.store(kernels, i, col, normed);
                 }
             }
         });
-        tokens.view(F32, shape)
+        tokens.view(format, shape)
     }
 }
 

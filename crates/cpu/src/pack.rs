@@ -1,57 +1,39 @@
 use crate::Cpu;
+use crate::arch::{Isa, PANEL};
 use crate::error::Result;
 use crate::memory::Memory;
-use crate::plan::PACKED_ROWS;
-use crate::table::{RowOrder, Table};
+use crate::panels::{PanelSizes, Panels};
+use crate::plan::operand;
 use fused_moe_core::config::{Activation, Function};
 use fused_moe_core::weights::{ExpertMatrices, ExpertWeights, Matrix};
-use fused_moe_core::{DType, Error as Contract, Shape, View};
-use half::{bf16, f16};
+use fused_moe_core::{DType, Error as Contract, Shape};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Expert matrices as this backend reads them: copied once, in the format that they came in.
 ///
 /// ```text
-/// for each expert that is here:   gate_up  [2I, H], rows g0, u0, g1, u1, ..     [I, H] without gate
-/// for each expert that is here:   down     [H, I]
+/// for each expert that is here:   gate_up  panels of 16 gate rows and their 16 up rows     32 up rows without gate
+/// for each expert that is here:   down     panels of 32 rows
+/// panel:                          [C][32]         element k of each of its rows is a line
+///                                 [C / 2][32][2]  of bf16: a pair of elements
 /// ```
-/// A gate row and its up row are neighbours, so that one pass over the memory makes both and the activation of them.
+/// A kernel holds the sums of a panel's rows in the lanes of its vectors, so it never sums across lanes; gate and up of
+/// an output are formed in one pass over the memory, and so is the activation of them. Rows and columns are padded with
+/// zeros.
 #[derive(Debug)]
 pub struct Experts {
     memory: Memory,
-    sizes: Sizes,
+    sizes: [usize; 2],
+    gate_up: PanelSizes,
+    down: PanelSizes,
     down_offset: usize,
     /// For each expert, which of the matrices in `memory` are its own; `None` for experts that are elsewhere.
     places: Vec<Option<usize>>,
-    /// f32 `[here, 2I]`, in the order of the rows.
+    /// f32 `[here, 2I]`, those of the gate first.
     gate_up_bias: Option<Vec<f32>>,
     /// f32 `[here, H]`.
     down_bias: Option<Vec<f32>>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Sizes {
-    here: usize,
-    intermediate: usize,
-    hidden: usize,
-    gated: bool,
-    gate_up: DType,
-    down: DType,
-}
-
-impl Sizes {
-    fn gate_up_rows(&self) -> usize {
-        if self.gated { self.intermediate.saturating_mul(2) } else { self.intermediate }
-    }
-
-    /// Bytes of gate_up and down of all experts that are here.
-    fn bytes(&self) -> [usize; 2] {
-        let bytes = |rows: usize, cols: usize, dtype: DType| {
-            self.here.saturating_mul(rows).saturating_mul(cols).saturating_mul(dtype.size())
-        };
-        [bytes(self.gate_up_rows(), self.hidden, self.gate_up), bytes(self.hidden, self.intermediate, self.down)]
-    }
 }
 
 /// Bytes that a matrix begins at a multiple of.
@@ -72,41 +54,39 @@ impl Experts {
             return Err(Contract::Missing { operation: "pack", operand: "experts", reason: "there is none" }.into());
         };
         let here = experts.get(local.clone()).unwrap_or(&[]);
-        let sizes = Sizes {
-            here: here.len(),
-            intermediate: first.up.rows(),
-            hidden: first.up.cols(),
-            gated: first.gate.is_some(),
-            gate_up: first.up.dtype(),
-            down: first.down.dtype(),
-        };
-        let [gate_up_bytes, down_bytes] = sizes.bytes();
+        let (intermediate, hidden, gated) = (first.up.rows(), first.up.cols(), first.gate.is_some());
+        let gate_up = PanelSizes { outputs: intermediate, inner: hidden, gated, dtype: first.up.dtype() };
+        let down = PanelSizes { outputs: hidden, inner: intermediate, gated: false, dtype: first.down.dtype() };
+        let [gate_up_bytes, down_bytes] = [gate_up, down].map(|sizes| here.len().saturating_mul(sizes.matrix_bytes()));
         let down_offset = gate_up_bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(usize::MAX);
         let mut memory = Memory::new(down_offset.saturating_add(down_bytes))?;
-        let (gate_up, down) = memory.split_at_mut(down_offset);
+        let (to_gate_up, to_down) = memory.split_at_mut(down_offset);
         cpu.pool.install(|| {
-            copy_rows(&mut gate_up[..gate_up_bytes], sizes.gate_up_rows(), |place, i| gate_up_row(here[place], i));
-            copy_rows(down, sizes.hidden, |place, i| (here[place].down, i));
+            fill(&mut to_gate_up[..gate_up_bytes], gate_up, |place, up| {
+                let expert = here[place];
+                if up { expert.up } else { expert.gate.unwrap_or(expert.up) }
+            });
+            fill(to_down, down, |place, _| here[place].down);
         });
         let gate_up_bias = here.iter().any(|expert| expert.gate_bias.or(expert.up_bias).is_some()).then(|| {
-            let row = |expert: &ExpertMatrices<'_>, i: usize| match (expert.gate.is_some(), i % 2) {
-                (true, 0) => element(expert.gate_bias, i / 2),
-                (true, _) => element(expert.up_bias, i / 2),
-                (false, _) => element(expert.up_bias, i),
+            let biases = |expert: &ExpertMatrices<'_>| {
+                let gate = column(expert.gate_bias, if gated { intermediate } else { 0 });
+                gate.into_iter().chain(column(expert.up_bias, intermediate))
             };
-            here.iter().flat_map(|expert| (0..sizes.gate_up_rows()).map(|i| row(expert, i))).collect()
+            here.iter().flat_map(|expert| biases(expert)).collect()
         });
         let down_bias = here
             .iter()
             .any(|expert| expert.down_bias.is_some())
-            .then(|| here.iter().flat_map(|expert| (0..sizes.hidden).map(|i| element(expert.down_bias, i))).collect());
+            .then(|| here.iter().flat_map(|expert| column(expert.down_bias, hidden)).collect());
         let places = (0..experts.len()).map(|e| local.contains(&e).then(|| e - local.start)).collect();
-        Ok(Self { memory, sizes, down_offset, places, gate_up_bias, down_bias })
+        let sizes = [intermediate, hidden];
+        Ok(Self { memory, sizes, gate_up, down, down_offset, places, gate_up_bias, down_bias })
     }
 
     /// `[E, I, H]`.
     pub(crate) fn shape(&self) -> Shape {
-        Shape::from([self.places.len(), self.sizes.intermediate, self.sizes.hidden])
+        Shape::from([self.places.len(), self.sizes[0], self.sizes[1]])
     }
 
     /// Whether these are the experts that an operation expects.
@@ -119,7 +99,12 @@ impl Experts {
     }
 
     pub(crate) fn is_gated(&self) -> bool {
-        self.sizes.gated
+        self.gate_up.gated
+    }
+
+    /// The format of what lies between gate_up of x in some format and down: no wider than down multiplies it.
+    pub(crate) fn between(&self, x: DType, isa: Isa) -> DType {
+        operand(operand(x, self.gate_up.dtype, isa), self.down.dtype, isa)
     }
 
     /// Bytes of matrices and biases.
@@ -129,58 +114,56 @@ impl Experts {
             + biases.iter().map(|bias| bias.as_ref().map_or(0, Vec::len) * size_of::<f32>()).sum::<usize>()
     }
 
-    pub(crate) fn gate_up(&self) -> Result<Table<'_>> {
-        let Sizes { here, hidden, gate_up, gated, .. } = self.sizes;
-        let height = self.sizes.gate_up_rows();
-        let order = if gated { RowOrder::Pairs } else { RowOrder::Single };
-        self.table(View::new(&self.memory[..], gate_up, 0, [here, height, hidden])?, &self.gate_up_bias, order)
+    pub(crate) fn gate_up(&self) -> Panels<'_> {
+        let (bytes, bias) = (self.memory.get(..self.down_offset), self.gate_up_bias.as_deref());
+        Panels { bytes: bytes.unwrap_or_default(), sizes: self.gate_up, places: &self.places, bias }
     }
 
-    pub(crate) fn down(&self) -> Result<Table<'_>> {
-        let Sizes { here, intermediate, hidden, down, .. } = self.sizes;
-        let view = View::new(&self.memory[..], down, self.down_offset, [here, hidden, intermediate])?;
-        self.table(view, &self.down_bias, RowOrder::Single)
-    }
-
-    fn table<'a>(&'a self, matrices: View<&'a [u8]>, bias: &'a Option<Vec<f32>>, order: RowOrder) -> Result<Table<'a>> {
-        let height = matrices.shape().dims()[1];
-        let bias = bias.as_ref().map(|bias| View::of(bias, [self.sizes.here, height])).transpose()?;
-        Ok(Table { matrices, height, places: Some(&self.places), bias, order })
+    pub(crate) fn down(&self) -> Panels<'_> {
+        let (bytes, bias) = (self.memory.get(self.down_offset..), self.down_bias.as_deref());
+        Panels { bytes: bytes.unwrap_or_default(), sizes: self.down, places: &self.places, bias }
     }
 }
 
-fn gate_up_row<'a>(expert: &ExpertMatrices<'a>, i: usize) -> (Matrix<'a>, usize) {
-    match (expert.gate, i % 2) {
-        (Some(gate), 0) => (gate, i / 2),
-        (Some(_), _) => (expert.up, i / 2),
-        (None, _) => (expert.up, i),
-    }
-}
-
-/// Fills `to` with matrices of `height` rows; row i of the matrix at a place is `row(place, i)`.
-fn copy_rows<'a>(to: &mut [u8], height: usize, row: impl Fn(usize, usize) -> (Matrix<'a>, usize) + Sync) {
+/// Fills `to` with the panels of matrices; `matrix(place, up)` has a panel's rows, of which the later half are `up` where
+/// the matrices are gated.
+fn fill<'a>(to: &mut [u8], sizes: PanelSizes, matrix: impl Fn(usize, bool) -> Matrix<'a> + Sync) {
+    let (panels, row_bytes) = (sizes.panels(), sizes.inner * sizes.dtype.size());
     if to.is_empty() {
         return;
     }
-    let (first, _) = row(0, 0);
-    let bytes = first.cols() * first.dtype().size();
-    to.par_chunks_mut(PACKED_ROWS * bytes).enumerate().for_each(|(block, to)| {
-        for (n, to) in (block * PACKED_ROWS..).zip(to.chunks_exact_mut(bytes)) {
-            let (matrix, i) = row(n / height, n % height);
-            matrix.copy_row(i, to);
-        }
-    });
+    let padded = sizes.steps() * sizes.element_bytes();
+    to.par_chunks_exact_mut(sizes.panel_bytes()).enumerate().for_each_init(
+        || vec![0; PANEL * padded],
+        |rows, (n, to)| {
+            let (place, panel) = (n / panels, n % panels);
+            for (i, row) in rows.chunks_exact_mut(padded).enumerate() {
+                let (up, output) = sizes.output(panel, i);
+                match output < sizes.outputs {
+                    true => matrix(place, up).copy_row(output, &mut row[..row_bytes]),
+                    false => row.fill(0),
+                }
+            }
+            match sizes.element_bytes() {
+                2 => interleave::<2>(rows, to),
+                _ => interleave::<4>(rows, to),
+            }
+        },
+    );
 }
 
-/// Element i of a column; 0 where there is none.
-fn element(column: Option<Matrix<'_>>, i: usize) -> f32 {
-    let Some(column) = column else { return 0.0 };
-    let mut bytes = [0; 4];
-    column.copy_row(i, &mut bytes[..column.dtype().size()]);
-    let narrow = [bytes[0], bytes[1]];
-    match column.dtype() {
-        DType::F16 => f16::from_ne_bytes(narrow).to_f32(),
-        DType::BF16 => bf16::from_ne_bytes(narrow).to_f32(),
-        _ => f32::from_ne_bytes(bytes),
+/// `to[k][i] = rows[i][k]`, elements of SIZE bytes.
+fn interleave<const SIZE: usize>(rows: &[u8], to: &mut [u8]) {
+    let (rows, to) = (rows.as_chunks::<SIZE>().0, to.as_chunks_mut::<SIZE>().0);
+    let steps = rows.len() / PANEL;
+    for (k, line) in to.chunks_exact_mut(PANEL).enumerate().take(steps) {
+        for (to, row) in line.iter_mut().zip(rows.chunks_exact(steps)) {
+            *to = row[k];
+        }
     }
+}
+
+/// A column of `count` elements in f32; zeros where there is none.
+fn column(column: Option<Matrix<'_>>, count: usize) -> Vec<f32> {
+    column.map_or_else(|| vec![0.0; count], |column| column.to_f32())
 }

@@ -3,8 +3,10 @@
 
 pub(crate) mod backward;
 mod layer;
+mod panels;
 
 pub(crate) use layer::LayerPlan;
+pub(crate) use panels::{FEW_ROWS, PASS_ROWS, PanelPlan, operand};
 
 use crate::arch::Isa;
 use crate::device::Caches;
@@ -317,9 +319,6 @@ impl fmt::Display for RowsPlan {
         write!(f, "{} tokens to a thread at least", self.grain)
     }
 }
-
-/// Rows that one thread packs at a time: where the source is transposed, neighbours share its cache lines.
-pub(crate) const PACKED_ROWS: usize = 64;
 
 #[cfg(test)]
 mod tests {

@@ -1,4 +1,4 @@
-//! Where weights lie and where results go, as the grouped product sees them.
+//! Where weights that are read in place lie and where results go, as the grouped product sees them.
 
 use crate::arch::{Kernels, SharedSlice};
 use crate::error::Result;
@@ -13,8 +13,6 @@ use half::{bf16, f16};
 pub(crate) enum RowOrder {
     /// No pairs: down, a dense matrix, up without a gate.
     Single,
-    /// g0, u0, g1, u1, ...
-    Pairs,
     /// All of the gate, then all of up.
     Halves,
 }
@@ -26,16 +24,14 @@ impl RowOrder {
     }
 }
 
-/// The matrices of the experts, and which is whose: the only way from an expert to its weights.
+/// The matrices of the experts, one after the other.
 #[derive(Clone, Copy)]
 pub(crate) struct Table<'a> {
-    /// Matrix after matrix, `[places * height, C]`.
+    /// Matrix after matrix, `[E * height, C]`.
     pub(crate) matrices: HostView<'a>,
     /// Rows of a matrix.
     pub(crate) height: usize,
-    /// The place of each expert's matrix, where it has one; `None`: expert e is at place e.
-    pub(crate) places: Option<&'a [Option<usize>]>,
-    /// `[places, height]`, rows in the order of the matrix.
+    /// `[E, height]`, rows in the order of the matrix.
     pub(crate) bias: Option<HostView<'a>>,
     /// How gate and up follow each other.
     pub(crate) order: RowOrder,
@@ -48,8 +44,8 @@ impl<'a> Table<'a> {
 
     /// The same, given its matrices as numbers.
     pub(crate) fn typed<W>(&self, rows: Rows<'a, W>) -> Result<TypedTable<'a, W>> {
-        let Self { height, places, order, .. } = *self;
-        Ok(TypedTable { rows, bias: Floats::optional(&self.bias)?, height, places, order })
+        let Self { height, order, .. } = *self;
+        Ok(TypedTable { rows, bias: Floats::optional(&self.bias)?, height, order })
     }
 }
 
@@ -59,7 +55,6 @@ pub(crate) struct TypedTable<'a, W> {
     rows: Rows<'a, W>,
     bias: Option<Floats<'a>>,
     height: usize,
-    places: Option<&'a [Option<usize>]>,
     order: RowOrder,
 }
 
@@ -73,13 +68,9 @@ impl<'a, W: Float> TypedTable<'a, W> {
         self.height / self.order.rows_per_output()
     }
 
-    /// The matrix of expert e, if it is here.
-    pub(crate) fn expert(&self, e: usize) -> Option<ExpertRows<'a, W>> {
-        let place = match self.places {
-            Some(places) => (*places.get(e)?)?,
-            None => e,
-        };
-        Some(ExpertRows { table: *self, place })
+    /// The matrix of expert e.
+    pub(crate) fn expert(&self, e: usize) -> ExpertRows<'a, W> {
+        ExpertRows { table: *self, expert: e }
     }
 }
 
@@ -87,23 +78,23 @@ impl<'a, W: Float> TypedTable<'a, W> {
 #[derive(Clone, Copy)]
 pub(crate) struct ExpertRows<'a, W> {
     table: TypedTable<'a, W>,
-    place: usize,
+    expert: usize,
 }
 
 impl<'a, W: Float> ExpertRows<'a, W> {
     fn position(&self, i: usize) -> usize {
         match self.table.order {
             RowOrder::Halves => (i % 2) * (self.table.height / 2) + i / 2,
-            RowOrder::Single | RowOrder::Pairs => i,
+            RowOrder::Single => i,
         }
     }
 
     pub(crate) fn row(&self, i: usize) -> &'a [W] {
-        self.table.rows.row(self.place * self.table.height + self.position(i))
+        self.table.rows.row(self.expert * self.table.height + self.position(i))
     }
 
     pub(crate) fn bias(&self, i: usize) -> f32 {
-        self.table.bias.map_or(0.0, |bias| bias.at(self.place, self.position(i)))
+        self.table.bias.map_or(0.0, |bias| bias.at(self.expert, self.position(i)))
     }
 }
 

@@ -37,9 +37,9 @@ pub(crate) struct Scratch<'a> {
     pub(crate) logits: Buffer<'a>,
     pub(crate) routing: RoutingScratch<'a>,
     pub(crate) permutation: PermutationScratch<'a>,
-    /// f32 `[T, H]`: what the experts read, where that is not x itself.
+    /// `[T, H]`: what the experts read, where that is not x itself.
     pub(crate) tokens: Buffer<'a>,
-    /// f32 `[R, I]`.
+    /// `[R, I]`, at most f32.
     pub(crate) a: Buffer<'a>,
     /// f32 `[R, H]`.
     pub(crate) y: Buffer<'a>,
@@ -70,7 +70,7 @@ pub(crate) struct PermutationScratch<'a> {
 }
 
 pub(crate) struct SharedScratch<'a> {
-    /// f32 `[T, S]`.
+    /// `[T, S]`, at most f32.
     pub(crate) a: Buffer<'a>,
     /// f32 `[T, H]`.
     pub(crate) y: Buffer<'a>,

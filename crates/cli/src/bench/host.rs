@@ -25,14 +25,16 @@ const CACHES: u64 = 8;
 /// The processor.
 pub(crate) struct Host {
     cpu: Cpu,
+    /// Format of what is multiplied.
+    dtype: DType,
     cache: u64,
     available: u64,
 }
 
 impl Host {
-    pub(crate) fn new(cpu: Cpu) -> Self {
+    pub(crate) fn new(cpu: Cpu, dtype: DType) -> Self {
         let available = machine::available_memory().unwrap_or(u64::MAX);
-        Self { cpu, cache: machine::last_level_cache().unwrap_or(32 << 20), available }
+        Self { cpu, dtype, cache: machine::last_level_cache().unwrap_or(32 << 20), available }
     }
 }
 
@@ -78,7 +80,7 @@ impl Meter for Host {
     }
 
     fn ceilings(&self) -> Result<Ceilings> {
-        machine::measure(self.cpu.threads(), self.cache, machine::available_memory().unwrap_or(1 << 30))
+        machine::measure(self.cpu.threads(), self.dtype, self.cache, machine::available_memory().unwrap_or(1 << 30))
     }
 
     fn rate(&self, _: &StreamOf<Self>, _: &LayerConfig, _: usize, _: DType) -> Result<Option<f64>> {
@@ -118,11 +120,11 @@ impl Meter for Host {
     }
 
     fn arithmetic(&self) -> String {
-        "f32 dot kernel".into()
+        format!("{} multiply-adds", self.dtype)
     }
 
     fn describe_arithmetic(&self, ceilings: &Ceilings) -> String {
         let rate = rounded(ceilings.arithmetic / 1e9);
-        format!("{rate} GFLOP/s ({}, operands in cache, best of as many passes)", self.arithmetic())
+        format!("{rate} GFLOP/s ({}, in registers, best of as many passes)", self.arithmetic())
     }
 }

@@ -1,6 +1,7 @@
 //! What this machine could do: read bandwidth and arithmetic rate, measured; memory and cache, as the system tells.
 
 use anyhow::{Context, Result};
+use fused_moe::DType;
 use fused_moe::cpu::Memory;
 use fused_moe::cpu::arch::Kernels;
 use std::fs;
@@ -30,10 +31,11 @@ impl Ceilings {
 /// Passes of each measurement.
 pub(super) const PASSES: usize = 6;
 
-/// Measures both with so many threads. The best of a few passes counts: a ceiling is what nothing should beat.
-pub(crate) fn measure(threads: usize, cache: u64, available: u64) -> Result<Ceilings> {
+/// Measures both with so many threads, the arithmetic with numbers of a format. The best of a few passes counts: a
+/// ceiling is what nothing should beat.
+pub(crate) fn measure(threads: usize, dtype: DType, cache: u64, available: u64) -> Result<Ceilings> {
     let buffer = cache.saturating_mul(4).clamp(1 << 28, 1 << 32).min(available / 4).max(1 << 22) as usize;
-    Ok(Ceilings { bandwidth: bandwidth(threads, buffer)?, arithmetic: arithmetic(threads), buffer })
+    Ok(Ceilings { bandwidth: bandwidth(threads, buffer)?, arithmetic: arithmetic(threads, dtype), buffer })
 }
 
 /// Bytes that come from memory together.
@@ -73,24 +75,15 @@ fn bandwidth(threads: usize, bytes: usize) -> Result<f64> {
     Ok(size_of_val(floats) as f64 / best.as_secs_f64())
 }
 
-/// The dot kernel on rows and tokens that stay in the innermost caches.
-fn arithmetic(threads: usize) -> f64 {
-    const ROWS: usize = 16;
-    const TOKENS: usize = 12;
-    const LENGTH: usize = 512;
-    const CALLS: usize = 2000;
+/// Multiply-adds of a format's numbers, in registers alone.
+fn arithmetic(threads: usize, dtype: DType) -> f64 {
+    const ROUNDS: usize = 200_000;
     let kernels = Kernels::best();
+    let multiply_adds = kernels.multiply_adds(dtype, 1) * ROUNDS;
     let best = best_of_passes(threads, |_| {
-        let floats = vec![0.5f32; (ROWS + TOKENS) * LENGTH];
-        let (weights, tokens) = floats.split_at(ROWS * LENGTH);
-        let weights: Vec<&[f32]> = weights.chunks(LENGTH).collect();
-        let tokens: Vec<&[f32]> = tokens.chunks(LENGTH).collect();
-        let mut out = [0f32; ROWS * TOKENS];
-        for _ in 0..CALLS {
-            kernels.dot_tile(black_box(&weights), black_box(&tokens), black_box(&mut out));
-        }
+        black_box(kernels.multiply_adds(dtype, black_box(ROUNDS)));
     });
-    (threads * CALLS * 2 * ROWS * TOKENS * LENGTH) as f64 / best.as_secs_f64()
+    (threads * 2 * multiply_adds) as f64 / best.as_secs_f64()
 }
 
 /// The shortest of a few passes of `work` on so many threads; fewer where they take long.
@@ -164,7 +157,7 @@ mod tests {
 
     #[test]
     fn ceilings_are_positive() {
-        let ceilings = measure(2, 0, 1 << 24).unwrap();
+        let ceilings = measure(2, DType::BF16, 0, 1 << 24).unwrap();
         assert!(ceilings.bandwidth > 1e6 && ceilings.arithmetic > 1e6 && ceilings.buffer == 1 << 22);
     }
 }

@@ -310,7 +310,7 @@ mod tests {
         let prepare = |index| cpu.prepare(&config, &source.layer(index).unwrap(), &Options::default()).unwrap();
         let layers: Vec<_> = (0..3).map(prepare).collect();
         let measure = |origin, runs: &'static [usize], says: &'static [usize]| {
-            let meter = &Cheat { host: Host::new(cpu.clone()), runs, says };
+            let meter = &Cheat { host: Host::new(cpu.clone(), dtype), runs, says };
             let (config, layers, source) = (&config, &layers[..], &source);
             let bench = Bench { meter, config, dtype, layers, source, origin, routing, seed: 1 };
             bench.measure(5, &|| {}).map(|timing| timing.verified.rows).map_err(|error| error.to_string())

@@ -43,7 +43,7 @@ pub(crate) fn timings(setting: &Setting<'_>, timings: &[Timing], machine: &[Stri
         "GB/s",
         "of read",
         operations,
-        if by_size { "of dense" } else { "of dot" },
+        if by_size { "of dense" } else { "of peak" },
         "byte floor",
         "FLOP floor",
         "x floor",

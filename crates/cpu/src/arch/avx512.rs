@@ -1,17 +1,24 @@
-//! AVX-512 F, BW, VL and DQ.
+//! AVX-512 F, BW, VL and DQ, with or without BF16.
 
 use super::simd::{Simd, Task};
 use fused_moe_core::dtype::{DType, Float};
+use half::bf16;
 use std::arch::x86_64::*;
 
-/// Proof that the CPU has AVX-512 F, BW, VL and DQ, with AVX2, FMA and F16C.
+/// Proof that the CPU has AVX-512 F, BW, VL and DQ, with AVX2, FMA and F16C; and AVX-512 BF16 where `BF16` says so.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(());
+pub(super) struct Avx512<const BF16: bool>(());
 
 /// Runs a task.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
 pub(super) fn run<T: Task>(task: T) -> T::Output {
-    task.run(Avx512(()))
+    task.run(Avx512::<false>(()))
+}
+
+/// Runs a task, dot products of bf16 numbers by their own instruction.
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+pub(super) fn run_bf16<T: Task>(task: T) -> T::Output {
+    task.run(Avx512::<true>(()))
 }
 
 /// Intrinsics that read and write no memory: all that they ask for is the instruction set.
@@ -28,7 +35,7 @@ fn first(count: usize) -> __mmask16 {
     ((1u32 << (count & 15)) - 1) as __mmask16
 }
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     /// bf16 bits to f32.
     #[inline(always)]
     fn widen_bf16(self, bits: __m256i) -> __m512 {
@@ -53,14 +60,56 @@ impl Avx512 {
     }
 }
 
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     type Vector = __m512;
     const LANES: usize = 16;
     const WIDE_TILE: bool = true;
+    const PANEL_ROWS: usize = 12;
+    type Pairs = __m512i;
 
     #[inline(always)]
     fn prefetch<X>(self, at: *const X) {
         isa!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
+    }
+
+    #[inline(always)]
+    fn prefetch_far<X>(self, at: *const X) {
+        isa!(_mm_prefetch::<_MM_HINT_T1>(at.cast()));
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(self, from: *const bf16) -> __m512i {
+        // SAFETY: the caller vouches for 32 numbers of 2 bytes; self proves the instructions.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(self, from: *const bf16) -> __m512i {
+        // SAFETY: the caller vouches for two numbers of 2 bytes; self proves the instructions.
+        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+    }
+
+    #[inline(always)]
+    fn first_of(self, pairs: __m512i) -> __m512 {
+        isa!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)))
+    }
+
+    #[inline(always)]
+    fn second_of(self, pairs: __m512i) -> __m512 {
+        isa!(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x1_0000))))
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
+        if BF16 {
+            // SAFETY: a value of Avx512<true> exists, so the CPU has the instruction; the casts keep the bits.
+            return unsafe {
+                let a = std::mem::transmute::<__m512i, __m512bh>(a);
+                _mm512_dpbf16_ps(acc, a, std::mem::transmute::<__m512i, __m512bh>(b))
+            };
+        }
+        let acc = self.fma(self.first_of(a), self.first_of(b), acc);
+        self.fma(self.second_of(a), self.second_of(b), acc)
     }
 
     #[inline(always)]

@@ -17,6 +17,8 @@ mod dot;
 mod elementwise;
 mod math;
 mod outer;
+mod panel;
+mod peak;
 mod scalar;
 mod shared;
 mod simd;
@@ -24,15 +26,19 @@ mod simd;
 mod tests;
 
 pub(crate) use outer::OUTER_COLUMNS;
+pub(crate) use panel::{PANEL, PANEL_BLOCK, PANEL_WORDS, Panel, PanelRow, PanelSums, group};
 pub(crate) use shared::SharedSlice;
 
 use activation::{Activate, Buffers};
 use activation_backward::ActivateBackward;
 use dot::Dot;
 use elementwise::{Axpy, Convert, ExpSum, Scale, ScaleBy, SumSquares};
+use fused_moe_core::DType;
 use fused_moe_core::config::Activation;
 use fused_moe_core::dtype::Float;
+use half::bf16;
 use outer::Outer;
+use peak::Peak;
 use simd::Task;
 use std::fmt;
 use std::str::FromStr;
@@ -47,11 +53,13 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
     Avx512,
+    /// The same with AVX-512 BF16.
+    Avx512Bf16,
 }
 
 impl Isa {
     /// All of them, the fastest last.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
 
     /// Those that this CPU has, the fastest last.
     pub fn available() -> Vec<Self> {
@@ -61,6 +69,11 @@ impl Isa {
     /// The fastest that this CPU has.
     pub fn best() -> Self {
         Self::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Self::Scalar)
+    }
+
+    /// Whether products of bf16 numbers have an instruction of their own, which takes both operands in that format.
+    pub fn has_bf16_products(self) -> bool {
+        self == Self::Avx512Bf16
     }
 
     /// Whether this CPU has it.
@@ -79,8 +92,10 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512dq")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => false,
         }
     }
 }
@@ -91,13 +106,14 @@ impl fmt::Display for Isa {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
         })
     }
 }
 
 /// A name that is no [`Isa`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("isa: expected scalar, avx2 or avx512, got {name:?}")]
+#[error("isa: expected scalar, avx2, avx512 or avx512bf16, got {name:?}")]
 pub struct UnknownIsa {
     /// The name.
     pub name: String,
@@ -149,6 +165,38 @@ impl Kernels {
     /// The bits of an element of `out` depend on its row, its token and the instruction set only.
     pub fn dot_tile<W: Float, X: Float>(self, weights: &[&[W]], tokens: &[&[X]], out: &mut [f32]) {
         self.run(Dot { weights, tokens, out });
+    }
+
+    /// A part of a panel times rows of f32, added to sums; see [`Panel`].
+    pub(crate) fn panel<W: Float>(self, panel: Panel<'_, W>) {
+        self.run(panel);
+    }
+
+    /// The same with rows of bf16; nothing where the instruction set does not form products of such numbers.
+    pub(crate) fn pair_panel(self, panel: Panel<'_, bf16>) {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is private and only set to what is_available() confirmed.
+            Isa::Avx512Bf16 => unsafe { avx512::run_bf16(panel::PairPanel(panel)) },
+            _ => {}
+        }
+    }
+
+    /// Products of numbers of a format, added up in f32, in registers alone: nothing that multiplies such numbers is faster.
+    /// `rounds` times as many as the registers hold sums; returns how many they were.
+    ///
+    /// ```
+    /// # use fused_moe_core::DType;
+    /// let kernels = fused_moe_cpu::arch::Kernels::best();
+    /// assert_eq!(kernels.multiply_adds(DType::F32, 20), 10 * kernels.multiply_adds(DType::F32, 2));
+    /// ```
+    pub fn multiply_adds(self, format: DType, rounds: usize) -> usize {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is private and only set to what is_available() confirmed.
+            Isa::Avx512Bf16 if format == DType::BF16 => unsafe { avx512::run_bf16(Peak::<true> { rounds }) },
+            _ => self.run(Peak::<false> { rounds }),
+        }
     }
 
     /// `to = from` in f32; exact.
@@ -227,9 +275,9 @@ impl Kernels {
             Isa::Avx2 => unsafe { avx2::run(task) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
-            Isa::Avx512 => unsafe { avx512::run(task) },
+            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::run(task) },
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => scalar::run(task),
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => scalar::run(task),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::simd::{Simd, Task};
 use fused_moe_core::dtype::Float;
+use half::bf16;
 
 const LANES: usize = 4;
 
@@ -42,9 +43,36 @@ impl Simd for Scalar {
     type Vector = [f32; LANES];
     const LANES: usize = LANES;
     const WIDE_TILE: bool = false;
+    const PANEL_ROWS: usize = if cfg!(target_arch = "aarch64") { 3 } else { 1 };
+    type Pairs = [[bf16; 2]; LANES];
 
     #[inline(always)]
     fn prefetch<X>(self, _: *const X) {}
+
+    #[inline(always)]
+    fn prefetch_far<X>(self, _: *const X) {}
+
+    #[inline(always)]
+    unsafe fn load_pairs(self, from: *const bf16) -> [[bf16; 2]; LANES] {
+        // SAFETY: the caller vouches for LANES pairs; an array of numbers is aligned as a number is.
+        unsafe { from.cast::<[[bf16; 2]; LANES]>().read() }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(self, from: *const bf16) -> [[bf16; 2]; LANES] {
+        // SAFETY: the caller vouches for two numbers; an array of numbers is aligned as a number is.
+        [unsafe { from.cast::<[bf16; 2]>().read() }; LANES]
+    }
+
+    #[inline(always)]
+    fn first_of(self, pairs: [[bf16; 2]; LANES]) -> [f32; LANES] {
+        pairs.map(|[first, _]| first.to_f32())
+    }
+
+    #[inline(always)]
+    fn second_of(self, pairs: [[bf16; 2]; LANES]) -> [f32; LANES] {
+        pairs.map(|[_, second]| second.to_f32())
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> [f32; LANES] {

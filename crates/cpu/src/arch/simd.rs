@@ -1,6 +1,7 @@
 //! What the algorithms of this module need from an instruction set.
 
 use fused_moe_core::dtype::Float;
+use half::bf16;
 
 /// The most lanes any instruction set has.
 const MAX_LANES: usize = 16;
@@ -16,9 +17,36 @@ pub(super) trait Simd: Copy {
     const LANES: usize;
     /// Whether a tile of 4 weight rows and 6 tokens fits the registers; otherwise 4 rows and 2 tokens do.
     const WIDE_TILE: bool;
+    /// How many rows of x meet a panel at once: their sums of a panel's outputs fit the registers.
+    const PANEL_ROWS: usize;
+    /// `LANES` pairs of bf16 numbers, as they lie.
+    type Pairs: Copy;
 
     /// Asks for the cache line at `at`, which may be any address.
     fn prefetch<X>(self, at: *const X);
+    /// The same, for the second-level cache.
+    fn prefetch_far<X>(self, at: *const X);
+    /// `LANES` pairs.
+    ///
+    /// # Safety
+    /// `2 * LANES` numbers are readable at `from`.
+    unsafe fn load_pairs(self, from: *const bf16) -> Self::Pairs;
+    /// The pair at `from` in every lane.
+    ///
+    /// # Safety
+    /// Two numbers are readable at `from`.
+    unsafe fn splat_pair(self, from: *const bf16) -> Self::Pairs;
+    /// The first of each pair.
+    fn first_of(self, pairs: Self::Pairs) -> Self::Vector;
+    /// The second of each pair.
+    fn second_of(self, pairs: Self::Pairs) -> Self::Vector;
+    /// acc + the products of the firsts + those of the seconds; in the instruction set's own order, where it has an
+    /// instruction for it, and then numbers below 2^-126 count as zeros.
+    #[inline(always)]
+    fn dot_pairs(self, acc: Self::Vector, a: Self::Pairs, b: Self::Pairs) -> Self::Vector {
+        let acc = self.fma(self.first_of(a), self.first_of(b), acc);
+        self.fma(self.second_of(a), self.second_of(b), acc)
+    }
     /// x in every lane.
     fn splat(self, x: f32) -> Self::Vector;
     /// `LANES` elements as f32.

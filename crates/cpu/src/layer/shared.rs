@@ -39,6 +39,7 @@ impl SharedExpert {
         let offsets = [0, tokens as u32];
         let offsets = View::of(&offsets, [2])?;
         let slots = scratch.slots.view(U32, [tokens])?;
+        let between = self.matrices.between(x.dtype(), cpu.isa());
         cpu.gate_up(
             stream,
             GateUp {
@@ -50,13 +51,13 @@ impl SharedExpert {
                 bias: None,
                 activation: self.config.activation,
                 output: GateUpOutput::Activated,
-                out: scratch.a.view_mut(F32, [tokens, width])?,
+                out: scratch.a.view_mut(between, [tokens, width])?,
             },
         )?;
         cpu.down(
             stream,
             Down {
-                a: scratch.a.view(F32, [tokens, width])?,
+                a: scratch.a.view(between, [tokens, width])?,
                 offsets,
                 matrices: Matrices::Packed(&self.matrices),
                 bias: None,

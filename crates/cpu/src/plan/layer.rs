@@ -1,5 +1,5 @@
-use super::{Device, GatePlan, GroupedPlan, PermutePlan, RoutePlan, RowsPlan};
-use fused_moe_core::DType::F32;
+use super::{Device, GatePlan, GroupedPlan, PanelPlan, PermutePlan, RoutePlan, RowsPlan, operand};
+use fused_moe_core::DType::{self, F32};
 use fused_moe_core::config::{Activation, LayerConfig, SharedConfig};
 use fused_moe_core::operation::GateUpOutput;
 use fused_moe_core::problem::{DownProblem, GateUpProblem, LayerProblem, LinearProblem};
@@ -15,8 +15,8 @@ pub(crate) struct LayerPlan {
     permute: PermutePlan,
     /// Experts to a thread, where there is a capacity.
     overflow: Option<RowsPlan>,
-    gate_up: GroupedPlan,
-    down: GroupedPlan,
+    gate_up: PanelPlan,
+    down: PanelPlan,
     shared: Option<SharedPlan>,
     combine: RowsPlan,
     surroundings: bool,
@@ -25,13 +25,13 @@ pub(crate) struct LayerPlan {
 /// How a layer's shared expert is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct SharedPlan {
-    gate_up: GroupedPlan,
-    down: GroupedPlan,
+    gate_up: PanelPlan,
+    down: PanelPlan,
     gate: Option<GroupedPlan>,
 }
 
 impl LayerPlan {
-    /// For the router's routes; the stages make the same plans of their operands.
+    /// For the router's routes and x in the format of gate_up; the stages make the same plans of their operands.
     pub(crate) fn new(layer: &LayerProblem, tokens: usize, device: &Device) -> Self {
         let (core, choices) = (&layer.core, layer.core.choices());
         let LayerConfig { hidden, intermediate, experts, top_k, activation, .. } = *core;
@@ -42,8 +42,8 @@ impl LayerPlan {
             let expert = ExpertSizes { rows: tokens, experts: 1, hidden, intermediate, activation };
             let gate = LinearProblem { rows: tokens, inner: hidden, outer: 1, x: F32, weight: F32, out: F32 };
             SharedPlan {
-                gate_up: GroupedPlan::gate_up(&expert.gate_up(), up, device),
-                down: GroupedPlan::down(&expert.down(), down, device),
+                gate_up: PanelPlan::gate_up(&expert.gate_up(up), up, device),
+                down: PanelPlan::down(&expert.down(operand(up, down, device.isa)), down, device),
                 gate: gated.then(|| GroupedPlan::linear(&gate, device)),
             }
         });
@@ -55,8 +55,8 @@ impl LayerPlan {
             route: RoutePlan::new(choices, top_k),
             permute: PermutePlan::new(rows, choices, device),
             overflow: core.capacity.map(|_| RowsPlan::overflow(rows, choices)),
-            gate_up: GroupedPlan::gate_up(&expert.gate_up(), layer.gate_up, device),
-            down: GroupedPlan::down(&expert.down(), layer.down, device),
+            gate_up: PanelPlan::gate_up(&expert.gate_up(layer.gate_up), layer.gate_up, device),
+            down: PanelPlan::down(&expert.down(operand(layer.gate_up, layer.down, device.isa)), layer.down, device),
             shared,
             combine: RowsPlan::combine(hidden, top_k),
             surroundings: layer.config.has_surroundings(),
@@ -64,7 +64,7 @@ impl LayerPlan {
     }
 }
 
-/// The experts of a layer, whose intermediate activations are f32.
+/// The experts of a layer.
 struct ExpertSizes {
     rows: usize,
     experts: usize,
@@ -74,15 +74,15 @@ struct ExpertSizes {
 }
 
 impl ExpertSizes {
-    fn gate_up(&self) -> GateUpProblem {
+    fn gate_up(&self, x: DType) -> GateUpProblem {
         let Self { rows, experts, hidden, intermediate, activation } = *self;
-        let (x, stack, out, output) = (F32, None, F32, GateUpOutput::Activated);
+        let (stack, out, output) = (None, F32, GateUpOutput::Activated);
         GateUpProblem { rows, hidden, intermediate, experts, x, stack, out, activation, output }
     }
 
-    fn down(&self) -> DownProblem {
+    fn down(&self, a: DType) -> DownProblem {
         let Self { rows, experts, hidden, intermediate, .. } = *self;
-        DownProblem { rows, hidden, intermediate, experts, a: F32, stack: None, out: F32 }
+        DownProblem { rows, hidden, intermediate, experts, a, stack: None, out: F32 }
     }
 }
 

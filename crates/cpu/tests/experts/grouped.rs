@@ -94,11 +94,9 @@ impl Case {
         cpu.pack(&weights.with_biases(bias("gate_up"), bias("down"), order).unwrap()).unwrap()
     }
 
-    /// Runs with the matrices as a stack and packed; the bits must be the same.
+    /// Runs with the matrices as a stack and packed, whose sums are formed in different orders.
     fn both(&self, cpu: &Cpu, run: impl Fn(Option<&Experts>) -> Buffer) -> Vec<Buffer> {
-        let outputs = [run(None), run(Some(&self.packed(cpu)))];
-        assert!(outputs[0] == outputs[1]);
-        outputs.into()
+        vec![run(None), run(Some(&self.packed(cpu)))]
     }
 
     /// Rows that are no expert's must be as they were, the others close to what is expected.
@@ -171,7 +169,7 @@ impl Case {
                 GateUpOutput::Activated => 4.0 * (2.0 + before[row + col].abs() + before[row + n - i + col].abs()),
             }
         };
-        check(run, |outputs, _| self.verify(&outputs[0], &expected, |c| rounding * stretch(c)));
+        check(run, |outputs, _| outputs.iter().for_each(|out| self.verify(out, &expected, |c| rounding * stretch(c))));
     }
 
     fn check_down(&self) {
@@ -200,7 +198,7 @@ impl Case {
             self.both(cpu, one)
         };
         let rounding = (i + 2) as f64 * (i + 2) as f64 * DType::F32.epsilon();
-        check(run, |outputs, _| self.verify(&outputs[0], &expected, |_| rounding));
+        check(run, |outputs, _| outputs.iter().for_each(|out| self.verify(out, &expected, |_| rounding)));
     }
 }
 

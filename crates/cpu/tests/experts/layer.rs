@@ -92,7 +92,8 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
                 ..Forward::new(x.view(), y.view_mut())
             };
             prepared.run(stream, call, workspace).unwrap();
-            vec![y, normed, experts, weights, counts, state]
+            let products = Buffer::ids([1], 0, &[u32::from(cpu.isa().has_bf16_products())]);
+            vec![y, normed, experts, weights, counts, state, products]
         };
         let outputs = run(false, &mut workspace);
         assert!(outputs == run(true, &mut workspace));
@@ -105,8 +106,15 @@ fn check_model(model: &Model, tokens: usize, from: From, options: &Options) {
         if routed_by_layers {
             close(&outputs[5], routed.router_state.as_deref().unwrap_or(&[]), |_| 2e-5);
         }
-        close(&outputs[0], &expected.y, |_| 2e-4);
-        close(&outputs[1], expected.normed.as_deref().unwrap_or(&[]), |_| 2e-3);
+        // Products of bf16 take what lies between gate_up and down, and a norm before them, rounded to it once more.
+        let rounded = dtype == DType::BF16 && outputs[6].numbers() == [1];
+        let rounding = |values: &[f64]| {
+            let largest = values.iter().fold(0.0, |most: f64, value| most.max(value.abs()));
+            if rounded { 4.0 * DType::BF16.epsilon() * largest } else { 0.0 }
+        };
+        let normed = expected.normed.as_deref().unwrap_or(&[]);
+        close(&outputs[0], &expected.y, |_| 2e-4 + rounding(&expected.y));
+        close(&outputs[1], normed, |_| 2e-3 + rounding(normed));
         let bad = from == From::Routes && given.numbers().contains(&(choices as u32));
         assert_eq!(status.contains(Status::EXPERT_OUT_OF_RANGE), bad);
     });
@@ -291,7 +299,8 @@ fn workspaces_and_their_limits() {
     let cpu = Cpu::new().unwrap();
     let layer = model.prepare(&cpu, &Options::default());
     let weights = [&model.gate_up, &model.down].map(|b| 4 * b.values().len()).iter().sum::<usize>();
-    assert!(layer.weight_bytes() > weights && layer.weight_bytes() < weights + 16384);
+    // Matrix rows are padded to panels, which are half empty at worst where there are several.
+    assert!(layer.weight_bytes() > weights && layer.weight_bytes() < 2 * weights);
     let (stream, h) = (cpu.stream().unwrap(), model.config.hidden);
     let bytes = layer.workspace_bytes(4).unwrap();
     assert!(layer.workspace_in(cpu.allocate(bytes).unwrap(), 4).is_ok());

@@ -5,6 +5,7 @@ mod activation_backward;
 mod dot;
 mod elementwise;
 mod outer;
+mod panel;
 mod shared;
 
 use super::{Isa, Kernels};
