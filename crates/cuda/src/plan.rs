@@ -1,6 +1,7 @@
 //! How an operation is carried out: a pure function of its problem and the device's numbers.
 
 pub(crate) mod grouped;
+mod wgmma;
 
 use crate::device::DeviceNumbers;
 use crate::kernel::{GATE_ROUTE_THREADS, Kernel, SPLIT_THREADS, SplitTile, TOKENS};
