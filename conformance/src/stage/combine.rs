@@ -269,7 +269,7 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
     };
     let mut sizes = vec![[0, 2, 16], [1, 1, 1], [1, 8, 64], [5, 3, 37], [33, 2, 131], [9, 22, 17]];
     if scale == Scale::Full {
-        sizes.extend([[512, 8, 256], [3, 4, 7168]]);
+        sizes.extend([[512, 8, 256], [3, 4, 7168], [2100, 8, 24]]);
     }
     let none = Parts::NONE;
     let norm = Parts { norm: Some(true), ..none };

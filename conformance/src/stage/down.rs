@@ -1,6 +1,6 @@
 //! The second matrix of the experts.
 
-use super::experts::{Experts, Weights, grouped_sizes, permutation};
+use super::experts::{Experts, Weights, grouped_sizes, permutation, tall_sizes};
 use super::{Check, magnitudes, sums};
 use crate::cases::{Case, FLOATS, Operation, Scale, Stage, dtype_name};
 use crate::data::{Data, Spread, Tensor};
@@ -117,6 +117,18 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         }
     }
     let (f32, f16, bf16) = (DType::F32, DType::F16, DType::BF16);
+    for dtype in [f16, bf16] {
+        for (sizes, spread) in tall_sizes(scale) {
+            let plain = Down { sizes, spread, dtypes: [dtype; 3], bias, weights: Weights::Stack, local };
+            cases.push(case("tall f32", Down { dtypes: [dtype, dtype, f32], ..plain.clone() }));
+            cases.push(case(
+                "tall packed bias local",
+                Down { bias: true, weights: Weights::packed(), local: true, ..plain.clone() },
+            ));
+            cases.push(case("tall bias", Down { bias: true, ..plain.clone() }));
+            cases.push(case("tall", plain));
+        }
+    }
     for dtypes in
         [[f32, bf16, f32], [f32, f16, f32], [bf16, f32, bf16], [bf16, bf16, f32], [f16, bf16, f32], [f32, f32, bf16]]
     {

@@ -1,5 +1,6 @@
 //! Expert matrices in the layouts in use, and slots grouped by expert.
 
+use crate::cases::Scale;
 use crate::data::{Data, Spread, Tensor};
 use crate::operands::{Operands, Prepared};
 use fused_moe_core::config::Activation;
@@ -172,6 +173,21 @@ pub(crate) fn permutation(
 ) -> reference::Permutation {
     let ids = data.of("routes").routes([tokens, top_k, experts], spread);
     reference::permute(&reference::Permute { ids: ids.as_ids(), experts, local })
+}
+
+/// Sizes with many rows an expert, which lie in pieces of 16 bytes in a 2-byte format: what matrix units take in tiles,
+/// none of which comes out even. T, K, H, I, E and how the slots spread.
+pub(crate) fn tall_sizes(scale: Scale) -> Vec<([usize; 5], Spread)> {
+    let mut sizes = vec![
+        ([150, 3, 200, 88, 5], Spread::Even),
+        ([120, 2, 72, 136, 4], Spread::Skewed),
+        ([260, 1, 64, 40, 2], Spread::One(1)),
+        ([90, 2, 136, 72, 3], Spread::Holes),
+    ];
+    if scale == Scale::Full {
+        sizes.extend([([800, 3, 72, 568, 5], Spread::Skewed), ([600, 2, 264, 712, 3], Spread::Even)]);
+    }
+    sizes
 }
 
 /// The sizes at which grouped products are tried: T, K, H, I, E and how the slots spread.

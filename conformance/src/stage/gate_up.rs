@@ -1,6 +1,6 @@
 //! The first matrix of the experts.
 
-use super::experts::{Experts, Weights, grouped_sizes, permutation};
+use super::experts::{Experts, Weights, grouped_sizes, permutation, tall_sizes};
 use super::{Check, magnitudes, sums};
 use crate::cases::{Case, FLOATS, Operation, Scale, Stage, dtype_name};
 use crate::data::{Data, Spread, Tensor};
@@ -212,6 +212,23 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         }
     }
     let (f32, f16, bf16) = (DType::F32, DType::F16, DType::BF16);
+    let mut tall = |name: &str, gate_up: GateUp| cases.push(case(format!("tall {name}").trim(), gate_up));
+    for dtype in [f16, bf16] {
+        let sizes = tall_sizes(scale);
+        for &(sizes, spread) in &sizes {
+            tall("", GateUp::new(sizes, spread, [dtype; 3]));
+        }
+        let plain = GateUp::new([150, 3, 200, 88, 5], Spread::Even, [dtype; 3]);
+        tall("f32", GateUp { dtypes: [dtype, dtype, f32], bias: true, ..plain.clone() });
+        tall("packed bias", GateUp { weights: Weights::packed(), bias: true, ..plain.clone() });
+        tall("bias", GateUp { bias: true, ..plain.clone() });
+        tall("rows", GateUp { rows: true, ..plain.clone() });
+        tall("input weights local", GateUp { input_weights: true, local: true, ..plain.clone() });
+        tall("before the activation", GateUp { output: GateUpOutput::PreActivation, ..plain.clone() });
+    }
+    for (name, activation) in ACTIVATIONS {
+        tall(name, GateUp { activation, ..GateUp::new([110, 2, 40, 24, 3], Spread::Even, [bf16; 3]) });
+    }
     for dtypes in
         [[f32, bf16, f32], [f32, f16, f32], [bf16, f32, bf16], [bf16, bf16, f32], [f16, bf16, f32], [f32, f32, bf16]]
     {

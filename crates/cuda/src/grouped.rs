@@ -2,9 +2,10 @@
 
 use crate::error::Result;
 use crate::kernel::{ActivationKind, Kernel};
-use crate::launch::{Tensor, launch, params};
+use crate::launch::{Params, Tensor, launch, params};
 use crate::pack::Table;
 use crate::plan::grouped as plan;
+use crate::wgmma::{self, Ends, WgmmaParams, WgmmaTile};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType;
 
@@ -58,6 +59,7 @@ pub(crate) struct MmaTile {
 /// A kernel of the grouped product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum GroupedKernel {
+    Wgmma { product: Product, format: DType, tile: WgmmaTile, ends: Ends },
     Mma { product: Product, format: DType, tile: MmaTile },
     Dot { product: Product, x: DType, weight: DType, vector: u8, outputs: u8, unroll: u8, rows: u8 },
     Tiled { product: Product, x: DType, weight: DType, vector: u8 },
@@ -68,34 +70,53 @@ pub(crate) const GROUPED: &str = include_str!("include/grouped.cuh");
 impl GroupedKernel {
     fn product(self) -> Product {
         match self {
-            Self::Mma { product, .. } | Self::Dot { product, .. } | Self::Tiled { product, .. } => product,
+            Self::Wgmma { product, .. }
+            | Self::Mma { product, .. }
+            | Self::Dot { product, .. }
+            | Self::Tiled { product, .. } => product,
+        }
+    }
+
+    /// The definition of its parameter.
+    pub(crate) fn params(self) -> &'static str {
+        match self {
+            Self::Wgmma { .. } => WgmmaParams::DEFINITION,
+            _ => GroupedParams::DEFINITION,
         }
     }
 
     /// The name of its entry and of its file.
     pub(crate) fn entry(self) -> &'static str {
         match (self.product().stage, self) {
+            (Stage::GateUp, Self::Wgmma { .. }) => "gate_up_wgmma",
             (Stage::GateUp, Self::Mma { .. }) => "gate_up_mma",
             (Stage::GateUp, Self::Dot { .. }) => "gate_up_dot",
             (Stage::GateUp, Self::Tiled { .. }) => "gate_up",
+            (Stage::Down, Self::Wgmma { .. }) => "down_wgmma",
             (Stage::Down, Self::Mma { .. }) => "down_mma",
             (Stage::Down, Self::Dot { .. }) => "down_dot",
             (Stage::Down, Self::Tiled { .. }) => "down",
         }
     }
 
-    /// The parts of its text that follow its parameters.
+    /// The parts of its text from its parameters on.
     pub(crate) fn parts(self) -> Vec<&'static str> {
-        let mut parts = vec![GROUPED];
+        let mut parts = vec![GroupedParams::DEFINITION, GROUPED];
         parts.extend(match self {
+            Self::Wgmma { .. } => {
+                let instructions = [include_str!("include/mma.cuh"), include_str!("include/wgmma.cuh")];
+                [&instructions[..], &[WgmmaParams::DEFINITION, include_str!("include/grouped_wgmma.cuh")]].concat()
+            }
             Self::Mma { .. } => vec![include_str!("include/mma.cuh"), include_str!("include/grouped_mma.cuh")],
             Self::Dot { .. } => vec![include_str!("include/grouped_dot.cuh")],
             Self::Tiled { .. } => vec![include_str!("include/tiles.cuh"), include_str!("include/grouped_tiled.cuh")],
         });
         parts.push(match (self.product().stage, self) {
+            (Stage::GateUp, Self::Wgmma { .. }) => include_str!("gate_up_wgmma.cu"),
             (Stage::GateUp, Self::Mma { .. }) => include_str!("gate_up_mma.cu"),
             (Stage::GateUp, Self::Dot { .. }) => include_str!("gate_up_dot.cu"),
             (Stage::GateUp, Self::Tiled { .. }) => include_str!("gate_up.cu"),
+            (Stage::Down, Self::Wgmma { .. }) => include_str!("down_wgmma.cu"),
             (Stage::Down, Self::Mma { .. }) => include_str!("down_mma.cu"),
             (Stage::Down, Self::Dot { .. }) => include_str!("down_dot.cu"),
             (Stage::Down, Self::Tiled { .. }) => include_str!("down.cu"),
@@ -116,6 +137,11 @@ impl GroupedKernel {
             ("FUNCTION", function.to_string()),
         ];
         match self {
+            Self::Wgmma { format, tile, ends, .. } => {
+                defines.push(("W_T", format.to_string()));
+                defines.extend(tile.defines());
+                defines.extend(ends.defines());
+            }
             Self::Mma { format, tile: MmaTile { rows, columns, warps: [m, n], stages, blocks }, .. } => {
                 defines.extend([
                     ("W_T", format.to_string()),
@@ -188,6 +214,8 @@ pub(crate) fn grouped(cuda: &Cuda, stream: &CudaStream, operands: &Grouped) -> R
         weight: table.format,
         slots: matches!(groups, Groups::Slots { .. }),
         invariant: operands.invariant,
+        ends: Ends::of(operands),
+        engine: wgmma::is_within_reach(operands),
     };
     let (w, inner) = (table.weights(), table.inner as u64);
     let aligned = |n: u64| x.aligned(n) && w.aligned(n) && inner.is_multiple_of(n);
@@ -227,5 +255,11 @@ pub(crate) fn grouped(cuda: &Cuda, stream: &CudaStream, operands: &Grouped) -> R
     if let Some(recorder) = cuda.recorder() {
         recorder.explain(plan.why);
     }
-    launch(cuda, stream, Kernel::Grouped(plan.kernel), plan.grid, &params)
+    let kernel = Kernel::Grouped(plan.kernel);
+    match plan.kernel {
+        GroupedKernel::Wgmma { tile, .. } => {
+            launch(cuda, stream, kernel, plan.grid, &wgmma::params(cuda, operands, tile, params)?)
+        }
+        _ => launch(cuda, stream, kernel, plan.grid, &params),
+    }
 }

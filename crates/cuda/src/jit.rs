@@ -236,11 +236,11 @@ impl Compiler {
     }
 }
 
-/// Compiles every kernel of every plan for an architecture such as `sm_90a`; needs NVRTC and no device.
+/// Compiles every kernel of every plan that has this architecture, such as `sm_90a`; needs NVRTC and no device.
 ///
 /// Returns how many there are. Errors: `NoCompiler`, `Compile`.
 pub fn compile_all(architecture: &str) -> Result<usize> {
-    let kernels = Kernel::all();
+    let kernels: Vec<_> = Kernel::all().into_iter().filter(|kernel| kernel.is_for(architecture)).collect();
     Compiler::new(architecture.to_string()).codes(&kernels)?;
     Ok(kernels.len())
 }

@@ -147,7 +147,7 @@ impl Kernel {
             Self::Copy => copy::CopyParams::DEFINITION,
             Self::Counts => copy::CountsParams::DEFINITION,
             Self::ReadAll => measure::ReadAllParams::DEFINITION,
-            Self::Grouped(_) => crate::grouped::GroupedParams::DEFINITION,
+            Self::Grouped(kernel) => kernel.params(),
             Self::Backward(kernel) => kernel.params(),
         }
     }
@@ -182,7 +182,7 @@ impl Kernel {
             Self::Copy => vec![own, include_str!("copy.cu")],
             Self::Counts => vec![own, include_str!("counts.cu")],
             Self::ReadAll => vec![own, include_str!("read_all.cu")],
-            Self::Grouped(kernel) => [vec![REDUCE, ACTIVATION, own], kernel.parts()].concat(),
+            Self::Grouped(kernel) => [vec![REDUCE, ACTIVATION], kernel.parts()].concat(),
             Self::Backward(kernel) => kernel.parts(),
         }
     }
@@ -266,6 +266,11 @@ impl Kernel {
         }
     }
 
+    /// Whether it has instructions of this architecture alone, where that is another.
+    pub(crate) fn is_for(self, architecture: &str) -> bool {
+        !matches!(self, Self::Grouped(GroupedKernel::Wgmma { .. })) || architecture == "sm_90a"
+    }
+
     /// Every kernel of every plan.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = vec![
@@ -295,6 +300,10 @@ impl Kernel {
                 for (norm, stash) in [(false, false), (true, false), (true, true)] {
                     all.extend([false, true].map(|copies| Self::Combine { y: x, vector, copies, norm, stash }));
                 }
+            }
+            if x.size() == 2 {
+                let (y, vector, norm, stash) = (x, 8, false, false);
+                all.extend([false, true].map(|copies| Self::Combine { y, vector, copies, norm, stash }));
             }
             for w in FLOATS {
                 for vector in [1, crate::plan::dot_vector(x, w)] {

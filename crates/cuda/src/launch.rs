@@ -49,6 +49,16 @@ pub(crate) const fn dtype_code(dtype: DType) -> u32 {
     }
 }
 
+/// The format of such a code.
+pub(crate) const fn dtype_of(code: u32) -> DType {
+    match code {
+        1 => DType::F16,
+        2 => DType::BF16,
+        3 => DType::U32,
+        _ => DType::F32,
+    }
+}
+
 /// Device memory under a view.
 pub(crate) trait Addressed: Storage {
     fn address(&self) -> u64;

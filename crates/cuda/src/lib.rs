@@ -110,7 +110,10 @@ mod route_backward;
 #[allow(unsafe_code)]
 mod stream;
 #[allow(unsafe_code)]
+mod tensor_map;
+#[allow(unsafe_code)]
 mod upload;
+mod wgmma;
 mod workspace;
 
 /// The version of cudarc whose slices, streams and contexts this crate takes.

@@ -2,6 +2,7 @@
 
 pub(crate) mod backward;
 pub(crate) mod grouped;
+mod wgmma;
 
 use crate::device::DeviceNumbers;
 use crate::kernel::{GATE_ROUTE_THREADS, Kernel, SPLIT_THREADS, SplitTile, TOKENS};
@@ -198,9 +199,18 @@ pub(crate) fn drop_overflow(problem: &DropOverflowProblem) -> Plan {
     Plan { kernel: Kernel::DropOverflow, grid: Grid::line(problem.tokens.div_ceil(4), 128), why }
 }
 
+/// Tokens from which a combine of many slots reads 16 bytes of a row at once.
+const MANY_SUMS: usize = 2048;
+
 pub(crate) fn combine(problem: &CombineProblem, copies: bool, norm: bool, aligned: impl Fn(u64) -> bool) -> Plan {
-    let &CombineProblem { tokens, hidden, y, .. } = problem;
-    let vector = if hidden.is_multiple_of(4) { vector(4, aligned) } else { 1 };
+    let &CombineProblem { tokens, top_k, hidden, y, .. } = problem;
+    // much of few rows at once for many sums to wait for; less for few, so that there are more of them
+    let long = !norm && y.size() == 2 && top_k >= 8 && tokens >= MANY_SUMS && hidden.is_multiple_of(8) && aligned(8);
+    let vector = match long {
+        true => 8,
+        false if hidden.is_multiple_of(4) => vector(4, aligned),
+        false => 1,
+    };
     let stash = norm && 4 * hidden <= 40 * 1024;
     let kernel = Kernel::Combine { y, vector, copies, norm, stash };
     let (pieces, why) = if norm {
@@ -351,5 +361,20 @@ pub(crate) mod tests {
         assert!(matches!(combine(&problem(20000), false, true, |_| true).kernel, Kernel::Combine { stash: false, .. }));
         assert!(matches!(combine(&problem(2047), false, false, |_| true).kernel, Kernel::Combine { vector: 1, .. }));
         assert_eq!(combine(&problem(2048), true, false, |_| true).grid.blocks, [3, 2, 1]);
+    }
+
+    #[test]
+    fn combine_reads_long_pieces_where_sums_are_many_and_long() {
+        let vector = |tokens, top_k, hidden| {
+            let problem = CombineProblem { tokens, top_k, hidden, y: DType::BF16, out: DType::BF16 };
+            match combine(&problem, false, false, |_| true).kernel {
+                Kernel::Combine { vector, .. } => vector,
+                _ => 0,
+            }
+        };
+        assert_eq!(
+            [(8192, 8, 2048), (512, 8, 2048), (8192, 2, 2048), (8192, 8, 2052)].map(|(t, k, h)| vector(t, k, h)),
+            [8, 4, 4, 4]
+        );
     }
 }

@@ -1,5 +1,8 @@
 // act(g) * u and its relatives; FORM and FUNCTION say which. min, max and clamp pass NaN on.
 
+#ifndef SIGMOID
+#define SIGMOID sigmoid
+#endif
 #define FORM_GATED 0
 #define FORM_CLAMPED_SILU 1
 #define FORM_CLAMPED_SWISH 2
@@ -15,14 +18,14 @@
 
 __device__ __forceinline__ f32 at_most(f32 x, f32 limit) { return x > limit ? limit : x; }
 __device__ __forceinline__ f32 clamp(f32 x, f32 limit) { return x < -limit ? -limit : at_most(x, limit); }
-__device__ __forceinline__ f32 silu(f32 x) { return x * sigmoid(x); }
+__device__ __forceinline__ f32 silu(f32 x) { return x * SIGMOID(x); }
 __device__ __forceinline__ f32 softcap(f32 x, f32 cap) { return cap * tanhf(x / cap); }
 __device__ __forceinline__ f32 relu(f32 x) { return x <= 0.0f ? 0.0f : x; }
 
 template <int F> __device__ __forceinline__ f32 function(f32 x) {
     if (F == FUNCTION_SILU) return silu(x);
     // 0.5 (1 + tanh z) is sigmoid(2 z), which keeps its digits where tanh is near -1
-    if (F == FUNCTION_GELU_TANH) return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+    if (F == FUNCTION_GELU_TANH) return x * SIGMOID(1.5957691216057308f * (x + 0.044715f * x * x * x));
     if (F == FUNCTION_GELU_ERF) return 0.5f * x * erfcf(-0.70710678118654752f * x);
     if (F == FUNCTION_RELU) return relu(x);
     if (F == FUNCTION_RELU_SQUARED) return relu(x) * relu(x);
@@ -35,9 +38,9 @@ template <int A, int F> __device__ __forceinline__ f32 activate(f32 g, f32 u, f3
     if (A == FORM_CLAMPED_SILU) return silu(at_most(g, limit)) * clamp(u, limit);
     if (A == FORM_CLAMPED_SWISH) {
         f32 m = at_most(g, limit);
-        return (clamp(u, limit) + 1.0f) * (m * sigmoid(alpha * m));
+        return (clamp(u, limit) + 1.0f) * (m * SIGMOID(alpha * m));
     }
     if (A == FORM_SILU_THEN_CLAMP) return at_most(silu(g), limit) * clamp(u, limit);
-    if (A == FORM_SOFTCAPPED_SILU) return softcap(g, limit) * sigmoid(g) * softcap(u, alpha);
+    if (A == FORM_SOFTCAPPED_SILU) return softcap(g, limit) * SIGMOID(g) * softcap(u, alpha);
     return function<F>(u);
 }

@@ -46,6 +46,14 @@ __device__ __forceinline__ f32 sigmoid(f32 x) {
     return 1.0f / (1.0f + expf(-x));
 }
 
+// In two instructions of the special-function unit and without a branch: off by 2e-6 of the result or 1e-38.
+__device__ __forceinline__ f32 brief_sigmoid(f32 x) {
+    f32 e, y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.4426950408889634f * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + e));
+    return y;
+}
+
 // N neighbours that are read or written at once.
 template <class T, int N> struct alignas(sizeof(T) * N) Pack { T v[N]; };
 

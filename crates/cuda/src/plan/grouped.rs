@@ -1,10 +1,11 @@
 //! Which kernel a grouped product takes, its tile and its grid.
 
-use super::vector;
+use super::{vector, wgmma};
 use crate::device::DeviceNumbers;
 use crate::grouped::{GroupedKernel, MmaTile, Product, Stage};
 use crate::kernel::ActivationKind;
 use crate::launch::Grid;
+use crate::wgmma::Ends;
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 
@@ -26,6 +27,10 @@ pub(crate) struct Sizes {
     pub(crate) slots: bool,
     /// Whether a row's bits must not depend on the others.
     pub(crate) invariant: bool,
+    /// How outputs may be stored.
+    pub(crate) ends: Ends,
+    /// Whether the tensor copy engine reaches the operands.
+    pub(crate) engine: bool,
 }
 
 /// A kernel, its grid, and why.
@@ -81,7 +86,10 @@ pub(crate) fn grouped(sizes: &Sizes, aligned: impl Fn(u64) -> bool, device: &Dev
     if sizes.slots || (sizes.rows <= few && !sizes.invariant) {
         return dot(sizes, aligned);
     }
-    if fast { mma(sizes, device) } else { tiled(sizes, aligned, device) }
+    if !fast {
+        return tiled(sizes, aligned, device);
+    }
+    wgmma::wgmma(sizes, device).unwrap_or_else(|| mma(sizes, device))
 }
 
 fn dot(sizes: &Sizes, aligned: impl Fn(u64) -> bool) -> GroupedPlan {
@@ -138,7 +146,7 @@ pub(super) fn row_tiles(rows: usize, experts: usize, tile: usize) -> usize {
 pub(crate) fn neighbours(kernel: GroupedKernel) -> u64 {
     match kernel {
         GroupedKernel::Dot { outputs, .. } => outputs.into(),
-        GroupedKernel::Mma { .. } | GroupedKernel::Tiled { .. } => 2,
+        GroupedKernel::Wgmma { .. } | GroupedKernel::Mma { .. } | GroupedKernel::Tiled { .. } => 2,
     }
 }
 
@@ -148,8 +156,12 @@ pub(crate) fn all() -> Vec<GroupedKernel> {
     let silu: ActivationKind = Activation::default().into();
     let gate_up = |gated, activation| Product { stage: Stage::GateUp, gather: true, gated, activation };
     let mut all = Vec::new();
+    let ends = |pieces, bias| Ends { pieces, bias };
     for product in [gate_up(true, Some(silu)), Product::DOWN] {
         for format in [DType::F16, DType::BF16] {
+            for tile in wgmma::tiles() {
+                all.push(GroupedKernel::Wgmma { product, format, tile, ends: ends(true, None) });
+            }
             all.extend(TILES.map(|(_, tile)| GroupedKernel::Mma { product, format, tile }));
         }
         for x in floats {
@@ -181,6 +193,9 @@ pub(crate) fn all() -> Vec<GroupedKernel> {
     products.push(Product { gather: false, ..gate_up(true, Some(silu)) });
     let (x, weight) = (DType::BF16, DType::BF16);
     for product in products {
+        for (tile, ends) in wgmma::tiles().into_iter().zip([ends(true, Some(DType::F32)), ends(false, None)]) {
+            all.push(GroupedKernel::Wgmma { product, format: x, tile, ends });
+        }
         let [(_, tile), ..] = TILES;
         all.push(GroupedKernel::Mma { product, format: x, tile });
         all.push(GroupedKernel::Dot { product, x, weight, vector: 8, outputs: 4, unroll: 2, rows: ROWS_AT_ONCE });
@@ -190,16 +205,25 @@ pub(crate) fn all() -> Vec<GroupedKernel> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::plan::tests::device;
 
-    fn sizes(rows: usize) -> Sizes {
+    /// One without the newest tensor cores' instructions.
+    fn device() -> DeviceNumbers {
+        DeviceNumbers { compute_capability: (8, 0), ..crate::plan::tests::device() }
+    }
+
+    pub(crate) fn down(rows: usize) -> Sizes {
+        Sizes { product: Product::DOWN, inner: 768, outputs: 2048, ..sizes(rows) }
+    }
+
+    pub(crate) fn sizes(rows: usize) -> Sizes {
         let product =
             Product { stage: Stage::GateUp, gather: true, gated: true, activation: Some(Activation::default().into()) };
         let (x, weight) = (DType::BF16, DType::BF16);
         let (experts, inner, outputs) = (128, 2048, 768);
-        Sizes { product, rows, experts, inner, outputs, x, weight, slots: false, invariant: false }
+        let ends = Ends { pieces: true, bias: None };
+        Sizes { product, rows, experts, inner, outputs, x, weight, slots: false, invariant: false, ends, engine: true }
     }
 
     fn tile_rows(rows: usize) -> u16 {
@@ -219,8 +243,7 @@ mod tests {
         let plan = grouped(&Sizes { slots: true, ..sizes(8) }, |_| true, &device());
         assert!(matches!(plan.kernel, GroupedKernel::Dot { vector: 8, outputs: 1, unroll: 8, rows: 1, .. }));
         assert_eq!(plan.grid, Grid::plane(192, 8, 128));
-        let down = Sizes { product: Product::DOWN, inner: 768, outputs: 2048, ..sizes(8) };
-        let plan = grouped(&down, |_| true, &device());
+        let plan = grouped(&down(8), |_| true, &device());
         assert!(matches!(plan.kernel, GroupedKernel::Dot { outputs: 4, unroll: 3, rows: 4, .. }));
         let unaligned = grouped(&sizes(8), |_| false, &device());
         assert!(matches!(unaligned.kernel, GroupedKernel::Dot { vector: 1, .. }));

@@ -1,0 +1,370 @@
+// The grouped product on warpgroup tensor cores: x and weights of one 2-byte format W_T, rows of both in 16-byte pieces,
+// experts in one stack.
+//
+//   one warpgroup, for the block's tiles of TILE_M rows and TILE_N weight rows:
+//     for each 64 columns: rows of x (gathered by asynchronous copies, else by the copy engine) and weight rows (by the copy
+//                          engine: gate rows, then up rows) into the next free of STAGES stages
+//   two warpgroups, which take turns, a tile each, so that the products of one run behind the epilogue of the other:
+//     wait for stages, multiply, free them; sums of gate and up of an output meet in one thread;
+//     epilogue from registers, if PIECES through shared memory, so that pieces of 16 bytes are stored
+//
+// Blocks of 64 rows that are empty are not multiplied, and rows that are not there neither read nor stored.
+#define STEP 64
+#define THREADS 384
+#define TILE_OUTPUTS (GATED ? TILE_N / 2 : TILE_N)
+#define X_BYTES (TILE_M * STEP * 2)
+#define BLOCK_BYTES (64 * STEP * 2)
+#define STAGE_BYTES ((TILE_M + TILE_N) * STEP * 2)
+#define ROW_BLOCKS (TILE_M / 64)
+#define COPIES (TILE_M / 16)
+// Both of gate and up are stored where neither is an input of the activation.
+#define HALVES_STORED (GATED && !ACTIVATE ? 2 : 1)
+#define TILE_COLUMNS ((TILE_OUTPUTS + 63) / 64 * 64)
+// Sums of 64 x 256 are 128 registers of a thread; what they leave is shared out: 384 threads begin with 168.
+#define MANY_SUMS (ROW_BLOCKS * TILE_N > 256)
+#define CONSUMER_REGISTERS (MANY_SUMS ? 232 : 208)
+#define PRODUCER_REGISTERS (MANY_SUMS ? 40 : 88)
+// 16 rows of 128 bytes a warp
+#define STORE_BYTES 2048
+
+struct Ring {
+    u32 stages, full, empty;
+};
+
+// A stage of the ring and the parity of its use.
+struct Place {
+    u32 stage, parity;
+
+    __device__ __forceinline__ void skip(u32 n) {
+        const u32 to = stage + n;
+        parity ^= to / STAGES & 1;
+        stage = to % STAGES;
+    }
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+// The schedule with the experts' first rows beside it in shared memory: tiles are found without a look at global memory.
+struct Tiles {
+    Schedule schedule;
+    u32* first_row;
+
+    __device__ __forceinline__ void make(const GroupedParams& p, u32* memory) {
+        first_row = memory + p.experts + 1;
+        for (u32 e = threadIdx.x; e <= p.experts; e += THREADS) {
+            const u32 begin = e < p.experts ? rows_of(p, e).begin : rows_of(p, p.experts - 1).end;
+            first_row[e] = begin < p.rows ? begin : (u32)p.rows;
+        }
+        schedule.make<THREADS, TILE_M>(p, memory, (p.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS);
+    }
+
+    // The tile of `item`, which is not before `tile`'s; false when there is none.
+    __device__ __forceinline__ bool find(u64 item, Tile& tile) const {
+        const u32* first_tile = schedule.first_tile;
+        tile.item = item;
+        if (item >= schedule.items) return false;
+        u32 e = tile.expert;
+        while ((u64)first_tile[e + 1] * schedule.columns <= item) e++;
+        tile.expert = e;
+        const u32 local = (u32)(item - (u64)first_tile[e] * schedule.columns), row_tiles = first_tile[e + 1] - first_tile[e];
+        tile.column = local / row_tiles;
+        tile.first_row = first_row[e] + (local - tile.column * row_tiles) * TILE_M;
+        tile.rows = first_row[e + 1] - tile.first_row < TILE_M ? first_row[e + 1] - tile.first_row : TILE_M;
+        return true;
+    }
+};
+
+struct Producer {
+    const WgmmaParams& q;
+    const Tiles& tiles;
+    const Ring ring;
+    // [2][TILE_M]: where the rows of this tile and of the next begin in x, in pieces of 16 bytes
+    u32* begins;
+
+    __device__ __forceinline__ void copy_tiles(u32 steps) const {
+        Tile tile, next;
+        tile.expert = 0;
+        Place at = {0, 1};
+        bool any = tiles.find(blockIdx.x, tile);
+        u32 buffer = 0;
+        if (GATHER && any) put_begins(tile, buffer, slot_in(tile));
+        while (any) {
+            next.expert = tile.expert;
+            any = tiles.find(tile.item + gridDim.x, next);
+            if (GATHER) {
+                const u32 slot = any ? slot_in(next) : NO_ROW;
+                if (tile.rows == TILE_M) gather_tile<true>(tile, at, steps, buffer);
+                else gather_tile<false>(tile, at, steps, buffer);
+                buffer ^= TILE_M;
+                if (any) put_begins(next, buffer, slot);
+            } else {
+                copy_tile(tile, at, steps);
+            }
+            tile = next;
+        }
+    }
+
+    // The slot of the thread's row of a tile.
+    __device__ __forceinline__ u32 slot_in(const Tile& tile) const {
+        return threadIdx.x < tile.rows ? slot_of(q.product, tile.first_row + threadIdx.x) : NO_ROW;
+    }
+
+    __device__ __forceinline__ void put_begins(const Tile& tile, u32 buffer, u32 slot) const {
+        const GroupedParams& p = q.product;
+        if (threadIdx.x < TILE_M) begins[buffer + threadIdx.x] = slot == NO_ROW ? 0 : slot / p.top_k * (u32)(p.x.stride / 8);
+        wait_threads<128>(3);
+    }
+
+    // The tile's first weight row; past the stack, whence zeros come, where the expert is elsewhere.
+    __device__ __forceinline__ u32 weight_row(const Tile& tile) const {
+        const GroupedParams& p = q.product;
+        const u32 place = tile.expert - p.first, rows = (u32)(GATED ? 2 * p.outputs : p.outputs);
+        return place < p.here ? place * rows + tile.column * TILE_OUTPUTS : p.here * rows;
+    }
+
+    __device__ __forceinline__ void copy_weights(u32 row, u32 column, u32 stage, u32 full) const {
+        copy_box(stage + X_BYTES, q.weights, full, column, row);
+        if (GATED) copy_box(stage + X_BYTES + TILE_OUTPUTS * STEP * 2, q.weights, full, column, row + (u32)q.product.outputs);
+    }
+
+    __device__ __forceinline__ void copy_tile(const Tile& tile, Place& at, u32 steps) const {
+        const u32 row = weight_row(tile), blocks = (tile.rows + 63) / 64;
+        for (u32 step = 0; step < steps; step++, at.next()) {
+            const u32 stage = ring.stages + at.stage * STAGE_BYTES, full = ring.full + at.stage * 8;
+            barrier_wait(ring.empty + at.stage * 8, at.parity);
+            barrier_expect(full, TILE_N * STEP * 2 + blocks * BLOCK_BYTES);
+            copy_weights(row, step * STEP, stage, full);
+#pragma unroll
+            for (u32 b = 0; b < TILE_M / 64; b++)
+                if (b < blocks) copy_box(stage + b * BLOCK_BYTES, q.x, full, step * STEP, tile.first_row + b * 64);
+        }
+    }
+
+    template <bool FULL> __device__ __forceinline__ void gather_tile(const Tile& tile, Place& at, u32 steps, u32 buffer) const {
+        const GroupedParams& p = q.product;
+        const u32 row = weight_row(tile), r = threadIdx.x / 8, piece = threadIdx.x % 8, inner = (u32)p.inner;
+        const u8* from[COPIES];
+#pragma unroll
+        for (u32 i = 0; i < COPIES; i++) from[i] = reinterpret_cast<const u8*>(p.x.data) + ((u64)begins[buffer + r + i * 16] + piece) * 16;
+        const u32 to = ring.stages + (r * 8 + (piece ^ r % 8)) * 16;
+        const bool first = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0;
+        u32 column = piece * 8;
+#pragma unroll 1
+        for (u32 step = 0; step < steps; step++, at.next(), column += STEP) {
+            const u32 stage = at.stage * STAGE_BYTES, full = ring.full + at.stage * 8;
+            barrier_wait(ring.empty + at.stage * 8, at.parity);
+            if (first && elected()) {
+                barrier_expect(full, TILE_N * STEP * 2);
+                copy_weights(row, step * STEP, ring.stages + stage, full);
+            }
+            const bool within = column < inner;
+#pragma unroll
+            for (u32 i = 0; i < COPIES; i++) {
+                if (FULL || r + i * 16 < tile.rows) copy_async(to + stage + i * 2048, from[i], within);
+                from[i] += STEP * 2;
+            }
+            barrier_arrive_copies(full);
+        }
+    }
+};
+
+struct Consumer {
+    const GroupedParams& p;
+    const Ring ring;
+    // of two
+    const u32 group;
+
+    __device__ __forceinline__ void free_stage(u32 stage) const {
+        if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty + stage * 8);
+    }
+
+    // Begins the products of the tile's first N blocks of 64 rows; returns the stage that the last of them read.
+    template <int N> __device__ __forceinline__ u32 multiply_blocks(Place& at, u32 steps, f32 (&sum)[ROW_BLOCKS][TILE_N / 2]) const {
+        u32 last = 0;
+#pragma unroll
+        for (int b = 0; b < N; b++) hold(sum[b]);
+#pragma unroll 1
+        for (u32 step = 0; step < steps; step++) {
+            const u32 stage = ring.stages + at.stage * STAGE_BYTES;
+            const u64 x = operand_at(stage), w = operand_at(stage + X_BYTES);
+            barrier_wait(ring.full + at.stage * 8, at.parity);
+            if (GATHER) fence_async();
+            begin_products();
+#pragma unroll
+            for (u32 k = 0; k < STEP / 16; k++)
+#pragma unroll
+                for (int b = 0; b < N; b++) multiply(W_T(), sum[b], x + b * (BLOCK_BYTES / 16) + k * 2, w + k * 2, step | k);
+            commit_products();
+            wait_products<1>();
+            if (step > 0) free_stage(last);
+            last = at.stage;
+            at.next();
+        }
+        return last;
+    }
+
+    // Ends the products.
+    __device__ __forceinline__ void finish_blocks(u32 last, f32 (&sum)[ROW_BLOCKS][TILE_N / 2]) const {
+        wait_products<0>();
+#pragma unroll
+        for (int b = 0; b < ROW_BLOCKS; b++) hold(sum[b]);
+        free_stage(last);
+    }
+
+    // Which of the warp's 16 rows of each block are stored, a bit each, and the input weights of the thread's two.
+    struct Rows {
+        u32 present[ROW_BLOCKS];
+        f32 weight[ROW_BLOCKS][2];
+    };
+
+    // The warp's rows of a block.
+    __device__ __forceinline__ u32 first_row_of(u32 b) const { return b * 64 + threadIdx.x / 32 % 4 * 16; }
+
+    __device__ __forceinline__ Rows rows_in(const Tile& tile) const {
+        Rows rows;
+        const u32 lane = threadIdx.x % 32;
+        const bool here = expert_at<W_T>(p, tile.expert).matrix != 0;
+#pragma unroll
+        for (u32 b = 0; b < ROW_BLOCKS; b++) {
+            const u32 row = first_row_of(b) + lane % 16;
+            const u32 slot = here && row < tile.rows ? slot_of(p, tile.first_row + row) : NO_ROW;
+            rows.present[b] = __ballot_sync(0xffffffffu, slot != NO_ROW) & 0xffff;
+            const f32 own = slot == NO_ROW ? 1.0f : input_weight(p, slot);
+            rows.weight[b][0] = __shfl_sync(0xffffffffu, own, lane / 4);
+            rows.weight[b][1] = __shfl_sync(0xffffffffu, own, lane / 4 + 8);
+        }
+        return rows;
+    }
+
+    // The outputs of 8 columns (without activation those of gate if not of `upper`), from the sums of a block: two of the
+    // thread's first row, two of its second.
+    __device__ __forceinline__ void outputs_of(const f32 (&sum)[TILE_N / 2], bool upper, u32 n, u64 bias, u64 i,
+                                               const f32 (&weight)[2], f32 (&out)[4]) const {
+        f32 gate_bias[2] = {}, up_bias[2] = {};
+        if (BIAS && i < p.outputs) {
+            if (GATED) load<2>(reinterpret_cast<const BIAS_T*>(bias) + i, gate_bias);
+            load<2>(reinterpret_cast<const BIAS_T*>(bias) + (GATED ? p.outputs : 0) + i, up_bias);
+        }
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+            const f32 gate = GATED ? fmaf(weight[j / 2], sum[n * 4 + j], gate_bias[j % 2]) : 0.0f;
+            const f32 up = fmaf(weight[j / 2], sum[(GATED ? TILE_N / 4 : 0) + n * 4 + j], up_bias[j % 2]);
+            out[j] = ACTIVATE ? activate<FORM, FUNCTION>(gate, up, p.limit, p.alpha) : upper ? up : gate;
+        }
+    }
+
+    // 16 rows of a warp, 64 columns at a time through its shared memory, then as pieces of 16 bytes. `present`: a bit a row.
+    __device__ __forceinline__ void store_pieces(const f32 (&sum)[TILE_N / 2], u64 bias, const f32 (&weight)[2], u64 first_row, u32 present,
+                                                 u64 first, u32 memory) const {
+        const u32 lane = threadIdx.x % 32, row = lane % 16, piece = lane % 8;
+#pragma unroll
+        for (u32 c = 0; c < HALVES_STORED * TILE_COLUMNS; c += 64) {
+            const u32 half = c / TILE_COLUMNS, begin = c % TILE_COLUMNS;
+#pragma unroll
+            for (u32 n = 0; n < 8 && begin + n * 8 < TILE_OUTPUTS; n += 2) {
+                f32 left[4], right[4];
+                // of an odd number of groups the last one is taken twice
+                const u32 l = begin / 8 + n, r = l + 1 < TILE_OUTPUTS / 8 ? l + 1 : l;
+                outputs_of(sum, half + 1 == HALVES_STORED, l, bias, first + l * 8 + lane % 4 * 2, weight, left);
+                outputs_of(sum, half + 1 == HALVES_STORED, r, bias, first + r * 8 + lane % 4 * 2, weight, right);
+                const u32 pairs[4] = {pair_of(W_T(), left[0], left[1]), pair_of(W_T(), left[2], left[3]),
+                                      pair_of(W_T(), right[0], right[1]), pair_of(W_T(), right[2], right[3])};
+                store_matrices(memory + row * 128 + ((n + lane / 16) ^ row % 8) * 16, pairs);
+            }
+            __syncwarp();
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                const u32 r = i * 4 + lane / 8;
+                const u64 column = first + begin + piece * 8;
+                const bool inside = begin + piece * 8 < TILE_OUTPUTS && column < p.outputs && (present >> r & 1);
+                const uint4 v = load_shared(memory + r * 128 + (piece ^ r % 8) * 16);
+                if (inside) *reinterpret_cast<uint4*>(row_of<u16>(p.out, first_row + r) + half * p.outputs + column) = v;
+            }
+            __syncwarp();
+        }
+    }
+
+    // The same rows, each thread its own outputs.
+    __device__ __forceinline__ void store_sums(const f32 (&sum)[TILE_N / 2], u64 bias, const f32 (&weight)[2], u64 first_row, u32 present,
+                                               u64 first) const {
+        const u32 lane = threadIdx.x % 32;
+#pragma unroll
+        for (u32 n = 0; n < TILE_OUTPUTS / 8; n++)
+#pragma unroll
+            for (u32 h = 0; h < 2; h++) {
+                const u32 at = (GATED ? TILE_N / 4 : 0) + n * 4 + h * 2;
+                const f32 gate[2] = {sum[n * 4 + h * 2], sum[n * 4 + h * 2 + 1]}, up[2] = {sum[at], sum[at + 1]};
+                if (present >> (lane / 4 + h * 8) & 1)
+                    store_outputs<2>(p, bias, weight[h], first_row + lane / 4 + h * 8, first + n * 8 + lane % 4 * 2, gate, up);
+            }
+    }
+
+    __device__ __forceinline__ void store_tile(const Tile& tile, const Rows& rows, const f32 (&sum)[ROW_BLOCKS][TILE_N / 2],
+                                               u32 memory) const {
+        const u64 bias = expert_at<W_T>(p, tile.expert).bias, first = (u64)tile.column * TILE_OUTPUTS;
+#pragma unroll
+        for (u32 b = 0; b < ROW_BLOCKS; b++) {
+            if (rows.present[b] == 0) continue;
+            const u64 row = tile.first_row + first_row_of(b);
+            if (PIECES) store_pieces(sum[b], bias, rows.weight[b], row, rows.present[b], first, memory);
+            else store_sums(sum[b], bias, rows.weight[b], row, rows.present[b], first);
+        }
+    }
+
+    __device__ __forceinline__ void multiply_tiles(const Tiles& tiles, u32 steps, u32 memory) const {
+        Place at = {0, 0};
+        Tile tile, next;
+        tile.expert = 0;
+        if (group == 1) {
+            at.skip(steps);
+            tell_threads<256>(1);
+        }
+        bool any = tiles.find(blockIdx.x + (u64)group * gridDim.x, tile);
+        while (any) {
+            f32 sum[ROW_BLOCKS][TILE_N / 2];
+            // a stage's barrier tells only its last two uses apart, and the other's come first
+            wait_threads<256>(1 + group);
+            const bool half = ROW_BLOCKS == 2 && tile.rows <= 64;
+            const u32 last = half ? multiply_blocks<1>(at, steps, sum) : multiply_blocks<ROW_BLOCKS>(at, steps, sum);
+            tell_threads<256>(2 - group);
+            // behind the last products
+            const Rows rows = rows_in(tile);
+            next.expert = tile.expert;
+            any = tiles.find(tile.item + 2 * (u64)gridDim.x, next);
+            finish_blocks(last, sum);
+            at.skip(steps);
+            store_tile(tile, rows, sum, memory);
+            tile = next;
+        }
+    }
+};
+
+__device__ __forceinline__ void grouped_wgmma(const WgmmaParams& q, u8* memory) {
+    const GroupedParams& p = q.product;
+    const u32 stages = shared_address(memory), store = stages + STAGES * STAGE_BYTES, barriers = store + 8 * STORE_BYTES;
+    const Ring ring = {stages, barriers, barriers + STAGES * 8};
+    const u32 group = threadIdx.x / 128;
+    if (threadIdx.x == 0) {
+        prefetch_map(q.weights);
+        if (!GATHER) prefetch_map(q.x);
+        for (u32 i = 0; i < STAGES; i++) {
+            barrier_init(ring.full + i * 8, GATHER ? 128 + 1 : 1);
+            barrier_init(ring.empty + i * 8, 4);
+        }
+        fence_barriers();
+    }
+    u32* begins = reinterpret_cast<u32*>(memory + STAGES * STAGE_BYTES + 8 * STORE_BYTES + STAGES * 16);
+    Tiles tiles;
+    tiles.make(p, begins + (GATHER ? 2 * TILE_M : 0));
+    const u32 steps = (u32)((p.inner + STEP - 1) / STEP);
+    if (group == 0) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        const Producer producer = {q, tiles, ring, begins};
+        if (GATHER || (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0 && elected())) producer.copy_tiles(steps);
+    } else {
+        more_registers<CONSUMER_REGISTERS>();
+        const Consumer consumer = {p, ring, group - 1};
+        consumer.multiply_tiles(tiles, steps, store + (threadIdx.x / 32 - 4) * STORE_BYTES);
+    }
+}

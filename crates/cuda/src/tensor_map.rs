@@ -1,0 +1,67 @@
+//! Matrices as the tensor copy engine of sm_90 knows them.
+
+use crate::device::driver_error;
+use crate::error::Result;
+use crate::launch::Tensor;
+use cudarc::driver::DriverError;
+use cudarc::driver::sys::{
+    CUresult, CUtensorMap, CUtensorMapDataType_enum as DataType, CUtensorMapFloatOOBfill_enum as Outside,
+    CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion,
+    CUtensorMapSwizzle_enum as Swizzle, cuTensorMapEncodeTiled,
+};
+use fused_moe_core::DType;
+use std::ffi::c_void;
+
+/// What the copy engine is told of a matrix: the driver's 128 bytes.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct TensorMap([u64; 16]);
+
+const _: () = assert!(size_of::<TensorMap>() == size_of::<CUtensorMap>());
+
+/// Elements of 2 bytes in a box's row: what one swizzled line of shared memory holds.
+pub(crate) const BOX_COLUMNS: u32 = 64;
+
+impl TensorMap {
+    /// A matrix of 2-byte elements, from which boxes of so many rows and 64 columns are copied: in shared memory rows of
+    /// 128 bytes, whose pieces of 16 are stored at `piece ^ (row % 8)`; zeros for what lies outside.
+    ///
+    /// Address and row stride are multiples of 16 bytes. Errors: `Driver`.
+    pub(crate) fn of_rows(
+        matrix: Tensor,
+        dtype: DType,
+        [rows, columns]: [u64; 2],
+        box_rows: u32,
+        during: &'static str,
+    ) -> Result<Self> {
+        let format = match dtype {
+            DType::F16 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            _ => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let (sizes, strides) = ([columns, rows], [matrix.stride * 2]);
+        let (part, steps) = ([BOX_COLUMNS, box_rows], [1, 1]);
+        let mut map = Self::default();
+        // SAFETY: writes 128 bytes to a place aligned to 64, from arrays of the lengths that a rank of 2 calls for; the
+        // address is noted, not read.
+        let code = unsafe {
+            cuTensorMapEncodeTiled(
+                (&raw mut map).cast::<CUtensorMap>(),
+                format,
+                2,
+                matrix.data as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                part.as_ptr(),
+                steps.as_ptr(),
+                Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                Outside::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        match code {
+            CUresult::CUDA_SUCCESS => Ok(map),
+            code => Err(driver_error(during, DriverError(code))),
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! The grouped product on warpgroup tensor cores: what its kernel is specialised by, and its parameters.
+
+use crate::Cuda;
+use crate::error::Result;
+use crate::grouped::{Grouped, GroupedParams};
+use crate::launch::{dtype_code, dtype_of, params};
+use crate::tensor_map::TensorMap;
+use fused_moe_core::DType;
+
+params! {
+    WgmmaParams { weights: TensorMap, x: TensorMap, product: GroupedParams }
+}
+
+/// A tile, and the stages of the ring that feeds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct WgmmaTile {
+    pub(crate) rows: u16,
+    pub(crate) columns: u16,
+    pub(crate) stages: u8,
+}
+
+/// Rows of x that the copy engine brings at once.
+const BOX_ROWS: u32 = 64;
+
+impl WgmmaTile {
+    pub(crate) const THREADS: u32 = 384;
+
+    /// Bytes of a stage of the ring.
+    pub(crate) fn stage_bytes(self) -> usize {
+        (usize::from(self.rows) + usize::from(self.columns)) * 128
+    }
+
+    /// Bytes beside the ring: where outputs are turned into rows, barriers, where gathered rows begin, the schedule.
+    pub(crate) fn other_bytes(self, gather: bool, experts: usize) -> usize {
+        let begins = if gather { 8 * usize::from(self.rows) } else { 0 };
+        16 * 1024 + 16 * usize::from(self.stages) + begins + 8 * (experts + 1)
+    }
+
+    pub(crate) fn defines(self) -> [(&'static str, String); 3] {
+        [("TILE_M", self.rows.to_string()), ("TILE_N", self.columns.to_string()), ("STAGES", self.stages.to_string())]
+    }
+}
+
+/// What becomes of sums besides the activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Ends {
+    /// Whether outputs are of x's format and may be stored 16 bytes at a time.
+    pub(crate) pieces: bool,
+    /// The format of the biases, where there are any that are added two at a time.
+    pub(crate) bias: Option<DType>,
+}
+
+impl Ends {
+    pub(crate) fn of(operands: &Grouped) -> Self {
+        let Grouped { table, out, x: (_, x), .. } = operands;
+        let whole = out.dtype == dtype_code(*x) && out.aligned(8) && table.outputs.is_multiple_of(8);
+        let pieces = whole && table.bias.aligned(2);
+        Self { pieces, bias: (pieces && table.bias.data != 0).then(|| dtype_of(table.bias.dtype)) }
+    }
+
+    pub(crate) fn defines(self) -> [(&'static str, String); 4] {
+        [
+            ("PIECES", self.pieces.to_string()),
+            ("BIAS", self.bias.is_some().to_string()),
+            ("BIAS_T", self.bias.unwrap_or(DType::F32).to_string()),
+            // 2-byte formats keep nothing of what it leaves out
+            ("SIGMOID", "brief_sigmoid".into()),
+        ]
+    }
+}
+
+/// Whether coordinates and offsets of the copies fit the 31 and 32 bits that they have.
+pub(crate) fn is_within_reach(operands: &Grouped) -> bool {
+    let &Grouped { product, rows, x: (x, _), top_k, table, .. } = operands;
+    let weight_rows = table.here.saturating_mul(table.outputs).saturating_mul(product.halves());
+    let tokens = rows.div_ceil(top_k.max(1)) as u64;
+    let fits = |n: usize| (1..=i32::MAX as usize).contains(&n);
+    fits(rows) && fits(weight_rows) && fits(table.inner) && tokens.saturating_mul(x.stride / 8) <= u64::from(u32::MAX)
+}
+
+/// The parameters of a launch; maps of operands that are not there are left empty.
+pub(crate) fn params(cuda: &Cuda, operands: &Grouped, tile: WgmmaTile, product: GroupedParams) -> Result<WgmmaParams> {
+    let Grouped { product: kind, x: (x, format), table, rows, .. } = *operands;
+    let mut params = WgmmaParams { product, ..WgmmaParams::default() };
+    // the matrices are reckoned from the stack
+    params.product.table = 0;
+    if cuda.recorder().is_some() {
+        return Ok(params);
+    }
+    let (during, inner) = ("grouped product", table.inner as u64);
+    // the driver fills in maps for its current context
+    let _current = cuda.device().bind(during)?;
+    let weight_rows = (table.here * kind.halves() * table.outputs) as u64;
+    let outputs = u32::from(tile.columns) / kind.halves() as u32;
+    params.weights = TensorMap::of_rows(table.weights(), format, [weight_rows, inner], outputs, during)?;
+    if !kind.gather {
+        params.x = TensorMap::of_rows(x, format, [rows as u64, inner], BOX_ROWS, during)?;
+    }
+    Ok(params)
+}
