@@ -74,7 +74,7 @@ impl<'a> Run<'a> {
         let room = meter.room(source_bytes)?;
         for &tokens in tokens {
             let sizes = Sizes { config, dtype, tokens, from_router };
-            let of_tokens = sizes.token_bytes(meter.batches(tokens)) as u64 * tokens as u64;
+            let of_tokens = (sizes.token_bytes(meter.batches(tokens)) as u64).saturating_mul(tokens as u64);
             let needed = Sizes::matrix_bytes(layer_bytes).saturating_add(of_tokens);
             if needed > room {
                 let message =
