@@ -1,5 +1,9 @@
 //! A few tokens of a result, held against the reference: for layers too large to be worked out whole.
 
+mod backward;
+
+pub use backward::{BackwardCall, Sample, check_backward};
+
 use crate::compare::{self, Comparison};
 use crate::data::{Tensor, Values, decode};
 use crate::operands::{Expected, Prepared};

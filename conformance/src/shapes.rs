@@ -118,6 +118,21 @@ impl Cost {
         }
     }
 
+    /// Of the backward pass of a call of this cost: twice the products, and beside what the call reads the gradient of y, the
+    /// saved pre-activations, and the gradients of x and of every matrix, those of experts without tokens too.
+    ///
+    /// - `from_router`: whether the router has a gradient
+    pub fn backward(self, config: &LayerConfig, counts: &[u32], dtype: DType, from_router: bool) -> Self {
+        let n = |x: usize| x as u64;
+        let slots: u64 = counts.iter().map(|&count| u64::from(count)).sum();
+        let tokens = slots / n(config.top_k.max(1));
+        let expert = (n(config.gate_up_rows()) + n(config.intermediate)) * n(config.hidden);
+        let router = if from_router { n(config.experts) * n(config.hidden) } else { 0 };
+        let moved = slots * n(config.gate_up_rows()) + tokens * n(config.hidden);
+        let written = n(config.experts) * expert + router;
+        Self { bytes: self.bytes + (moved + written) * n(dtype.size()), flops: 2 * self.flops }
+    }
+
     /// The shortest time that it can take, in seconds: the larger of what memory and what arithmetic need.
     ///
     /// - `bandwidth`: bytes per second; `rate`: operations per second, both as measured on the device
@@ -148,6 +163,20 @@ mod tests {
         let (expert, always) = (3 * 7 * 3, 4 * 7 + 3 * 7 * 5 + 7);
         assert_eq!(cost.bytes, 2 * (3 * expert + always) + 4 * 2 * 3 * 7);
         assert_eq!(cost.flops, 2 * (6 * expert + 3 * always));
+    }
+
+    #[test]
+    fn a_backward_pass_writes_every_matrix() {
+        let config = LayerConfig::new(7, 3, 4, 2);
+        let counts = [3, 0, 1, 2];
+        let cost = Cost::of(&config, 3, &counts, [DType::F16; 2]);
+        let back = cost.backward(&config, &counts, DType::F16, true);
+        let (expert, router) = (3 * 7 * 3, 4 * 7);
+        // x, d_y and d_x; pre-activations
+        let rows = 3 * 3 * 7 + 6 * 6;
+        assert_eq!(back.bytes, 2 * (3 * expert + 4 * expert + 2 * router + rows));
+        assert_eq!(back.flops, 2 * cost.flops);
+        assert_eq!(back.bytes - cost.backward(&config, &counts, DType::F16, false).bytes, 2 * router);
     }
 
     #[test]

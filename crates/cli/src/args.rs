@@ -153,6 +153,7 @@ Examples:
   fmoe bench --shape qwen3-30b-a3b --record
   fmoe bench --backend cuda --shape mixtral-8x7b --tokens 1,64,4096 --from x
   fmoe bench --backend wgpu --adapter nvidia --beside cuda
+  fmoe bench --backend cpu --backward --shape olmoe --tokens 1024
 
 The result is checked against the f64 reference before a time is printed. Each call reads another layer's weights.
 The floor is the larger of the bytes that a call must read over the read bandwidth, and its floating-point operations
@@ -190,6 +191,11 @@ pub(crate) struct Bench {
     /// Measure another backend too, on the same tokens, and print its median beside
     #[arg(long, value_name = "B")]
     pub(crate) beside: Option<String>,
+    /// Measure a training step instead, on a backend that trains: the forward pass of the prepared layer, the one that keeps
+    /// what its backward pass needs, and the backward pass; tokens default to 64,256,1024, on a GPU 512,2048,8192, calls
+    /// begin at x
+    #[arg(long, conflicts_with = "beside")]
+    pub(crate) backward: bool,
     /// Threads of the CPU backend, which is then the default [default: one for each processor]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     pub(crate) threads: Option<usize>,

@@ -1,13 +1,16 @@
 //! `fmoe bench`: how long a layer takes, and how long it would have to.
 
+mod backward;
 mod batch;
 mod cuda;
+mod gradients;
 mod host;
 pub(crate) mod machine;
 mod measure;
 mod meter;
 mod record;
 mod report;
+mod training;
 pub(crate) mod weights;
 mod wgpu;
 
@@ -24,7 +27,7 @@ use host::Host;
 use machine::Ceilings;
 use measure::{Bench, Timing};
 use meter::{LayerSizes, Meter};
-use record::Setting;
+use record::{Rows, Setting};
 use std::path::Path;
 use std::process::ExitCode;
 use weights::Source;
@@ -55,6 +58,9 @@ pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
     let beside = arguments.beside.as_deref().map(|name| devices::named("--beside", name)).transpose()?;
     let quiet = arguments.json.as_deref() == Some(Path::new("-"));
     let run = Run { arguments, name: &name, config: &config, tokens: &arguments.tokens, from: arguments.from, quiet };
+    if arguments.backward {
+        return run.backward_on(device).map(|()| ExitCode::SUCCESS);
+    }
     let mut measured = run.on(device)?;
     if let Some(device) = beside {
         let tokens: Vec<usize> = measured.timings.iter().map(|timing| timing.tokens).collect();
@@ -67,7 +73,7 @@ pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
     if !quiet {
         report::timings(&measured.setting, &measured.timings, &measured.machine)?;
     }
-    run.keep(&measured.setting, &measured.timings)?;
+    run.keep(&measured.setting.device, &Rows::calls(&measured.setting, &measured.timings))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -283,17 +289,17 @@ impl<'a> Run<'a> {
     }
 
     /// Writes what is to be kept.
-    fn keep(&self, setting: &Setting<'_>, timings: &[Timing]) -> Result<()> {
+    fn keep(&self, device: &str, rows: &Rows) -> Result<()> {
         match self.arguments.json.as_deref() {
-            Some(path) if path == Path::new("-") => output::print_json(&record::json(setting, timings))?,
+            Some(path) if path == Path::new("-") => output::print_json(&rows.json())?,
             Some(path) => {
-                let text = format!("{:#}\n", record::json(setting, timings));
+                let text = format!("{:#}\n", rows.json());
                 std::fs::write(path, text).with_context(|| format!("{}: cannot write", path.display()))?;
             }
             None => {}
         }
         if let Some(directory) = &self.arguments.record {
-            let path = record::append(directory, setting, timings)?;
+            let path = record::append(directory, device, rows)?;
             output::note(format_args!("recorded in {}", path.display()));
         }
         Ok(())

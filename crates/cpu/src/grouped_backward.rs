@@ -15,7 +15,8 @@ use crate::arch::{Kernels, OUTER_COLUMNS};
 use crate::error::Result;
 use crate::grouped::{Busy, Gather, Groups};
 use crate::plan::backward::{
-    BIAS_COLUMNS, BLOCK_COLUMNS, OUTER_DEPTH, OUTER_PANELS, OUTER_ROWS, OUTER_STRIDE, OuterPlan,
+    BIAS_COLUMNS, BLOCK_COLUMNS, MATRICES_DEPTH, MATRICES_STRIDE, OUTER_PANELS, OUTER_ROWS, OuterPlan, ROWS_DEPTH,
+    ROWS_STRIDE,
 };
 use crate::rows::Floats;
 use crate::table::OutRows;
@@ -161,17 +162,19 @@ struct Product<'a> {
 /// Some columns of some rows.
 type Panel<const ROWS: usize> = [[f32; OUTER_COLUMNS]; ROWS];
 
-/// Operands and sums of a block, the columns in panels.
+const _: () = assert!(ROWS_DEPTH <= MATRICES_DEPTH && ROWS_STRIDE * OUTER_ROWS <= MATRICES_STRIDE * MATRICES_DEPTH);
+
+/// Operands and sums of a block, the columns in panels; between blocks, the sums are zero.
 struct Block {
-    a: [f32; OUTER_STRIDE * OUTER_DEPTH],
-    b: [Panel<OUTER_DEPTH>; OUTER_PANELS],
+    a: [f32; MATRICES_STRIDE * MATRICES_DEPTH],
+    b: [Panel<MATRICES_DEPTH>; OUTER_PANELS],
     c: [Panel<OUTER_ROWS>; OUTER_PANELS],
 }
 
 impl Block {
     const ZERO: Self = Self {
-        a: [0.0; OUTER_STRIDE * OUTER_DEPTH],
-        b: [[[0.0; OUTER_COLUMNS]; OUTER_DEPTH]; OUTER_PANELS],
+        a: [0.0; MATRICES_STRIDE * MATRICES_DEPTH],
+        b: [[[0.0; OUTER_COLUMNS]; MATRICES_DEPTH]; OUTER_PANELS],
         c: [[[0.0; OUTER_COLUMNS]; OUTER_ROWS]; OUTER_PANELS],
     };
 
@@ -184,10 +187,12 @@ impl Block {
         }
     }
 
-    /// `c += a * b` for so many rows, products and columns.
-    fn multiply(&mut self, kernels: Kernels, steps: [usize; 2], [rows, depth, width]: [usize; 3]) {
+    /// `c += a * b` for so many rows, products and columns, while what comes next is fetched.
+    fn multiply(&mut self, kernels: Kernels, steps: [usize; 2], [rows, depth, width]: [usize; 3], ahead: &[&[u8]]) {
+        let mut ahead = ahead.chunks(ahead.len().div_ceil(width.div_ceil(OUTER_COLUMNS)).max(1));
         for ((b, c), first) in self.b.iter().zip(&mut self.c).zip((0..width).step_by(OUTER_COLUMNS)) {
-            kernels.outer((&self.a, steps), &b[..depth], &mut c[..rows], width - first);
+            let ahead = ahead.next().unwrap_or_default();
+            kernels.outer((&self.a, steps), &b[..depth], &mut c[..rows], width - first, ahead);
         }
     }
 
@@ -204,6 +209,15 @@ impl Block {
     }
 }
 
+/// `work(block, i)` for every i below `count`, `grain` successive ones with one block.
+fn each_block(cpu: &Cpu, count: usize, grain: usize, work: impl Fn(&mut Block, usize) + Sync) {
+    let grain = grain.max(1);
+    cpu.pool.for_each(count.div_ceil(grain), 1, |part| {
+        let mut block = Block::ZERO;
+        (part * grain..count.min((part + 1) * grain)).for_each(|i| work(&mut block, i));
+    });
+}
+
 /// Some columns of a matrix, at most `BLOCK_COLUMNS`.
 fn columns(block: usize, inputs: usize) -> Range<usize> {
     let first = block * BLOCK_COLUMNS;
@@ -215,15 +229,14 @@ impl Product<'_> {
         let GroupedBackwardProblem { rows, outputs, inputs, .. } = self.problem;
         let count = self.busy.experts().len();
         let OuterPlan { blocks, chunks, grain } = OuterPlan::rows(rows, count, [outputs, inputs], cpu.threads());
-        cpu.pool.for_each(count * blocks * chunks, grain, |item| {
+        each_block(cpu, count * blocks * chunks, grain, |block, item| {
             let (item, chunk) = (item / chunks, item % chunks);
             let Some(&e) = self.busy.experts().get(item / blocks) else { return };
             let (range, columns) = (self.groups.rows(usize::from(e), rows), columns(item % blocks, inputs));
             let cut = |i: usize| range.start + range.len() * i / chunks;
-            let mut block = Block::ZERO;
             for first in (cut(chunk)..cut(chunk + 1)).step_by(OUTER_ROWS) {
                 let rows = first..cut(chunk + 1).min(first + OUTER_ROWS);
-                self.block_of_rows((usize::from(e), matrices), &columns, rows.clone(), &mut block);
+                self.block_of_rows((usize::from(e), matrices), &columns, rows.clone(), block);
                 block.flush(self.kernels, to, [first, rows.len()], &columns);
             }
         });
@@ -238,15 +251,19 @@ impl Product<'_> {
         block: &mut Block,
     ) {
         let (kernels, outputs) = (self.kernels, self.problem.outputs);
-        for k in (0..outputs).step_by(OUTER_DEPTH) {
-            let depth = OUTER_DEPTH.min(outputs - k);
-            for (row, a) in rows.clone().zip(block.a.chunks_exact_mut(OUTER_STRIDE)) {
+        for k in (0..outputs).step_by(ROWS_DEPTH) {
+            let depth = ROWS_DEPTH.min(outputs - k);
+            for (row, a) in rows.clone().zip(block.a.chunks_exact_mut(ROWS_STRIDE)) {
                 self.d.load(kernels, [row, k], &mut a[..depth]);
             }
             for n in 0..depth {
                 block.load_b(n, columns, |column, to| matrices.load(kernels, e * outputs + k + n, column, to));
             }
-            block.multiply(kernels, [OUTER_STRIDE, 1], [rows.len(), depth, columns.len()]);
+            let mut ahead: [&[u8]; ROWS_DEPTH] = [&[]; ROWS_DEPTH];
+            for (n, row) in ahead.iter_mut().enumerate().take(outputs.saturating_sub(k + depth)) {
+                *row = matrices.bytes(e * outputs + k + depth + n, columns.start, columns.len());
+            }
+            block.multiply(kernels, [ROWS_STRIDE, 1], [rows.len(), depth, columns.len()], &ahead);
         }
     }
 
@@ -254,18 +271,17 @@ impl Product<'_> {
         let GroupedBackwardProblem { rows, experts, outputs, inputs, .. } = self.problem;
         let OuterPlan { blocks, chunks, grain } = OuterPlan::matrices(rows, experts, [outputs, inputs], cpu.threads());
         let height = outputs.div_ceil(chunks).next_multiple_of(OUTER_ROWS);
-        cpu.pool.for_each(experts * chunks * blocks, grain, |item| {
+        each_block(cpu, experts * chunks * blocks, grain, |block, item| {
             let (e, item) = (item / (chunks * blocks), item % (chunks * blocks));
             let (chunk, columns, rows) = (item / blocks, columns(item % blocks, inputs), self.rows_of(e));
             if rows.is_empty() && to.accumulates() {
                 return;
             }
-            let mut block = Block::ZERO;
             let end = outputs.min((chunk + 1) * height);
             for (n, first) in (chunk * height..end).step_by(OUTER_ROWS).enumerate() {
                 let outputs_here = first..end.min(first + OUTER_ROWS);
                 let count = outputs_here.len();
-                self.block_of_matrix((x, n == 0), (outputs_here, &columns), rows.clone(), &mut block);
+                self.block_of_matrix((x, n == 0), (outputs_here, &columns), rows.clone(), block);
                 block.flush(self.kernels, to, [e * outputs + first, count], &columns);
             }
         });
@@ -281,17 +297,17 @@ impl Product<'_> {
         block: &mut Block,
     ) {
         let kernels = self.kernels;
-        for start in rows.clone().step_by(OUTER_DEPTH) {
-            let depth = OUTER_DEPTH.min(rows.end - start);
-            for (n, a) in block.a.chunks_exact_mut(OUTER_STRIDE).take(depth).enumerate() {
+        for start in rows.clone().step_by(MATRICES_DEPTH) {
+            let depth = MATRICES_DEPTH.min(rows.end - start);
+            for (n, a) in block.a.chunks_exact_mut(MATRICES_STRIDE).take(depth).enumerate() {
                 self.d.load(kernels, [start + n, outputs.start], &mut a[..outputs.len()]);
             }
-            if fresh || rows.len() > OUTER_DEPTH {
+            if fresh || rows.len() > MATRICES_DEPTH {
                 for n in 0..depth {
                     block.load_b(n, columns, |column, to| x.load(kernels, [start + n, column], to));
                 }
             }
-            block.multiply(kernels, [1, OUTER_STRIDE], [outputs.len(), depth, columns.len()]);
+            block.multiply(kernels, [1, MATRICES_STRIDE], [outputs.len(), depth, columns.len()], &[]);
         }
     }
 

@@ -52,6 +52,11 @@ impl<'a> Floats<'a> {
         each_format!(Self, self, rows => kernels.to_f32(part(rows.row(row), col, to.len()), to));
     }
 
+    /// The bytes of `row[col..][..len]`.
+    pub(crate) fn bytes(&self, row: usize, col: usize, len: usize) -> &'a [u8] {
+        each_format!(Self, self, rows => bytemuck::cast_slice(part(rows.row(row), col, len)))
+    }
+
     /// `acc += w * row[col..]`.
     pub(crate) fn axpy(&self, kernels: Kernels, w: f32, [row, col]: [usize; 2], acc: &mut [f32]) {
         each_format!(Self, self, rows => kernels.axpy(w, part(rows.row(row), col, acc.len()), acc));

@@ -3,7 +3,7 @@
 use super::weights::{Numbers, Random, Source, bias};
 use crate::args::{Origin, Spread};
 use anyhow::{Result, ensure};
-use fused_moe::backend::{shorten, shorten_mut};
+use fused_moe::backend::{In, shorten, shorten_mut};
 use fused_moe::config::LayerConfig;
 use fused_moe::operation::{Choice, Forward, Gate, GateRoute, Route, Source as RoutesFrom};
 use fused_moe::{Backend, DType, Stream, View};
@@ -130,21 +130,38 @@ impl<B: Backend> Batch<B> {
         Ok(call)
     }
 
-    /// What a call costs at the least, and how many experts it touches.
-    pub(crate) fn cost(&self, dtype: DType, tokens: usize, config: &LayerConfig) -> (Cost, usize) {
+    /// x, `[T, H]`.
+    pub(crate) fn x_view(&self, dtype: DType, shape: [usize; 2]) -> fused_moe::Result<In<'_, B>> {
+        Ok(shorten::<B>(View::new(B::read(&self.x_memory), dtype, 0, shape)?))
+    }
+
+    /// The logits that it is given, f32 `[T, E]`.
+    pub(crate) fn logits_view(&self, tokens: usize, config: &LayerConfig) -> fused_moe::Result<Option<In<'_, B>>> {
+        let Some(memory) = &self.logits_memory else { return Ok(None) };
+        Ok(Some(shorten::<B>(View::new(B::read(memory), DType::F32, 0, [tokens, config.experts])?)))
+    }
+
+    /// Slots of each expert.
+    pub(crate) fn counts(&self, config: &LayerConfig) -> Vec<u32> {
         let mut counts = vec![0u32; config.experts];
         for &expert in &self.experts {
             if let Some(count) = counts.get_mut(expert as usize) {
                 *count += 1;
             }
         }
+        counts
+    }
+
+    /// What a call costs at the least, and how many experts it touches.
+    pub(crate) fn cost(&self, dtype: DType, tokens: usize, config: &LayerConfig) -> (Cost, usize) {
+        let counts = self.counts(config);
         let cost = Cost::of(config, tokens, &counts, [dtype; 2]);
         let cost = if self.logits.is_some() { cost.from_logits(config, tokens, dtype) } else { cost };
         (cost, counts.iter().filter(|&&count| count > 0).count())
     }
 }
 
-fn uploaded<B: Backend>(backend: &B, bytes: &[u8]) -> Result<B::Memory> {
+pub(super) fn uploaded<B: Backend>(backend: &B, bytes: &[u8]) -> Result<B::Memory> {
     let mut memory = backend.allocate(bytes.len())?;
     backend.upload(bytes, &mut memory)?;
     Ok(memory)

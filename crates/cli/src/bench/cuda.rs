@@ -43,6 +43,7 @@ impl Meter for Gpu {
     type Backend = Cuda;
     const ORIGIN: Origin = Origin::Logits;
     const TOKENS: &'static [usize] = &[1, 8, 32, 128, 512, 2048, 8192];
+    const TRAINED: &'static [usize] = &[512, 2048, 8192];
 
     fn backend(&self) -> &Cuda {
         &self.cuda

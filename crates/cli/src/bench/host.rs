@@ -2,7 +2,7 @@
 
 use super::budget;
 use super::machine::{self, Ceilings, PASSES};
-use super::meter::{Calls, LayerSizes, Meter, StreamOf, Times};
+use super::meter::{Calls, LayerSizes, Meter, Pass, Passes, StreamOf, Times};
 use crate::args::{Origin, Spread};
 use crate::output::{bytes, rounded};
 use anyhow::{Result, ensure};
@@ -42,6 +42,7 @@ impl Meter for Host {
     type Backend = Cpu;
     const ORIGIN: Origin = Origin::X;
     const TOKENS: &'static [usize] = &[1, 4, 16, 64, 256];
+    const TRAINED: &'static [usize] = &[64, 256, 1024];
 
     fn backend(&self) -> &Cpu {
         &self.cpu
@@ -105,6 +106,35 @@ impl Meter for Host {
             tick();
         }
         Ok(Times { samples, calls: 1, finished: vec![last] })
+    }
+
+    /// In turn, so that what else the machine does falls on all passes alike.
+    fn time_passes(
+        &self,
+        stream: &StreamOf<Self>,
+        _: usize,
+        call: Passes<'_, Self>,
+        tick: &dyn Fn(),
+    ) -> Result<[Times; 3]> {
+        let (mut samples, begin, mut last) = ([(); 3].map(|()| Vec::new()), Instant::now(), 0);
+        for run in 0..WARM_UP + RUNS.end() {
+            if run >= WARM_UP + RUNS.start() && begin.elapsed() > ENOUGH {
+                break;
+            }
+            for (pass, samples) in Pass::ALL.into_iter().zip(&mut samples) {
+                let start = Instant::now();
+                call(pass, run)?;
+                let status = stream.status()?;
+                let time = start.elapsed();
+                ensure!(status.is_ok(), "status: {status}");
+                if run >= WARM_UP {
+                    samples.push(time);
+                }
+            }
+            last = run;
+            tick();
+        }
+        Ok(samples.map(|samples| Times { samples, calls: 1, finished: vec![last] }))
     }
 
     fn clock(&self) -> &'static str {

@@ -198,7 +198,7 @@ fn turn(number: usize, layers: usize, batches: usize) -> (usize, usize) {
 }
 
 /// Whether there is a NaN among numbers of a format.
-fn any_nan(dtype: DType, bytes: &[u8]) -> bool {
+pub(super) fn any_nan(dtype: DType, bytes: &[u8]) -> bool {
     let infinity = match dtype {
         DType::F16 => 0x7c00,
         DType::BF16 => 0x7f80,
@@ -253,6 +253,7 @@ mod tests {
         type Backend = Cpu;
         const ORIGIN: Origin = Origin::X;
         const TOKENS: &'static [usize] = &[1];
+        const TRAINED: &'static [usize] = &[1];
 
         fn backend(&self) -> &Cpu {
             self.host.backend()

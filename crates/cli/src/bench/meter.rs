@@ -21,6 +21,8 @@ pub(crate) trait Meter {
     const ORIGIN: Origin;
     /// Batch sizes unless the command line gives some.
     const TOKENS: &'static [usize];
+    /// The same, of training steps.
+    const TRAINED: &'static [usize];
 
     fn backend(&self) -> &Self::Backend;
 
@@ -61,6 +63,19 @@ pub(crate) trait Meter {
     /// status.
     fn time(&self, stream: &StreamOf<Self>, batches: usize, call: Calls<'_, Self>, tick: &dyn Fn()) -> Result<Times>;
 
+    /// Times the passes of a training step, of the same batches: `call` enqueues a pass of the call of a number. Every batch
+    /// has been through all passes once.
+    fn time_passes(
+        &self,
+        stream: &StreamOf<Self>,
+        batches: usize,
+        call: Passes<'_, Self>,
+        tick: &dyn Fn(),
+    ) -> Result<[Times; 3]> {
+        let mut times = |pass| self.time(stream, batches, &mut |number| call(pass, number), tick);
+        Ok([times(Pass::Forward)?, times(Pass::Saving)?, times(Pass::Backward)?])
+    }
+
     /// The clock, in words.
     fn clock(&self) -> &'static str;
 
@@ -76,6 +91,25 @@ pub(crate) trait Meter {
 
 /// Enqueues the call of a number.
 pub(crate) type Calls<'a, M> = &'a mut dyn FnMut(usize) -> Result<(), ErrorOf<M>>;
+
+/// What of a training step is timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// A call of the prepared layer, which keeps nothing.
+    Forward,
+    /// The forward pass over weights where an optimizer updates them, keeping what the backward pass needs.
+    Saving,
+    /// The backward pass.
+    Backward,
+}
+
+impl Pass {
+    /// In the order of a step.
+    pub(crate) const ALL: [Self; 3] = [Self::Forward, Self::Saving, Self::Backward];
+}
+
+/// Enqueues a pass of the call of a number.
+pub(crate) type Passes<'a, M> = &'a mut dyn FnMut(Pass, usize) -> Result<(), ErrorOf<M>>;
 
 /// Bytes of a layer, and of the K experts of a token.
 #[derive(Clone, Copy, Debug)]

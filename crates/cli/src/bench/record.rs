@@ -1,7 +1,9 @@
 //! `records/<device>/<date>.csv` and JSON.
 
+use super::backward::{PassesTiming, Spans};
 use super::machine::Ceilings;
 use super::measure::Timing;
+use super::meter::Pass;
 use crate::output::remedied;
 use anyhow::{Context, Result};
 use fused_moe::config::LayerConfig;
@@ -9,7 +11,7 @@ use serde_json::{Value, json};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// What all rows of a run have in common.
 #[derive(Debug)]
@@ -40,9 +42,7 @@ max_error,from,calls,byte_floor_us,flop_floor_us,arithmetic_by,beside_us,beside"
 /// Name and value of every column of a row, in the order of the header.
 fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
     let config = setting.config;
-    let micros = |time: std::time::Duration| json!((time.as_secs_f64() * 1e7).round() / 10.0);
     let [read, arithmetic] = timing.floors(&setting.ceilings);
-    let giga = |rate: f64| json!((rate / 1e7).round() / 100.0);
     vec![
         json!(today()),
         json!(setting.version),
@@ -81,12 +81,96 @@ fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
     ]
 }
 
-/// An object a batch size, with the columns as keys.
-pub(crate) fn json(setting: &Setting<'_>, timings: &[Timing]) -> Value {
-    let object = |timing: &Timing| -> Value {
-        HEADER.split(',').map(str::to_owned).zip(columns(setting, timing)).collect::<serde_json::Map<_, _>>().into()
-    };
-    timings.iter().map(object).collect()
+/// The columns of passes: those that a call has too, then the times of each pass and the backward pass over either of the
+/// others. Bytes, flops, rates and floors are the backward pass's.
+const PASSES_HEADER: &str = "date,version,backend,device,threads,shape,hidden,intermediate,experts,top_k,dtype,routing,\
+tokens,from,runs,calls,touched_experts,forward_us,forward_p10_us,forward_p90_us,saving_us,saving_p10_us,saving_p90_us,\
+backward_us,backward_p10_us,backward_p90_us,of_forward,of_saving,kept_bytes_a_token,bytes,flops,gb_s,gflop_s,read_gb_s,\
+arithmetic_gflop_s,byte_floor_us,flop_floor_us,arithmetic_by,max_error";
+
+fn passes_columns(setting: &Setting<'_>, timing: &PassesTiming) -> Vec<Value> {
+    let PassesTiming { backward, passes, kept, .. } = timing;
+    let hundredth = |x: f64| json!((x * 100.0).round() / 100.0);
+    let mut columns = vec![
+        json!(today()),
+        json!(setting.version),
+        json!(setting.backend),
+        json!(setting.device),
+        json!(setting.threads),
+        json!(setting.shape),
+        json!(setting.config.hidden),
+        json!(setting.config.intermediate),
+        json!(setting.config.experts),
+        json!(setting.config.top_k),
+        json!(setting.dtype),
+        json!(setting.routing),
+        json!(backward.tokens),
+        json!(setting.from),
+        json!(backward.runs),
+        json!(backward.calls),
+        json!((backward.touched * 10.0).round() / 10.0),
+    ];
+    for Spans { median, spread: [low, high] } in passes {
+        columns.extend([median, low, high].map(|time| micros(*time)));
+    }
+    let [read, arithmetic] = backward.floors(&setting.ceilings);
+    columns.extend([
+        hundredth(timing.over(Pass::Forward)),
+        hundredth(timing.over(Pass::Saving)),
+        json!(kept),
+        json!(backward.cost.bytes),
+        json!(backward.cost.flops),
+        giga(backward.bandwidth()),
+        giga(backward.arithmetic()),
+        giga(setting.ceilings.bandwidth),
+        giga(backward.rate(&setting.ceilings)),
+        micros(read),
+        micros(arithmetic),
+        json!(setting.arithmetic),
+        json!(backward.verified.error),
+    ]);
+    columns
+}
+
+/// Rows of a file.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    /// What the name of a CSV file has behind the date.
+    suffix: &'static str,
+    header: &'static str,
+    /// A value a column.
+    rows: Vec<Vec<Value>>,
+}
+
+impl Rows {
+    /// A row a batch size.
+    pub(crate) fn calls(setting: &Setting<'_>, timings: &[Timing]) -> Self {
+        let rows = timings.iter().map(|timing| columns(setting, timing)).collect();
+        Self { suffix: "", header: HEADER, rows }
+    }
+
+    /// A row a batch size.
+    pub(crate) fn passes(setting: &Setting<'_>, timings: &[PassesTiming]) -> Self {
+        let rows = timings.iter().map(|timing| passes_columns(setting, timing)).collect();
+        Self { suffix: "-backward", header: PASSES_HEADER, rows }
+    }
+
+    /// An object a row, with the columns as keys.
+    pub(crate) fn json(&self) -> Value {
+        let object = |row: &Vec<Value>| -> Value {
+            self.header.split(',').map(str::to_owned).zip(row.clone()).collect::<serde_json::Map<_, _>>().into()
+        };
+        self.rows.iter().map(object).collect()
+    }
+}
+
+fn micros(time: Duration) -> Value {
+    json!((time.as_secs_f64() * 1e7).round() / 10.0)
+}
+
+/// In 10^9 a second.
+fn giga(rate: f64) -> Value {
+    json!((rate / 1e7).round() / 100.0)
 }
 
 /// Errors before anything is measured where a file could not be written; leaves no trace.
@@ -109,26 +193,26 @@ fn unwritable(path: &Path, error: &io::Error) -> anyhow::Error {
     remedied(format!("{}: cannot write: {error}", path.display()), "make its folder, or name another place")
 }
 
-/// Appends a row a batch size; returns the file.
-pub(crate) fn append(directory: &Path, setting: &Setting<'_>, timings: &[Timing]) -> Result<PathBuf> {
-    let folder = directory.join(slug(&setting.device));
+/// Appends rows to the file of the day; returns it.
+pub(crate) fn append(directory: &Path, device: &str, rows: &Rows) -> Result<PathBuf> {
+    let folder = directory.join(slug(device));
     fs::create_dir_all(&folder).with_context(|| format!("{}: cannot create the directory", folder.display()))?;
-    let path = folder.join(format!("{}.csv", today()));
+    let path = folder.join(format!("{}{}.csv", today(), rows.suffix));
     let failed = || format!("{}: cannot write", path.display());
     let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).with_context(failed)?;
     let mut present = String::new();
     file.read_to_string(&mut present).with_context(failed)?;
     let mut text = String::new();
     match present.lines().next() {
-        None => text = format!("{HEADER}\n"),
-        Some(HEADER) => {}
+        None => text = format!("{}\n", rows.header),
+        Some(header) if header == rows.header => {}
         Some(_) => {
             let message = format!("{}: has other columns than this version of fmoe writes", path.display());
             return Err(remedied(message, "move the file away, or give another directory to --record"));
         }
     }
-    for timing in timings {
-        let cells: Vec<String> = columns(setting, timing).iter().map(cell).collect();
+    for row in &rows.rows {
+        let cells: Vec<String> = row.iter().map(cell).collect();
         text += &cells.join(",");
         text.push('\n');
     }

@@ -1,7 +1,8 @@
 //! What a person reads.
 
-use super::measure::Timing;
-use super::meter::Meter;
+use super::backward::PassesTiming;
+use super::measure::{Timing, Verified};
+use super::meter::{Meter, Pass};
 use super::record::Setting;
 use crate::output::{self, BOLD, DIM, GOOD, Table, WARN, bytes, duration, plain, rounded};
 use anyhow::Result;
@@ -72,11 +73,63 @@ pub(crate) fn timings(setting: &Setting<'_>, timings: &[Timing], machine: &[Stri
         table.row(cells.into_iter().chain(timing.beside.map(|time| plain(duration(time)))));
     }
     table.print(&mut out)?;
-    let [read, arithmetic] = machine;
+    footer(&mut out, timings.iter().map(|timing| &timing.verified), machine)
+}
+
+/// The times of the passes of a training step, beside what the machine allows for the backward one.
+pub(crate) fn passes(setting: &Setting<'_>, timings: &[PassesTiming], machine: &[String; 2]) -> Result<()> {
+    let ceilings = &setting.ceilings;
+    let mut out = output::stdout();
+    let header = [
+        "tokens",
+        "forward",
+        "saving",
+        "backward",
+        "10 to 90 %",
+        "runs",
+        "of forward",
+        "of saving",
+        "kept a token",
+        "GFLOP/s",
+        "byte floor",
+        "FLOP floor",
+        "x floor",
+    ];
+    let mut table = Table::new(header).text(&[4]);
+    for timing in timings {
+        let PassesTiming { backward, passes: [forward, saving, _], kept } = timing;
+        let ([low, high], [read, arithmetic]) = (backward.spread, backward.floors(ceilings));
+        let times = |ratio: f64| plain(format_args!("{ratio:.2} x"));
+        table.row([
+            plain(backward.tokens),
+            plain(duration(forward.median)),
+            plain(duration(saving.median)),
+            plain(duration(backward.median)),
+            plain(format_args!("{} to {}", duration(low), duration(high))),
+            plain(backward.runs),
+            times(timing.over(Pass::Forward)),
+            times(timing.over(Pass::Saving)),
+            plain(bytes(*kept as u64)),
+            plain(rounded(backward.arithmetic() / 1e9)),
+            plain(duration(read)),
+            plain(duration(arithmetic)),
+            plain(rounded(backward.median.as_secs_f64() / read.max(arithmetic).as_secs_f64())),
+        ]);
+    }
+    table.print(&mut out)?;
+    footer(&mut out, timings.iter().map(|timing| &timing.backward.verified), machine)
+}
+
+/// What the machine can do, and what was checked.
+fn footer<'a>(
+    out: &mut impl Write,
+    verified: impl Iterator<Item = &'a Verified> + Clone,
+    [read, arithmetic]: &[String; 2],
+) -> Result<()> {
     writeln!(out, "machine  {read}\n         {arithmetic}")?;
-    let rows: usize = timings.iter().map(|timing| timing.verified.rows).sum();
-    let error = timings.iter().map(|timing| timing.verified.error).fold(0.0, f64::max);
-    let allowed = timings.iter().map(|timing| timing.verified.tolerance).fold(0.0, f64::max);
+    let rows: usize = verified.clone().map(|verified| verified.rows).sum();
+    let error = verified.clone().map(|verified| verified.error).fold(0.0, f64::max);
+    let allowed = verified.map(|verified| verified.tolerance).fold(0.0, f64::max);
     writeln!(
         out,
         "{DIM}checked: {rows} rows of what the timed calls left, against f64: largest error {error:.1e} of the largest value, {allowed:.1e} allowed{DIM:#}"

@@ -36,6 +36,7 @@ impl Meter for Portable {
     type Backend = Wgpu;
     const ORIGIN: Origin = Origin::Logits;
     const TOKENS: &'static [usize] = &[1, 8, 32, 128, 512, 2048, 8192];
+    const TRAINED: &'static [usize] = &[512, 2048, 8192];
 
     fn backend(&self) -> &Wgpu {
         &self.wgpu

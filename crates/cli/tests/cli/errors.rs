@@ -228,6 +228,9 @@ fn benches_that_are_none() {
     shape("0", "4", "2").misuses(["layer:", "0"]);
     shape("16", "5000", "2").misuses(["layer:", "5000"]);
     shape("18446744073709551615", "4", "2").errs(["memory"]);
+    let backward = shape("16", "4", "2").args(["--backward", "--backend", "cpu", "--tokens", "99999999999999"]);
+    backward.errs(["--tokens 99999999999999", "fewer tokens"]);
+    fmoe(["bench", "--backward", "--beside", "cpu"]).fails(2);
     fmoe(["bench", "--hidden", "16"]).fails(2);
     fmoe(["bench", "--from", "y"]).fails(2);
 }

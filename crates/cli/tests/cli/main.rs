@@ -172,6 +172,20 @@ fn check_some_cases() {
 }
 
 #[test]
+fn check_some_gradients() {
+    let check = |filter: &str| fmoe(["check", "--backward", "--backend", "cpu", "--filter", filter]);
+    let ran = check("down_backward").succeeds();
+    assert!(ran.stdout.contains("down_backward") && ran.stdout.contains("0 failed"), "{ran}");
+    let ran = check("z_loss").args(["--json"]).succeeds();
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    let results = json["results"].as_array().unwrap();
+    assert!(!results.is_empty() && results.iter().all(|result| result["message"].is_null()), "{json}");
+    check("no such case").errs(["no such case"]);
+    fmoe(["check", "--backward", "--golden", "/nonexistent"]).fails(2);
+    fmoe(["check", "--backward", "--compile-only"]).fails(2);
+}
+
+#[test]
 fn check_golden_folders() {
     let (good, other) = (golden(""), golden("../mixtral"));
     let ran = fmoe(["check", "--golden", &good, &other]).succeeds();
@@ -244,6 +258,36 @@ fn bench_from_logits() {
     assert_eq!((&logits[0]["bytes"], &logits[0]["flops"]), (&(bytes + 4 * 64).into(), &flops.into()));
     let router = 64 * 64;
     assert_eq!((&x[0]["bytes"], &x[0]["flops"]), (&(bytes + 2 * router).into(), &(flops + 2 * router).into()));
+}
+
+#[test]
+fn bench_a_training_step() {
+    let folder = tempfile::tempdir().unwrap();
+    let records = folder.path().join("records");
+    for (dtype, routing, from) in [("f32", "uniform", "x"), ("bf16", "zipf", "x"), ("f16", "one", "logits")] {
+        let shape = "bench --backward --hidden 64 --intermediate 32 --experts 8 --top-k 2 --threads 2 --tokens 3,70";
+        let ran = fmoe(shape.split(' '))
+            .args(["--dtype", dtype, "--routing", routing, "--from", from, "--record", records.to_str().unwrap()])
+            .succeeds();
+        assert!(ran.stdout.contains("of forward") && ran.stdout.contains("checked: "), "{ran}");
+    }
+    let device = std::fs::read_dir(&records).unwrap().next().unwrap().unwrap().path();
+    let file = std::fs::read_dir(device).unwrap().next().unwrap().unwrap().path();
+    assert!(file.to_str().unwrap().ends_with("-backward.csv"), "{file:?}");
+    assert_eq!(std::fs::read_to_string(file).unwrap().lines().count(), 1 + 3 * 2);
+
+    let shape =
+        "bench --backward --hidden 64 --intermediate 32 --experts 8 --top-k 2 --tokens 9 --backend cpu --json -";
+    let ran = fmoe(shape.split(' ')).succeeds();
+    let rows: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    // x, the pre-activations of two slots, and an id and a weight for each
+    assert_eq!(rows[0]["kept_bytes_a_token"], 2 * (64 + 2 * 2 * 32) + 2 * 8);
+    let time = |name: &str| rows[0][name].as_f64().unwrap();
+    assert!(["forward_us", "saving_us", "backward_us"].iter().all(|name| time(name) > 0.0), "{rows}");
+    assert!((time("backward_us") / time("forward_us") - time("of_forward")).abs() < 0.02, "{rows}");
+    let products = 9 * (2 * 3 * 64 * 32 + 8 * 64);
+    assert_eq!(rows[0]["flops"], 2 * 2 * products);
+    assert_eq!(rows[0]["from"], "x");
 }
 
 #[test]

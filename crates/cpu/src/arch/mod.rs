@@ -250,15 +250,16 @@ impl Kernels {
     /// where `a` is too short for the rows of c and b.
     ///
     /// The bits of an element depend on its row, its column and the instruction set only, and not on how k is cut into
-    /// calls.
+    /// calls. Meanwhile `ahead` is fetched from memory.
     pub(crate) fn outer(
         self,
         (a, steps): (&[f32], [usize; 2]),
         b: &[[f32; OUTER_COLUMNS]],
         c: &mut [[f32; OUTER_COLUMNS]],
         columns: usize,
+        ahead: &[&[u8]],
     ) {
-        self.run(Outer { a, steps, b, c, columns });
+        self.run(Outer { a, steps, b, c, columns, ahead });
     }
 
     /// `x = exp(x - max)`; returns the sum of the new x.

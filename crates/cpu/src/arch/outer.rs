@@ -18,6 +18,9 @@ use super::simd::{Simd, Task};
 /// first-level cache evenly.
 pub(crate) const OUTER_COLUMNS: usize = 64;
 
+/// Bytes that come from memory together.
+const LINE: usize = 64;
+
 /// `c[m][n] += sum_k a[m * steps[0] + k * steps[1]] * b[k][n]`.
 pub(super) struct Outer<'a> {
     pub(super) a: &'a [f32],
@@ -26,6 +29,8 @@ pub(super) struct Outer<'a> {
     pub(super) c: &'a mut [[f32; OUTER_COLUMNS]],
     /// How many columns count; those of the last slice are all made.
     pub(super) columns: usize,
+    /// What is read from memory next: asked for bit by bit, so that it comes while this is multiplied.
+    pub(super) ahead: &'a [&'a [u8]],
 }
 
 impl Task for Outer<'_> {
@@ -39,7 +44,7 @@ impl Task for Outer<'_> {
 
 #[inline(always)]
 fn slices<S: Simd, const V: usize>(s: S, op: Outer<'_>) {
-    let Outer { a, steps, b, c, columns } = op;
+    let Outer { a, steps, b, c, columns, ahead } = op;
     let ([m_step, k_step], rows, depth) = (steps, c.len(), b.len());
     if rows == 0 || depth == 0 {
         return;
@@ -49,11 +54,16 @@ fn slices<S: Simd, const V: usize>(s: S, op: Outer<'_>) {
         return;
     }
     let width = V * S::LANES;
+    let tiles = rows.div_ceil(6) * columns.min(OUTER_COLUMNS).div_ceil(width);
+    let mut ahead = ahead.chunks(ahead.len().div_ceil(tiles.max(1)).max(1));
     for n in (0..columns.min(OUTER_COLUMNS)).step_by(width) {
         let mut m = 0;
         macro_rules! tiles {
             ($count:literal) => {
                 while rows - m >= $count {
+                    for row in ahead.next().unwrap_or_default() {
+                        row.iter().step_by(LINE).for_each(|at| s.prefetch(at));
+                    }
                     let a = a.as_ptr().wrapping_add(m * m_step);
                     // SAFETY: the largest index of a was checked above; n + width <= OUTER_COLUMNS since width divides it;
                     // rows m to m + $count of c exist.

@@ -53,12 +53,16 @@ impl<'a, T: Element> SharedSlice<'a, T> {
     pub(crate) fn store_slice(self, start: usize, values: &[T]) {
         match self.cells {
             Cells::Two(cells) => {
-                for (cell, value) in cells.get(start..).unwrap_or_default().iter().zip(values) {
+                let (cells, values) = common(cells.get(start..).unwrap_or_default(), values);
+                let done = store_vectors(cells, values);
+                for (cell, value) in cells.iter().zip(values).skip(done) {
                     cell.store(cast(*value), Relaxed);
                 }
             }
             Cells::Four(cells) => {
-                for (cell, value) in cells.get(start..).unwrap_or_default().iter().zip(values) {
+                let (cells, values) = common(cells.get(start..).unwrap_or_default(), values);
+                let done = store_vectors(cells, values);
+                for (cell, value) in cells.iter().zip(values).skip(done) {
                     cell.store(cast(*value), Relaxed);
                 }
             }
@@ -81,4 +85,39 @@ impl<'a, T: Element> SharedSlice<'a, T> {
             }
         }
     }
+}
+
+/// Both cut to the shorter length.
+fn common<'a, C, T>(cells: &'a [C], values: &'a [T]) -> (&'a [C], &'a [T]) {
+    let n = cells.len().min(values.len());
+    (&cells[..n], &values[..n])
+}
+
+/// Stores 16 bytes at a time, as far as they go; returns how many elements it stored. `cells` and `values` are of one
+/// length, and so are their elements.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+fn store_vectors<C, T: Element>(cells: &[C], values: &[T]) -> usize {
+    use std::arch::{asm, x86_64::_mm_loadu_si128};
+    const { assert!(size_of::<C>() <= 4) };
+    let lanes = 16 / size_of::<C>();
+    if size_of::<C>() != size_of::<T>() || cells.len() != values.len() {
+        return 0;
+    }
+    let done = values.len() / lanes * lanes;
+    for i in (0..done).step_by(lanes) {
+        // SAFETY: `lanes` elements from i on exist in both slices. A vector store writes each of its elements, aligned to
+        // its size, whole, so to other threads it is a relaxed store of each; a compiler knows no such store, hence asm.
+        unsafe {
+            let vector = _mm_loadu_si128(values.as_ptr().add(i).cast());
+            let to = cells.as_ptr().add(i);
+            asm!("movups [{to}], {vector}", to = in(reg) to, vector = in(xmm_reg) vector, options(nostack, preserves_flags));
+        }
+    }
+    done
+}
+
+/// Element by element.
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+fn store_vectors<C, T: Element>(_: &[C], _: &[T]) -> usize {
+    0
 }

@@ -7,12 +7,15 @@ use crate::arch::OUTER_COLUMNS;
 /// products, and that all of it stays in the second-level cache.
 pub(crate) const OUTER_ROWS: usize = 128;
 pub(crate) const OUTER_PANELS: usize = 4;
-/// Distance of the rows of what is broadcast: a line more than it needs, so that rows do not share the sets of a cache.
-pub(crate) const OUTER_STRIDE: usize = OUTER_ROWS + 16;
 /// Columns of a block.
 pub(crate) const BLOCK_COLUMNS: usize = OUTER_PANELS * OUTER_COLUMNS;
-/// Products of a block that are added in one pass over the loaded operands: a panel is as large as a first-level cache.
-pub(crate) const OUTER_DEPTH: usize = OUTER_ROWS;
+/// Products that are added in one pass over the loaded operands. For rows, a panel is as large as a first-level cache; for
+/// matrices, it has the rows that an expert of many usually has in a batch, so that they are loaded once.
+pub(crate) const ROWS_DEPTH: usize = 128;
+pub(crate) const MATRICES_DEPTH: usize = 192;
+/// Distances of the rows of what is broadcast: a line more than they need, so that rows do not share the sets of a cache.
+pub(crate) const ROWS_STRIDE: usize = ROWS_DEPTH + 16;
+pub(crate) const MATRICES_STRIDE: usize = OUTER_ROWS + 16;
 /// So many products take long compared to handing work to a thread and to clearing a block.
 const OUTER_GRAIN: usize = 1 << 21;
 /// Columns of a bias that are added up at a time: enough that reading a row in parts costs nothing.
@@ -50,7 +53,7 @@ impl OuterPlan {
         let blocks = inputs.div_ceil(BLOCK_COLUMNS);
         let items = experts.saturating_mul(blocks).max(1);
         let chunks = (PARTS_PER_THREAD * threads).div_ceil(items).min(outputs.div_ceil(OUTER_ROWS)).max(1);
-        let depth = rows.div_ceil(experts.max(1)).max(OUTER_DEPTH / 8);
+        let depth = rows.div_ceil(experts.max(1)).max(OUTER_ROWS / 8);
         let products = depth.saturating_mul(outputs.div_ceil(chunks)).saturating_mul(BLOCK_COLUMNS);
         Self { blocks, chunks, grain: OUTER_GRAIN.div_ceil(products.max(1)) }
     }

@@ -1,0 +1,217 @@
+//! The passes of a training step on a clock.
+
+use super::Run;
+use super::batch::Batches;
+use super::cuda::Gpu;
+use super::gradients::Left;
+use super::host::Host;
+use super::machine::Ceilings;
+use super::measure::{STEPS, Timing, Verified};
+use super::meter::{ErrorOf, Meter, Pass, Times};
+use super::record::{Rows, Setting};
+use super::report;
+use super::training::{Kept, MatrixMemory, Sizes};
+use super::weights::Source;
+use super::wgpu::Portable;
+use crate::args::Origin;
+use crate::output::{bytes, progress, remedied};
+use anyhow::{Context, Result};
+use fused_moe::training::TrainingLayer;
+use fused_moe::{Backend, BackendBackward, Device, Layer, Options};
+use fused_moe_conformance::shapes::Cost;
+use std::time::Duration;
+
+/// What was measured of the passes at one batch size.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PassesTiming {
+    /// The backward pass.
+    pub(crate) backward: Timing,
+    /// Of [`Pass::ALL`].
+    pub(crate) passes: [Spans; 3],
+    /// Bytes that a token keeps from the forward pass to the backward one, x among them.
+    pub(crate) kept: usize,
+}
+
+/// Times of a pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spans {
+    pub(crate) median: Duration,
+    /// The tenth and the ninetieth percentile.
+    pub(crate) spread: [Duration; 2],
+}
+
+impl Spans {
+    fn of(samples: &mut [Duration]) -> Self {
+        samples.sort_unstable();
+        let quantile =
+            |tenths: usize| samples.get(samples.len().saturating_sub(1) * tenths / 10).copied().unwrap_or_default();
+        Self { median: quantile(5), spread: [quantile(1), quantile(9)] }
+    }
+}
+
+impl PassesTiming {
+    /// The backward pass over another.
+    pub(crate) fn over(&self, pass: Pass) -> f64 {
+        let other = Pass::ALL.into_iter().zip(self.passes).find(|(of, _)| *of == pass);
+        other.map_or(f64::NAN, |(_, spans)| self.backward.median.as_secs_f64() / spans.median.as_secs_f64())
+    }
+}
+
+impl<'a> Run<'a> {
+    /// Times the passes on a device that has gradients.
+    pub(super) fn backward_on(&self, device: Device) -> Result<()> {
+        match device {
+            Device::Cpu(cpu) => self.backward(&Host::new(cpu, self.dtype())),
+            Device::Cuda(cuda) => self.backward(&Gpu::new(cuda)),
+            Device::Wgpu(wgpu) => self.backward(&Portable::new(wgpu)),
+            _ => Err(remedied("bench --backward: this backend has no gradients", "--backend cpu has them")),
+        }
+    }
+
+    fn backward<M: Meter<Backend: BackendBackward>>(&self, meter: &M) -> Result<()> {
+        let (config, dtype) = (self.config, self.dtype());
+        let training = TrainingLayer::new(config)?;
+        let layer_bytes = self.sizes()?.layer;
+        let tokens = if self.tokens.is_empty() { M::TRAINED } else { self.tokens };
+        let source_bytes = Source::size(config, dtype) as u64;
+        let from_router = self.from.unwrap_or(Origin::X) == Origin::X;
+        let room = meter.room(source_bytes)?;
+        for &tokens in tokens {
+            let sizes = Sizes { config, dtype, tokens, from_router };
+            let of_tokens = (sizes.token_bytes(meter.batches(tokens)) as u64).saturating_mul(tokens as u64);
+            let needed = Sizes::matrix_bytes(layer_bytes).saturating_add(of_tokens);
+            if needed > room {
+                let message =
+                    format!("--tokens {tokens}: training takes about {}, {} can be had", bytes(needed), bytes(room));
+                return Err(remedied(message, "give fewer tokens, take a smaller shape or a narrower --dtype"));
+            }
+        }
+
+        let bar = progress(0, "random weights, and this machine's own rates");
+        let source = Source::new(config, dtype, self.arguments.routing, self.arguments.seed);
+        let layer = meter.backend().prepare(config, &source.layer(0)?, &Options::default())?;
+        let sizes = Sizes { config, dtype, tokens: 0, from_router };
+        let weights = MatrixMemory::weights(meter.backend(), &sizes, &source)?;
+        let before = meter.ceilings()?;
+        bar.finish_and_clear();
+        let setting = |ceilings: Ceilings| Setting {
+            from: if from_router { "x" } else { "logits" }.to_owned(),
+            ..self.setting(meter, 1, ceilings)
+        };
+        if !self.quiet {
+            report::setting(meter, &setting(before), layer_bytes, layer_bytes > meter.cache())?;
+        }
+        let mut step =
+            Step { run: *self, meter, training: &training, layer: &layer, weights: &weights, source: &source };
+        let mut timings = Vec::new();
+        for &tokens in tokens {
+            let bar = progress(STEPS, &format!("{tokens} tokens"));
+            let timing = step.measure(&Sizes { config, dtype, tokens, from_router }, &|| bar.inc(1));
+            bar.finish_and_clear();
+            let name = self.name;
+            timings.push(timing.with_context(|| format!("{name}, {tokens} tokens: no time is given"))?);
+        }
+        let ceilings = before.or_higher(meter.ceilings()?);
+        let setting = setting(ceilings);
+        if !self.quiet {
+            let machine = [meter.describe(&ceilings), meter.describe_arithmetic(&ceilings)];
+            report::passes(&setting, &timings, &machine)?;
+        }
+        self.keep(&setting.device, &Rows::passes(&setting, &timings))
+    }
+}
+
+/// A layer that is prepared, and the same layer where an optimizer would update it.
+struct Step<'a, M: Meter> {
+    run: Run<'a>,
+    meter: &'a M,
+    training: &'a TrainingLayer,
+    layer: &'a <M::Backend as Backend>::Layer,
+    weights: &'a MatrixMemory<M::Backend>,
+    source: &'a Source,
+}
+
+impl<M: Meter<Backend: BackendBackward>> Step<'_, M> {
+    /// Times the passes, and gives the times if what they left is right.
+    fn measure(&mut self, sizes: &Sizes<'_>, tick: &dyn Fn()) -> Result<PassesTiming> {
+        let &Sizes { config, dtype, tokens, from_router } = sizes;
+        let (meter, backend) = (self.meter, self.meter.backend());
+        let stream = backend.stream()?;
+        let rate = meter.rate(&stream, config, tokens, dtype)?;
+        let count = meter.batches(tokens);
+        let batches = Batches {
+            backend,
+            stream: &stream,
+            config,
+            dtype,
+            source: self.source,
+            origin: if from_router { Origin::X } else { Origin::Logits },
+            routing: self.run.arguments.routing,
+            tokens,
+            seed: self.run.arguments.seed,
+        };
+        let mut batches = batches.make(count, 1)?;
+        let seed = |i: usize| self.run.arguments.seed.wrapping_add(9000 + i as u64);
+        let mut kept = (0..count).map(|i| Kept::new(backend, sizes, seed(i))).collect::<Result<Vec<_>>>()?;
+        let mut gradients = MatrixMemory::gradients(backend, sizes)?;
+        let parameters = self.weights.parameters(sizes)?;
+        let (mut workspace, mut scratch) = (self.layer.workspace(tokens)?, self.training.workspace(backend, tokens)?);
+        let mut call = |pass: Pass, number: usize| -> Result<(), ErrorOf<M>> {
+            let (batch, kept) = (&mut batches[number % count], &mut kept[number % count]);
+            match pass {
+                Pass::Forward => self.layer.run(&stream, batch.call(dtype, tokens, config)?, &mut workspace),
+                Pass::Saving => {
+                    let call = kept.forward(sizes, batch, &parameters)?;
+                    self.training.forward(backend, &stream, call, &mut scratch)
+                }
+                Pass::Backward => {
+                    let call = kept.backward(sizes, batch, &parameters, &mut gradients)?;
+                    self.training.backward(backend, &stream, call, &mut scratch)
+                }
+            }
+        };
+        for number in 0..count {
+            Pass::ALL.into_iter().try_for_each(|pass| call(pass, number))?;
+        }
+        let times = meter.time_passes(&stream, count, &mut call, tick)?;
+        let left = Left { sizes, source: self.source, backend, stream: &stream };
+        let mut verified = Verified::default();
+        let [_, _, Times { finished, .. }] = &times;
+        for (i, &number) in finished.iter().enumerate() {
+            // the weights' gradients are those of the last call
+            let matrices = (i + 1 == finished.len()).then_some(&gradients);
+            left.verify((&batches[number % count], &kept[number % count]), matrices, &mut verified)
+                .with_context(|| format!("call {number}"))?;
+        }
+        let costs: Vec<(Cost, usize)> = batches
+            .iter()
+            .map(|batch| {
+                let (cost, touched) = batch.cost(dtype, tokens, config);
+                (cost.backward(config, &batch.counts(config), dtype, from_router), touched)
+            })
+            .collect();
+        let mean = |part: fn(&(Cost, usize)) -> u64| {
+            let sum: u128 = costs.iter().map(|cost| u128::from(part(cost))).sum();
+            u64::try_from(sum / count.max(1) as u128).unwrap_or(u64::MAX)
+        };
+        let touched: usize = costs.iter().map(|(_, touched)| touched).sum();
+        let (runs, calls) = (times[2].samples.len(), times[2].calls);
+        let passes = times.map(|mut times| Spans::of(&mut times.samples));
+        Ok(PassesTiming {
+            backward: Timing {
+                tokens,
+                runs,
+                calls,
+                median: passes[2].median,
+                spread: passes[2].spread,
+                touched: touched as f64 / count.max(1) as f64,
+                cost: Cost { bytes: mean(|(cost, _)| cost.bytes), flops: mean(|(cost, _)| cost.flops) },
+                rate,
+                verified,
+                beside: None,
+            },
+            passes,
+            kept: self.training.activation_bytes(1, dtype) + config.hidden * dtype.size(),
+        })
+    }
+}
