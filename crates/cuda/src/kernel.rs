@@ -1,10 +1,13 @@
 //! Every kernel, what it is specialised by, and the text it is compiled from.
 
-use crate::grouped::GroupedKernel;
+use crate::grouped::{self, GroupedKernel};
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
-use crate::{accumulate, activation, combine, copy, drop_overflow, gate, linear, measure, permute, route};
+use crate::{
+    accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, route,
+    route_permute,
+};
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 
@@ -15,7 +18,8 @@ pub(crate) enum Kernel {
     GateTiled { x: DType, router: DType, vector: u8 },
     GateMma { format: DType, weighted: bool, tile: SplitTile },
     GateRoute { x: DType, router: DType, vector: u8 },
-    Route { logits: DType, threads: u16 },
+    Route { logits: DType, threads: u16, lane_logits: u8 },
+    RoutePermute { logits: DType, lane_logits: u8 },
     GatherWeights { scores: DType },
     Permute,
     PermuteCount,
@@ -34,6 +38,7 @@ pub(crate) enum Kernel {
     Counts,
     ReadAll,
     Grouped(GroupedKernel),
+    DownCombine { x: DType, weight: DType, vector: u8, slots: u8, unroll: u8 },
 }
 
 /// Rows and columns that a block of a matrix product has, its warps a slice of the inner dimension each.
@@ -101,6 +106,7 @@ impl Kernel {
             Self::GateMma { .. } => "gate_mma",
             Self::GateRoute { .. } => "gate_route",
             Self::Route { .. } => "route",
+            Self::RoutePermute { .. } => "route_permute",
             Self::GatherWeights { .. } => "gather_weights",
             Self::Permute => "permute",
             Self::PermuteCount => "permute_count",
@@ -119,6 +125,7 @@ impl Kernel {
             Self::Counts => "counts",
             Self::ReadAll => "read_all",
             Self::Grouped(kernel) => kernel.entry(),
+            Self::DownCombine { .. } => "down_combine",
         }
     }
 
@@ -128,6 +135,7 @@ impl Kernel {
             Self::Gate { .. } | Self::GateTiled { .. } | Self::GateMma { .. } => gate::GateParams::DEFINITION,
             Self::GateRoute { .. } => gate::GateRouteParams::DEFINITION,
             Self::Route { .. } => route::RouteParams::DEFINITION,
+            Self::RoutePermute { .. } => route_permute::RoutePermuteParams::DEFINITION,
             Self::GatherWeights { .. } => route::GatherWeightsParams::DEFINITION,
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter => {
                 permute::PermuteParams::DEFINITION
@@ -142,7 +150,8 @@ impl Kernel {
             Self::Copy => copy::CopyParams::DEFINITION,
             Self::Counts => copy::CountsParams::DEFINITION,
             Self::ReadAll => measure::ReadAllParams::DEFINITION,
-            Self::Grouped(_) => crate::grouped::GroupedParams::DEFINITION,
+            Self::Grouped(_) => grouped::GroupedParams::DEFINITION,
+            Self::DownCombine { .. } => down_combine::DownCombineParams::DEFINITION,
         }
     }
 
@@ -159,6 +168,10 @@ impl Kernel {
                 vec![REDUCE, DOT, gate, GATE, choice, ROUTE, own, include_str!("gate_route.cu")]
             }
             Self::Route { .. } => vec![REDUCE, choice, ROUTE, own, include_str!("route.cu")],
+            Self::RoutePermute { .. } => {
+                let route = route::RouteParams::DEFINITION;
+                vec![REDUCE, choice, ROUTE, route, permute, own, include_str!("route_permute.cu")]
+            }
             Self::GatherWeights { .. } => vec![REDUCE, own, include_str!("gather_weights.cu")],
             Self::Permute => vec![own, PERMUTE, include_str!("permute.cu")],
             Self::PermuteCount => vec![own, PERMUTE, include_str!("permute_count.cu")],
@@ -177,6 +190,10 @@ impl Kernel {
             Self::Counts => vec![own, include_str!("counts.cu")],
             Self::ReadAll => vec![own, include_str!("read_all.cu")],
             Self::Grouped(kernel) => [vec![REDUCE, ACTIVATION, own], kernel.parts()].concat(),
+            Self::DownCombine { .. } => {
+                let down = grouped::GroupedParams::DEFINITION;
+                vec![REDUCE, ACTIVATION, down, grouped::GROUPED, grouped::STREAM, own, include_str!("down_combine.cu")]
+            }
         }
     }
 
@@ -193,6 +210,37 @@ impl Kernel {
     /// Whether it may use more shared memory than a launch gives unasked.
     pub(crate) fn asks_for_shared(self) -> bool {
         matches!(self, Self::Route { .. } | Self::GateRoute { .. } | Self::Permute | Self::Grouped(_))
+    }
+
+    /// Whether it waits by itself for the launch before, and so may begin before that one has ended.
+    pub(crate) fn takes_turn(self) -> bool {
+        match self {
+            Self::Gate { .. }
+            | Self::GateTiled { .. }
+            | Self::GateMma { .. }
+            | Self::GateRoute { .. }
+            | Self::Route { .. }
+            | Self::RoutePermute { .. }
+            | Self::Permute
+            | Self::PermuteCount
+            | Self::PermuteScan
+            | Self::PermuteScatter
+            | Self::Combine { .. }
+            | Self::Linear { .. }
+            | Self::Grouped(_)
+            | Self::DownCombine { .. } => true,
+            Self::GatherWeights { .. }
+            | Self::DropOverflow
+            | Self::TileSchedule
+            | Self::Activation { .. }
+            | Self::LinearTiled { .. }
+            | Self::LinearMma { .. }
+            | Self::Zero
+            | Self::Accumulate
+            | Self::Copy
+            | Self::Counts
+            | Self::ReadAll => false,
+        }
     }
 
     /// What the text is specialised by.
@@ -220,8 +268,13 @@ impl Kernel {
             Self::GateRoute { x, router, vector } => {
                 with(product(x, "ROUTER_T", router, vector), "THREADS", number(GATE_ROUTE_THREADS))
             }
-            Self::Route { logits, threads } => {
-                vec![("LOGITS_T", logits.to_string()), ("THREADS", number(threads.into()))]
+            Self::Route { logits, threads, lane_logits } => vec![
+                ("LOGITS_T", logits.to_string()),
+                ("THREADS", number(threads.into())),
+                ("LANE_LOGITS", number(lane_logits.into())),
+            ],
+            Self::RoutePermute { logits, lane_logits } => {
+                vec![("LOGITS_T", logits.to_string()), ("LANE_LOGITS", number(lane_logits.into()))]
             }
             Self::GatherWeights { scores } => vec![("SCORES_T", scores.to_string())],
             Self::Activation { activation } => {
@@ -251,6 +304,12 @@ impl Kernel {
             | Self::Counts
             | Self::ReadAll => vec![],
             Self::Grouped(kernel) => kernel.defines(),
+            Self::DownCombine { x, weight, vector, slots, unroll } => {
+                let mut defines = grouped::Product::DOWN.defines();
+                defines.extend(product(x, "W_T", weight, vector));
+                defines.extend([("SLOTS", number(slots.into())), ("UNROLL", number(unroll.into()))]);
+                defines
+            }
         }
     }
 
@@ -276,7 +335,11 @@ impl Kernel {
             all.push(Self::GateMma { format: DType::BF16, weighted: true, tile });
         }
         for x in FLOATS {
-            all.extend([32, 256].map(|threads| Self::Route { logits: x, threads }));
+            all.extend([32, 256].map(|threads| Self::Route { logits: x, threads, lane_logits: 0 }));
+            for lane_logits in crate::plan::LANE_LOGITS {
+                all.push(Self::Route { logits: x, threads: 32, lane_logits });
+                all.push(Self::RoutePermute { logits: x, lane_logits });
+            }
             all.push(Self::GatherWeights { scores: x });
             for vector in [1, 4] {
                 for (norm, stash) in [(false, false), (true, false), (true, true)] {
@@ -287,6 +350,7 @@ impl Kernel {
                 for vector in [1, crate::plan::dot_vector(x, w)] {
                     all.push(Self::Gate { x, router: w, vector });
                     all.push(Self::GateRoute { x, router: w, vector });
+                    all.push(Self::DownCombine { x, weight: w, vector, slots: 4, unroll: 3 });
                     all.push(Self::Linear { x, weight: w, vector });
                 }
                 for vector in [1, 4] {
@@ -334,6 +398,7 @@ mod tests {
             assert!(source.contains(&format!(" {}(const __grid_constant__", kernel.entry())), "{kernel:?}");
             assert!(source.contains(kernel.params()), "{kernel:?}");
             assert_eq!(source.matches("extern \"C\"").count(), 1, "{kernel:?}");
+            assert_eq!(source.contains("take_turn();"), kernel.takes_turn(), "{kernel:?}");
             for (name, value) in kernel.defines() {
                 assert!(source.contains(name), "{kernel:?}: {name} is not read");
                 assert!(!value.contains("UNKNOWN"), "{kernel:?}");

@@ -77,6 +77,7 @@ mod dense;
 #[allow(unsafe_code)]
 mod device;
 mod down;
+mod down_combine;
 mod drop_overflow;
 mod error;
 mod gate;
@@ -98,6 +99,7 @@ mod plan;
 mod record;
 mod rehearse;
 mod route;
+mod route_permute;
 #[allow(unsafe_code)]
 mod stream;
 #[allow(unsafe_code)]
