@@ -43,6 +43,7 @@ __device__ __forceinline__ void value_of(const CombineParams& p, u64 t, u64 h, f
 }
 
 extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ CombineParams p) {
+    take_turn();
     extern __shared__ f32 stash[];
     __shared__ u64 parts[8];
     for (u64 t = blockIdx.x; t < p.tokens; t += gridDim.x) {

@@ -2,7 +2,7 @@
 
 use crate::cublas::Cublas;
 use crate::device::repeat;
-use crate::down::down_of;
+use crate::down::{Manner, down_of};
 use crate::error::Result;
 use crate::grouped::Groups;
 use crate::measure::{noise, time_replays};
@@ -112,7 +112,7 @@ impl Dense {
         let matrices = Matrices::Stack(View::new(weight.read(), dtype, 0, [1, outputs, inner])?);
         // two numbers that nobody reads: all rows are the one expert's
         let offsets = View::new(ends.read(), DType::U32, 0, [2])?;
-        down_of(&self.cuda, stream, &Down { a: x, offsets, matrices, bias: None, out }, Groups::One, false)
+        down_of(&self.cuda, stream, &Down { a: x, offsets, matrices, bias: None, out }, Groups::One, Manner::default())
     }
 }
 

@@ -11,6 +11,9 @@ use std::sync::Arc;
 /// The oldest driver that will do, 1000 * major + 10 * minor.
 const OLDEST_DRIVER: u32 = 12000;
 
+/// The oldest driver whose graphs keep launches that overlap.
+const OVERLAPPING_DRIVER: u32 = 12030;
+
 /// What plans are made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceNumbers {
@@ -33,6 +36,11 @@ pub struct DeviceNumbers {
 }
 
 impl DeviceNumbers {
+    /// Whether a launch may begin before the one before it has ended, in graphs too.
+    pub(crate) fn overlaps_launches(&self) -> bool {
+        self.compute_capability.0 >= 9 && self.driver >= OVERLAPPING_DRIVER
+    }
+
     /// What NVRTC is told to compile for: the architecture's own features included where there are any.
     pub fn architecture(&self) -> String {
         let (major, minor) = self.compute_capability;

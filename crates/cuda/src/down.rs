@@ -8,16 +8,23 @@ use fused_moe_core::operation::{Down, Matrices};
 
 pub(crate) fn down(cuda: &Cuda, stream: &CudaStream, operands: &Down<'_, Cuda>) -> Result<()> {
     let groups = Groups::Offsets { offsets: Tensor::of(&operands.offsets)?, row_slot: Tensor::default() };
-    down_of(cuda, stream, operands, groups, false)
+    down_of(cuda, stream, operands, groups, Manner::default())
 }
 
-/// The same with rows that are grouped in another way than the offsets say, or `invariant`.
+/// How a down product is to be carried out; see [`Grouped`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Manner {
+    pub(crate) invariant: bool,
+    pub(crate) early: bool,
+}
+
+/// The same with rows that are grouped in another way than the offsets say, or in another manner.
 pub(crate) fn down_of(
     cuda: &Cuda,
     stream: &CudaStream,
     operands: &Down<'_, Cuda>,
     groups: Groups,
-    invariant: bool,
+    Manner { invariant, early }: Manner,
 ) -> Result<()> {
     let problem = operands.problem()?;
     let table = match operands.matrices {
@@ -41,6 +48,7 @@ pub(crate) fn down_of(
             constants: (0.0, 0.0),
             out: Tensor::of(&operands.out)?,
             invariant,
+            early,
         },
     )
 }

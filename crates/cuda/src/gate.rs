@@ -59,7 +59,7 @@ pub(crate) fn gate_route(cuda: &Cuda, stream: &CudaStream, operands: GateRoute<'
         None => {
             gate(cuda, stream, &operands.gate)?;
             let GateRouteParams { gate: GateParams { logits, tokens, .. }, choice } = params;
-            let plan = plan::route(&problem.1);
+            let plan = plan::route(&problem.1, operands.choice.witness.is_some());
             launch(cuda, stream, plan.kernel, plan.grid, &RouteParams { logits, choice, tokens })
         }
     }

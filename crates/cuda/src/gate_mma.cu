@@ -1,6 +1,7 @@
 // logits = softcap(scale * (n . router^T) + bias), TILE_M tokens by TILE_N experts a block, on tensor cores.
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) gate_mma(const __grid_constant__ GateParams p) {
+    take_turn();
     __shared__ Split split;
     __shared__ f32 factors[TILE_M];
     const u64 first_row = (u64)blockIdx.x * TILE_M, first_col = (u64)blockIdx.y * TILE_N;

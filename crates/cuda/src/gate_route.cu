@@ -1,6 +1,7 @@
 // gate and route in one launch, a block a token: the logits by warps, then the choice by one of them.
 
 extern "C" __global__ void __launch_bounds__(THREADS) gate_route(const __grid_constant__ GateRouteParams q) {
+    take_turn();
     extern __shared__ u64 shared[];
     const GateParams& p = q.gate;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -1,6 +1,7 @@
 // logits = softcap(scale * (n . router^T) + bias), 64 tokens by 64 experts a block.
 
 extern "C" __global__ void __launch_bounds__(256 * SLICES) gate_tiled(const __grid_constant__ GateParams p) {
+    take_turn();
     __shared__ Shared shared;
     __shared__ f32 factors[TILE];
     const u64 first_row = (u64)blockIdx.x * TILE, first_col = (u64)blockIdx.y * TILE;

@@ -56,6 +56,7 @@ pub(crate) fn gate_up_of(
             constants: constants(problem.activation),
             out: Tensor::of(&operands.out)?,
             invariant,
+            early: false,
         },
     )
 }

@@ -15,6 +15,7 @@ params! {
         weights: u64, table: u64, expert_stride: u64, row_stride: u64, offsets: u64, row_slot: u64, slot_experts: u64,
         rows: u64, inner: u64, outputs: u64,
         experts: u32, first: u32, here: u32, top_k: u32, input_columns: u32, neighbours: u32, limit: f32, alpha: f32,
+        early: u32, zero: u32,
     }
 }
 
@@ -43,6 +44,20 @@ impl Product {
     pub(crate) fn halves(self) -> usize {
         if self.gated { 2 } else { 1 }
     }
+
+    /// What the text of its kernels is specialised by.
+    pub(crate) fn defines(self) -> Vec<(&'static str, String)> {
+        let Self { gather, gated, activation, .. } = self;
+        let none = ActivationKind { form: "FORM_PLAIN", function: "FUNCTION_IDENTITY" };
+        let ActivationKind { form, function } = activation.unwrap_or(none);
+        vec![
+            ("GATHER", gather.to_string()),
+            ("GATED", gated.to_string()),
+            ("ACTIVATE", activation.is_some().to_string()),
+            ("FORM", form.to_string()),
+            ("FUNCTION", function.to_string()),
+        ]
+    }
 }
 
 /// A tile of the tensor-core kernel, the warps that share it, and the ring that feeds them.
@@ -66,6 +81,7 @@ pub(crate) enum GroupedKernel {
 }
 
 pub(crate) const GROUPED: &str = include_str!("include/grouped.cuh");
+pub(crate) const STREAM: &str = include_str!("include/stream.cuh");
 
 impl GroupedKernel {
     fn product(self) -> Product {
@@ -108,7 +124,7 @@ impl GroupedKernel {
                 [&instructions[..], &[WgmmaParams::DEFINITION, include_str!("include/grouped_wgmma.cuh")]].concat()
             }
             Self::Mma { .. } => vec![include_str!("include/mma.cuh"), include_str!("include/grouped_mma.cuh")],
-            Self::Dot { .. } => vec![include_str!("include/grouped_dot.cuh")],
+            Self::Dot { .. } => vec![STREAM, include_str!("include/grouped_dot.cuh")],
             Self::Tiled { .. } => vec![include_str!("include/tiles.cuh"), include_str!("include/grouped_tiled.cuh")],
         });
         parts.push(match (self.product().stage, self) {
@@ -126,16 +142,7 @@ impl GroupedKernel {
 
     /// What its text is specialised by.
     pub(crate) fn defines(self) -> Vec<(&'static str, String)> {
-        let Product { gather, gated, activation, .. } = self.product();
-        let none = ActivationKind { form: "FORM_PLAIN", function: "FUNCTION_IDENTITY" };
-        let ActivationKind { form, function } = activation.unwrap_or(none);
-        let mut defines = vec![
-            ("GATHER", gather.to_string()),
-            ("GATED", gated.to_string()),
-            ("ACTIVATE", activation.is_some().to_string()),
-            ("FORM", form.to_string()),
-            ("FUNCTION", function.to_string()),
-        ];
+        let mut defines = self.product().defines();
         match self {
             Self::Wgmma { format, tile, ends, .. } => {
                 defines.push(("W_T", format.to_string()));
@@ -199,6 +206,8 @@ pub(crate) struct Grouped {
     pub(crate) out: Tensor,
     /// Whether a row's bits must not depend on the others.
     pub(crate) invariant: bool,
+    /// Whether all but the rows was there already when the launch before this one began: weights, and which rows are whose.
+    pub(crate) early: bool,
 }
 
 /// Enqueues a grouped product.
@@ -242,6 +251,7 @@ pub(crate) fn grouped(cuda: &Cuda, stream: &CudaStream, operands: &Grouped) -> R
         neighbours: (halves_aligned && out.aligned(neighbours)).into(),
         limit: operands.constants.0,
         alpha: operands.constants.1,
+        early: operands.early.into(),
         ..GroupedParams::default()
     };
     match groups {

@@ -2,11 +2,14 @@
 
 pub(crate) mod backward;
 
-use crate::grouped::GroupedKernel;
+use crate::grouped::{self, GroupedKernel};
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
-use crate::{accumulate, activation, combine, copy, drop_overflow, gate, linear, measure, permute, route};
+use crate::{
+    accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, route,
+    route_permute,
+};
 use backward::BackwardKernel;
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
@@ -18,7 +21,8 @@ pub(crate) enum Kernel {
     GateTiled { x: DType, router: DType, vector: u8 },
     GateMma { format: DType, weighted: bool, tile: SplitTile },
     GateRoute { x: DType, router: DType, vector: u8 },
-    Route { logits: DType, threads: u16 },
+    Route { logits: DType, threads: u16, lane_logits: u8 },
+    RoutePermute { logits: DType, lane_logits: u8 },
     GatherWeights { scores: DType },
     Permute,
     PermuteCount,
@@ -38,6 +42,7 @@ pub(crate) enum Kernel {
     ReadAll,
     Grouped(GroupedKernel),
     Backward(BackwardKernel),
+    DownCombine { x: DType, weight: DType, vector: u8, slots: u8, unroll: u8 },
 }
 
 /// Rows and columns that a block of a matrix product has, its warps a slice of the inner dimension each.
@@ -105,6 +110,7 @@ impl Kernel {
             Self::GateMma { .. } => "gate_mma",
             Self::GateRoute { .. } => "gate_route",
             Self::Route { .. } => "route",
+            Self::RoutePermute { .. } => "route_permute",
             Self::GatherWeights { .. } => "gather_weights",
             Self::Permute => "permute",
             Self::PermuteCount => "permute_count",
@@ -124,6 +130,7 @@ impl Kernel {
             Self::ReadAll => "read_all",
             Self::Grouped(kernel) => kernel.entry(),
             Self::Backward(kernel) => kernel.entry(),
+            Self::DownCombine { .. } => "down_combine",
         }
     }
 
@@ -133,6 +140,7 @@ impl Kernel {
             Self::Gate { .. } | Self::GateTiled { .. } | Self::GateMma { .. } => gate::GateParams::DEFINITION,
             Self::GateRoute { .. } => gate::GateRouteParams::DEFINITION,
             Self::Route { .. } => route::RouteParams::DEFINITION,
+            Self::RoutePermute { .. } => route_permute::RoutePermuteParams::DEFINITION,
             Self::GatherWeights { .. } => route::GatherWeightsParams::DEFINITION,
             Self::Permute | Self::PermuteCount | Self::PermuteScan | Self::PermuteScatter => {
                 permute::PermuteParams::DEFINITION
@@ -149,6 +157,7 @@ impl Kernel {
             Self::ReadAll => measure::ReadAllParams::DEFINITION,
             Self::Grouped(kernel) => kernel.params(),
             Self::Backward(kernel) => kernel.params(),
+            Self::DownCombine { .. } => down_combine::DownCombineParams::DEFINITION,
         }
     }
 
@@ -165,6 +174,10 @@ impl Kernel {
                 vec![REDUCE, DOT, gate, GATE, choice, ROUTE, own, include_str!("gate_route.cu")]
             }
             Self::Route { .. } => vec![REDUCE, choice, ROUTE, own, include_str!("route.cu")],
+            Self::RoutePermute { .. } => {
+                let route = route::RouteParams::DEFINITION;
+                vec![REDUCE, choice, ROUTE, route, permute, own, include_str!("route_permute.cu")]
+            }
             Self::GatherWeights { .. } => vec![REDUCE, own, include_str!("gather_weights.cu")],
             Self::Permute => vec![own, PERMUTE, include_str!("permute.cu")],
             Self::PermuteCount => vec![own, PERMUTE, include_str!("permute_count.cu")],
@@ -184,6 +197,10 @@ impl Kernel {
             Self::ReadAll => vec![own, include_str!("read_all.cu")],
             Self::Grouped(kernel) => [vec![REDUCE, ACTIVATION], kernel.parts()].concat(),
             Self::Backward(kernel) => kernel.parts(),
+            Self::DownCombine { .. } => {
+                let down = grouped::GroupedParams::DEFINITION;
+                vec![REDUCE, ACTIVATION, down, grouped::GROUPED, grouped::STREAM, own, include_str!("down_combine.cu")]
+            }
         }
     }
 
@@ -203,6 +220,38 @@ impl Kernel {
             Self::Route { .. } | Self::GateRoute { .. } | Self::Permute | Self::Grouped(_) => true,
             Self::Backward(kernel) => kernel.asks_for_shared(),
             _ => false,
+        }
+    }
+
+    /// Whether it waits by itself for the launch before, and so may begin before that one has ended.
+    pub(crate) fn takes_turn(self) -> bool {
+        match self {
+            Self::Gate { .. }
+            | Self::GateTiled { .. }
+            | Self::GateMma { .. }
+            | Self::GateRoute { .. }
+            | Self::Route { .. }
+            | Self::RoutePermute { .. }
+            | Self::Permute
+            | Self::PermuteCount
+            | Self::PermuteScan
+            | Self::PermuteScatter
+            | Self::Combine { .. }
+            | Self::Linear { .. }
+            | Self::DownCombine { .. } => true,
+            Self::Grouped(kernel) => !matches!(kernel, GroupedKernel::Wgmma { .. }),
+            Self::Backward(_)
+            | Self::GatherWeights { .. }
+            | Self::DropOverflow
+            | Self::TileSchedule
+            | Self::Activation { .. }
+            | Self::LinearTiled { .. }
+            | Self::LinearMma { .. }
+            | Self::Zero
+            | Self::Accumulate
+            | Self::Copy
+            | Self::Counts
+            | Self::ReadAll => false,
         }
     }
 
@@ -231,8 +280,13 @@ impl Kernel {
             Self::GateRoute { x, router, vector } => {
                 with(product(x, "ROUTER_T", router, vector), "THREADS", number(GATE_ROUTE_THREADS))
             }
-            Self::Route { logits, threads } => {
-                vec![("LOGITS_T", logits.to_string()), ("THREADS", number(threads.into()))]
+            Self::Route { logits, threads, lane_logits } => vec![
+                ("LOGITS_T", logits.to_string()),
+                ("THREADS", number(threads.into())),
+                ("LANE_LOGITS", number(lane_logits.into())),
+            ],
+            Self::RoutePermute { logits, lane_logits } => {
+                vec![("LOGITS_T", logits.to_string()), ("LANE_LOGITS", number(lane_logits.into()))]
             }
             Self::GatherWeights { scores } => vec![("SCORES_T", scores.to_string())],
             Self::Activation { activation } => {
@@ -263,6 +317,12 @@ impl Kernel {
             | Self::ReadAll => vec![],
             Self::Grouped(kernel) => kernel.defines(),
             Self::Backward(kernel) => kernel.defines(),
+            Self::DownCombine { x, weight, vector, slots, unroll } => {
+                let mut defines = grouped::Product::DOWN.defines();
+                defines.extend(product(x, "W_T", weight, vector));
+                defines.extend([("SLOTS", number(slots.into())), ("UNROLL", number(unroll.into()))]);
+                defines
+            }
         }
     }
 
@@ -294,7 +354,11 @@ impl Kernel {
             all.push(Self::GateMma { format: DType::BF16, weighted: true, tile });
         }
         for x in FLOATS {
-            all.extend([32, 256].map(|threads| Self::Route { logits: x, threads }));
+            all.extend([32, 256].map(|threads| Self::Route { logits: x, threads, lane_logits: 0 }));
+            for lane_logits in crate::plan::LANE_LOGITS {
+                all.push(Self::Route { logits: x, threads: 32, lane_logits });
+                all.push(Self::RoutePermute { logits: x, lane_logits });
+            }
             all.push(Self::GatherWeights { scores: x });
             for vector in [1, 4] {
                 for (norm, stash) in [(false, false), (true, false), (true, true)] {
@@ -309,6 +373,7 @@ impl Kernel {
                 for vector in [1, crate::plan::dot_vector(x, w)] {
                     all.push(Self::Gate { x, router: w, vector });
                     all.push(Self::GateRoute { x, router: w, vector });
+                    all.push(Self::DownCombine { x, weight: w, vector, slots: 4, unroll: 3 });
                     all.push(Self::Linear { x, weight: w, vector });
                 }
                 for vector in [1, 4] {
@@ -356,6 +421,7 @@ mod tests {
             assert!(source.contains(&format!(" {}(const __grid_constant__", kernel.entry())), "{kernel:?}");
             assert!(source.contains(kernel.params()), "{kernel:?}");
             assert_eq!(source.matches("extern \"C\"").count(), 1, "{kernel:?}");
+            assert_eq!(source.contains("take_turn();"), kernel.takes_turn(), "{kernel:?}");
             for (name, value) in kernel.defines() {
                 assert!(source.contains(name), "{kernel:?}: {name} is not read");
                 assert!(!value.contains("UNKNOWN"), "{kernel:?}");

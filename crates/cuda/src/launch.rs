@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::memory::{Mut, Ref};
 use crate::stream::CudaStream;
-use cudarc::driver::result;
+use cudarc::driver::sys;
 use fused_moe_core::{DType, Storage, View};
 use std::ffi::c_void;
 
@@ -165,18 +165,28 @@ pub(crate) fn launch<P: Params>(
     let _current = cuda.device().bind(during)?;
     let mut copy = *params;
     let mut pointers = [(&raw mut copy).cast::<c_void>()];
+    // SAFETY: plain numbers and pointers, for which zeros are values.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    let overlaps = kernel.takes_turn() && cuda.numbers().overlaps_launches();
     let [x, y, z] = grid.blocks;
+    let config = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: grid.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: grid.shared,
+        hStream: stream.driver().cu_stream(),
+        attrs: &raw mut attribute,
+        numAttrs: overlaps.into(),
+    };
     // SAFETY: the function lives as long as the backend, and its one parameter is a P: the text it was compiled from holds
-    // P's own definition. Its operands were checked by the operation's `problem`, and their owners promise that they stay.
-    unsafe {
-        result::launch_kernel(
-            function,
-            (x, y, z),
-            (grid.threads, 1, 1),
-            grid.shared,
-            stream.driver().cu_stream(),
-            &mut pointers,
-        )
-    }
-    .map_err(|e| driver_error(during, e))
+    // P's own definition. Its operands were checked by the operation's `problem`, and their owners promise that they stay. A
+    // kernel that may begin early waits by itself for the launch before.
+    unsafe { sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) }
+        .result()
+        .map_err(|e| driver_error(during, e))
 }

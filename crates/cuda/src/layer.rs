@@ -2,14 +2,15 @@ mod routing;
 mod shared;
 
 use crate::copy;
-use crate::down::down_of;
+use crate::down::{Manner, down_of};
+use crate::down_combine::{DownCombine, down_combine};
 use crate::error::Result;
 use crate::gate_up::gate_up_of;
 use crate::grouped::Groups;
 use crate::launch::Tensor;
 use crate::memory::{Memory, Mut, Ref};
 use crate::pack::Experts;
-use crate::workspace::{Buffer, Scratch, Workspace};
+use crate::workspace::{Buffer, Scratch, SharedScratch, Workspace};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType::{F16, F32};
 use fused_moe_core::backend::{shorten_norm, shorten_residual};
@@ -212,15 +213,16 @@ impl CudaLayer {
         let alone = tokens == 1 && call.counts.is_none() && ours && self.problem.slots_are_rows();
         let Forward { source, token_ids, sequences, residual, norm, routes, counts, y, .. } = call;
 
-        let from = |logits| RoutesFrom { logits, x: reads.router, token_ids, sequences };
-        let routing = match source {
-            Source::Routes(Routing { experts, weights }) => Routing { experts, weights },
+        let group = !alone && ours && self.problem.slots_are_rows();
+        let from = |logits| RoutesFrom { logits, x: reads.router, token_ids, sequences, group };
+        let (routing, grouped) = match source {
+            Source::Routes(Routing { experts, weights }) => (Routing { experts, weights }, false),
             Source::Logits(logits) => {
                 self.routing(cuda, stream, from(Some(logits)), &mut scratch.routing, &mut scratch.permutation)?
             }
             Source::Router => self.routing(cuda, stream, from(None), &mut scratch.routing, &mut scratch.permutation)?,
         };
-        if !alone {
+        if !alone && !grouped {
             self.permute(cuda, stream, routing.experts, local.clone(), &mut scratch.permutation)?;
         }
         let Permutation { row_slot, slot_row, offsets } = scratch.permutation.views(rows, choices)?;
@@ -251,45 +253,52 @@ impl CudaLayer {
             groups,
             invariant,
         )?;
-        down_of(
-            cuda,
-            stream,
-            &Down {
-                a: scratch.a.view(between, [rows, config.intermediate])?,
-                offsets,
-                matrices: Matrices::Packed(&self.experts),
-                bias: None,
-                out: scratch.y.view_mut(outputs, [rows, hidden])?,
-            },
-            groups,
-            invariant,
-        )?;
-        let nothing = x.row_range(0, 0)?;
-        let y_rows =
-            self.expert_output(cuda, stream, nothing, (outputs, rows), [&mut scratch.y, &mut scratch.normed])?;
-        let shared = match &self.shared {
-            Some(shared) => Some(shared.run(cuda, stream, x, &mut scratch.shared, invariant)?),
-            None => None,
-        };
-        let copies = self.problem.has_copies().then_some(Copies {
-            x,
-            experts: routing.experts,
-            first: config.experts,
-            end: choices,
-        });
-        cuda.combine(
-            stream,
-            Combine {
-                rows: if alone { SlotRows::Slots(y_rows) } else { SlotRows::Permuted { y: y_rows, slot_row } },
-                weights: (!on_input).then_some(routing.weights),
-                copies,
-                routed_scale: config.routed_scale,
-                shared,
-                residual: residual.map(shorten_residual),
-                norm: norm.map(shorten_norm),
-                out: y,
-            },
-        )?;
+        let weights = (!on_input).then_some(routing.weights);
+        let residual = residual.map(shorten_residual);
+        if alone && norm.is_none() && self.expert_out.is_none() {
+            let shared = self.shared_output(cuda, stream, x, &mut scratch.shared)?;
+            let a = scratch.a.view(between, [rows, config.intermediate])?;
+            let (experts, matrices, routed_scale) = (routing.experts, &self.experts, config.routed_scale);
+            let operands = DownCombine { a, experts, weights, matrices, routed_scale, shared, residual, out: y };
+            down_combine(cuda, stream, &operands)?;
+        } else {
+            down_of(
+                cuda,
+                stream,
+                &Down {
+                    a: scratch.a.view(between, [rows, config.intermediate])?,
+                    offsets,
+                    matrices: Matrices::Packed(&self.experts),
+                    bias: None,
+                    out: scratch.y.view_mut(outputs, [rows, hidden])?,
+                },
+                groups,
+                Manner { invariant, early: true },
+            )?;
+            let nothing = x.row_range(0, 0)?;
+            let y_rows =
+                self.expert_output(cuda, stream, nothing, (outputs, rows), [&mut scratch.y, &mut scratch.normed])?;
+            let shared = self.shared_output(cuda, stream, x, &mut scratch.shared)?;
+            let copies = self.problem.has_copies().then_some(Copies {
+                x,
+                experts: routing.experts,
+                first: config.experts,
+                end: choices,
+            });
+            cuda.combine(
+                stream,
+                Combine {
+                    rows: if alone { SlotRows::Slots(y_rows) } else { SlotRows::Permuted { y: y_rows, slot_row } },
+                    weights,
+                    copies,
+                    routed_scale: config.routed_scale,
+                    shared,
+                    residual,
+                    norm: norm.map(shorten_norm),
+                    out: y,
+                },
+            )?;
+        }
         if let Some(RoutesOut { experts, weights }) = routes {
             copy::copy(cuda, stream, routing.experts, experts)?;
             copy::copy(cuda, stream, routing.weights, weights)?;
@@ -298,6 +307,17 @@ impl CudaLayer {
             Some(counts) => copy::counts(cuda, stream, offsets, counts),
             None => Ok(()),
         }
+    }
+
+    /// What the shared expert makes of every token, if there is one.
+    fn shared_output<'s>(
+        &self,
+        cuda: &Cuda,
+        stream: &CudaStream,
+        x: In<'_>,
+        scratch: &'s mut SharedScratch<'_>,
+    ) -> Result<Option<Shared<'s, Cuda>>> {
+        self.shared.as_ref().map(|shared| shared.run(cuda, stream, x, scratch, self.invariant())).transpose()
     }
 
     /// What the experts read: x, or its norm where the gate's norm feeds them. `spare` is used up to `[T, H]`.

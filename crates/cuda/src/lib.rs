@@ -81,6 +81,7 @@ mod dense;
 mod device;
 mod down;
 mod down_backward;
+mod down_combine;
 mod drop_overflow;
 mod error;
 mod gate;
@@ -107,6 +108,7 @@ mod record;
 mod rehearse;
 mod route;
 mod route_backward;
+mod route_permute;
 #[allow(unsafe_code)]
 mod stream;
 #[allow(unsafe_code)]

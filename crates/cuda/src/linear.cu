@@ -1,6 +1,7 @@
 // out = x . weight^T + bias: a warp an output column, TOKENS rows at once.
 
 extern "C" __global__ void __launch_bounds__(256) linear(const __grid_constant__ LinearParams p) {
+    take_turn();
     const u64 n = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     if (n >= p.outer) return;
     const u64 groups = (p.rows + TOKENS - 1) / TOKENS;

@@ -1,6 +1,7 @@
 // Groups the slots by expert, in one block: for few slots.
 
 extern "C" __global__ void __launch_bounds__(1024) permute(const __grid_constant__ PermuteParams p) {
+    take_turn();
     extern __shared__ u32 counts[];
     __shared__ u32 parts[32];
     const u32 experts = p.experts_total;

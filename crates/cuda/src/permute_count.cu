@@ -2,6 +2,7 @@
 // needs no memory of its own: a block has E slots at least.
 
 extern "C" __global__ void __launch_bounds__(1024) permute_count(const __grid_constant__ PermuteParams p) {
+    take_turn();
     extern __shared__ u32 counts[];
     const u64 begin = blockIdx.x * p.slots_per_block;
     const Slots block = {begin, blockIdx.x + 1 == gridDim.x ? p.slots : begin + p.slots_per_block};

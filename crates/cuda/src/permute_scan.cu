@@ -1,6 +1,7 @@
 // Second of three: the first row of each expert, and of each expert in each block. `parts` threads an expert share its blocks.
 
 extern "C" __global__ void __launch_bounds__(1024) permute_scan(const __grid_constant__ PermuteParams p) {
+    take_turn();
     extern __shared__ u32 rows[];
     __shared__ u32 scratch[32];
     const u32 parts = p.parts;

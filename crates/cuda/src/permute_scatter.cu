@@ -1,6 +1,7 @@
 // Third of three: each block sorts its slots to their rows.
 
 extern "C" __global__ void __launch_bounds__(1024) permute_scatter(const __grid_constant__ PermuteParams p) {
+    take_turn();
     extern __shared__ u32 counts[];
     const u32 experts = p.experts_total;
     const u64 begin = blockIdx.x * p.slots_per_block;

@@ -1,6 +1,7 @@
 //! How an operation is carried out: a pure function of its problem and the device's numbers.
 
 pub(crate) mod backward;
+pub(crate) mod down_combine;
 pub(crate) mod grouped;
 mod wgmma;
 
@@ -8,6 +9,7 @@ use crate::device::DeviceNumbers;
 use crate::kernel::{GATE_ROUTE_THREADS, Kernel, SPLIT_THREADS, SplitTile, TOKENS};
 use crate::launch::Grid;
 use fused_moe_core::DType;
+use fused_moe_core::config::Selection;
 use fused_moe_core::problem::{
     ChoiceProblem, CombineProblem, DropOverflowProblem, GateProblem, LinearProblem, PermuteProblem,
 };
@@ -124,20 +126,48 @@ fn warp_routes(problem: &ChoiceProblem) -> bool {
     problem.experts <= 512 && route_shared(problem) <= 8 * 1024
 }
 
-pub(crate) fn route(problem: &ChoiceProblem) -> Plan {
+/// Logits of a lane of the warp that keeps a token's in registers; 0 stands for one that does not.
+pub(crate) const LANE_LOGITS: [u8; 3] = [4, 8, 16];
+
+/// How many logits a lane has where a warp keeps a token's in registers, for the rules that go so.
+fn lane_logits(problem: &ChoiceProblem) -> Option<u8> {
+    let plain = matches!(problem.rule.selection, Selection::TopK { groups: None, .. }) && problem.rule.always == 0;
+    let fits = |&logits: &u8| problem.experts <= 32 * usize::from(logits);
+    LANE_LOGITS.into_iter().find(fits).filter(|_| plain && problem.top_k <= 32)
+}
+
+/// `witness`: whether the keys about the last choice are asked for.
+pub(crate) fn route(problem: &ChoiceProblem, witness: bool) -> Plan {
     let &ChoiceProblem { tokens, logits, .. } = problem;
+    if let Some(lane_logits) = lane_logits(problem).filter(|_| !witness) {
+        let kernel = Kernel::Route { logits, threads: 32, lane_logits };
+        return Plan { kernel, grid: Grid::line(tokens.div_ceil(4), 128), why: "a warp has a token in registers" };
+    }
     let shared = route_shared(problem);
     if warp_routes(problem) {
         let grid = Grid::line(tokens.div_ceil(4), 128).with_shared(4 * shared);
-        return Plan { kernel: Kernel::Route { logits, threads: 32 }, grid, why: "a warp holds the keys of a token" };
+        let kernel = Kernel::Route { logits, threads: 32, lane_logits: 0 };
+        return Plan { kernel, grid, why: "a warp holds the keys of a token" };
     }
     let grid = Grid::line(tokens, 256).with_shared(shared);
-    Plan { kernel: Kernel::Route { logits, threads: 256 }, grid, why: "many experts: a block a token" }
+    let kernel = Kernel::Route { logits, threads: 256, lane_logits: 0 };
+    Plan { kernel, grid, why: "many experts: a block a token" }
+}
+
+/// Whether one block makes the routes and groups their slots, and how: for tokens that a word holds, a warp each. Every slot
+/// must have an expert that is here.
+pub(crate) fn route_permute(problem: &ChoiceProblem) -> Option<Plan> {
+    let &ChoiceProblem { tokens, logits, .. } = problem;
+    let lane_logits = lane_logits(problem).filter(|_| (1..=32).contains(&tokens))?;
+    Some(Plan {
+        kernel: Kernel::RoutePermute { logits, lane_logits },
+        grid: Grid::line(1, 32 * tokens as u32),
+        why: "few tokens: a warp a token, one block routes and groups them",
+    })
 }
 
 /// Bytes of one token's keys and groups.
 fn route_shared(problem: &ChoiceProblem) -> usize {
-    use fused_moe_core::config::Selection;
     let groups = match problem.rule.selection {
         Selection::TopK { groups: Some(groups), .. } => groups.count,
         _ => 0,
@@ -343,12 +373,44 @@ pub(crate) mod tests {
             vocabulary: 0,
             rule: RoutingRule::default(),
         };
-        assert_eq!(route(&problem(128)).grid, Grid::line(2, 128).with_shared(4 * 1024));
-        assert_eq!(route(&problem(4096)).grid, Grid::line(5, 256).with_shared(32 * 1024));
+        assert_eq!(route(&problem(128), false).grid, Grid::line(2, 128));
+        assert_eq!(route(&problem(128), true).grid, Grid::line(2, 128).with_shared(4 * 1024));
+        assert_eq!(route(&problem(4096), false).grid, Grid::line(5, 256).with_shared(32 * 1024));
         let both = |tokens, hidden| {
             gate_route(&(GateProblem { hidden, ..gate_problem(tokens) }, problem(128)), |_| true).is_some()
         };
         assert!(both(1, 512) && !both(1, 2048) && !both(1000, 512));
+    }
+
+    #[test]
+    fn registers_hold_the_logits_of_plain_rules() {
+        let problem = |experts, top_k, rule| ChoiceProblem {
+            tokens: 32,
+            experts,
+            top_k,
+            logits: DType::F32,
+            vocabulary: 0,
+            rule,
+        };
+        let plain = RoutingRule::default();
+        let logits = |experts, top_k| lane_logits(&problem(experts, top_k, plain));
+        assert_eq!([1, 128, 129, 512].map(|experts| logits(experts, 1)), [Some(4), Some(4), Some(8), Some(16)]);
+        assert_eq!([logits(513, 1), logits(128, 32), logits(128, 33)], [None, Some(4), None]);
+        let always = RoutingRule { always: 1, ..plain };
+        let mixer = RoutingRule { selection: Selection::SparseMixer { jitter: 0.01 }, ..plain };
+        for rule in [always, mixer] {
+            assert_eq!(lane_logits(&problem(8, 2, rule)), None);
+        }
+    }
+
+    #[test]
+    fn one_block_groups_as_many_tokens_as_a_word_has_bits() {
+        let plan = |tokens| {
+            let (rule, logits) = (RoutingRule::default(), DType::BF16);
+            route_permute(&ChoiceProblem { tokens, experts: 128, top_k: 8, logits, vocabulary: 0, rule })
+        };
+        assert_eq!([0, 33].map(plan), [None; 2]);
+        assert_eq!([1, 32].map(|tokens| plan(tokens).map(|plan| plan.grid.threads)), [Some(32), Some(1024)]);
     }
 
     #[test]

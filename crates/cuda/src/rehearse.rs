@@ -17,8 +17,10 @@ enum Rehearsed {
     /// With the state of the router before, where it has one.
     Router,
     PlainLogits,
+    /// With a norm.
+    Norm,
     /// With a norm and counts.
-    Logits,
+    Counts,
     /// Which are written out.
     Routes,
 }
@@ -37,7 +39,9 @@ impl CudaLayer {
         let (cuda, recorder) = self.cuda.recording();
         let mut tokens = 1;
         while tokens <= max_tokens {
-            for source in [Rehearsed::Router, Rehearsed::PlainLogits, Rehearsed::Logits, Rehearsed::Routes] {
+            let sources =
+                [Rehearsed::Router, Rehearsed::PlainLogits, Rehearsed::Norm, Rehearsed::Counts, Rehearsed::Routes];
+            for source in sources {
                 if self.router.is_some() || !matches!(source, Rehearsed::Router) {
                     self.rehearse(&cuda, tokens, source)?;
                 }
@@ -72,9 +76,11 @@ impl CudaLayer {
             Rehearsed::PlainLogits => {
                 call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, choices])?);
             }
-            Rehearsed::Logits => {
+            Rehearsed::Norm | Rehearsed::Counts => {
                 call.source = Source::Logits(View::new(logits.read(), F32, 0, [tokens, choices])?);
-                call.counts = Some(View::new(counts.write(), U32, 0, [experts])?);
+                if matches!(source, Rehearsed::Counts) {
+                    call.counts = Some(View::new(counts.write(), U32, 0, [experts])?);
+                }
                 let out = View::new(norm.write(), dtype, 0, [tokens, hidden])?;
                 call.norm = Some(NextNorm { weight: None, eps: 0.0, out });
             }

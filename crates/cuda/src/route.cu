@@ -1,6 +1,12 @@
 // Logits to experts and weights: THREADS threads a token, a warp (four tokens a block) or a block.
 
 extern "C" __global__ void route(const __grid_constant__ RouteParams p) {
+    take_turn();
+#if LANE_LOGITS > 0
+    const u32 lane = threadIdx.x % 32;
+    for (u64 t = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; t < p.tokens; t += (u64)gridDim.x * (blockDim.x / 32))
+        route_in_registers<LOGITS_T, LANE_LOGITS>(p.choice, row_of<const LOGITS_T>(p.logits, t), lane).write(p.choice, t, lane);
+#else
     extern __shared__ u64 shared[];
     __shared__ u64 parts[32];
     const u32 group = threadIdx.x / THREADS, groups = blockDim.x / THREADS;
@@ -11,4 +17,5 @@ extern "C" __global__ void route(const __grid_constant__ RouteParams p) {
         route_token<LOGITS_T, THREADS>(p.choice, row_of<const LOGITS_T>(p.logits, t), t, threadIdx.x % THREADS, scratch);
         sync<THREADS>();
     }
+#endif
 }

@@ -106,7 +106,7 @@ pub(crate) fn route(cuda: &Cuda, stream: &CudaStream, operands: Route<'_, Cuda>)
         choice: ChoiceParams::new(&problem, &operands.choice, stream)?,
         tokens: problem.tokens as u64,
     };
-    let plan = plan::route(&problem);
+    let plan = plan::route(&problem, operands.choice.witness.is_some());
     launch(cuda, stream, plan.kernel, plan.grid, &params)
 }
 

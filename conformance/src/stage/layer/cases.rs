@@ -66,6 +66,8 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
     for dtypes in FLOATS.map(|dtype| [dtype; 3]).into_iter().chain([[f32, f16, f32]]) {
         cases.extend(sources(dtypes));
         cases.extend(parts(dtypes));
+        cases.extend(one_token(dtypes));
+        cases.extend(few_tokens(dtypes));
     }
     for (name, rule) in rules() {
         let config = LayerConfig { routing: rule, ..LayerConfig::new(24, 20, 16, 3) };
@@ -102,6 +104,58 @@ fn sources(dtypes: [DType; 3]) -> Vec<Case> {
                 if tokens == 12 && local.is_none() {
                     cases.push(case(name, layer).strided());
                 }
+            }
+        }
+    }
+    cases
+}
+
+/// One token with nothing asked for but its output: what a backend may do in fewer launches.
+fn one_token(dtypes: [DType; 3]) -> Vec<Case> {
+    let with = |config| LayerCase { routes: false, source: Origin::Logits, ..LayerCase::new(1, config, dtypes) };
+    let sizes = [
+        [1, 1, 1, 1],
+        [64, 48, 8, 2],
+        [63, 47, 9, 9],
+        [37, 23, 10, 3],
+        [136, 264, 6, 4],
+        [264, 520, 9, 7],
+        [40, 2056, 3, 2],
+        [40, 264, 130, 8],
+        [24, 8, 600, 33],
+    ];
+    let mut cases: Vec<_> =
+        sizes.iter().map(|&[h, i, e, k]| case("alone", with(LayerConfig::new(h, i, e, k)))).collect();
+    let shared = |gated| SharedConfig { intermediate: 40, activation: Activation::default(), gated, scale: 0.5 };
+    let config = LayerConfig { routed_scale: 1.75, ..LayerConfig::new(72, 264, 12, 5) };
+    for (name, residual) in
+        [("", ResidualPart::None), (" residual", ResidualPart::Of), (" in place", ResidualPart::InPlace)]
+    {
+        for (kind, shared) in [("", None), (" shared", Some(shared(false))), (" shared gated", Some(shared(true)))] {
+            for weight_on in [WeightOn::Output, WeightOn::Input] {
+                let name = format!("alone{name}{kind} {weight_on:?}");
+                let config = LayerConfig { shared, weight_on, ..config.clone() };
+                let layer = LayerCase { residual, bias: true, ..with(config) };
+                cases.push(case(&name, layer.clone()));
+                cases.push(case(&name, layer).strided());
+            }
+        }
+    }
+    cases.push(case("alone norm", LayerCase { norm: Some(true), ..with(config.clone()) }));
+    cases.push(case("alone bad logits", LayerCase { source: Origin::BadLogits, ..with(config.clone()) }));
+    cases.push(case("alone router", LayerCase { source: Origin::Router, ..with(config) }));
+    cases
+}
+
+/// Some tokens, up to and beyond what a word of bits holds, whose slots crowd together or hardly meet.
+fn few_tokens(dtypes: [DType; 3]) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for tokens in [2, 31, 32, 33] {
+        for [experts, top_k] in [[3, 3], [130, 9], [513, 2], [40, 33]] {
+            for source in [Origin::Router, Origin::Logits, Origin::BadLogits] {
+                let config = LayerConfig::new(40, 24, experts, top_k);
+                let layer = LayerCase { source, routes: tokens != 31, ..LayerCase::new(tokens, config, dtypes) };
+                cases.push(case(&format!("few {source:?}"), layer));
             }
         }
     }

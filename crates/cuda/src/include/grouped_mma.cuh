@@ -49,6 +49,7 @@ struct Loader {
         weights = reinterpret_cast<const u16*>(expert.matrix) + (half + first) * p.row_stride + piece * 8;
     }
 
+    template <bool ROWS, bool WEIGHTS>
     __device__ __forceinline__ void copy(const GroupedParams& p, const Schedule& schedule, u32 steps, u32 stage) {
         if (any) {
             const u32 r = threadIdx.x / 8, piece = threadIdx.x % 8;
@@ -56,14 +57,14 @@ struct Loader {
             const u64 k = (u64)step * STEP;
             const bool within = k + piece * 8 < p.inner;
 #pragma unroll
-            for (int i = 0; i < X_COPIES; i++) {
+            for (int i = 0; i < X_COPIES && ROWS; i++) {
                 const bool inside = within && (x_inside >> i & 1);
                 if (X_COPIES * ROWS_AT_ONCE == TILE_M || r < TILE_M)
                     copy_async(to + i * ROWS_AT_ONCE * 128, x[i] + k, inside);
             }
             const u64 apart = (GATED ? ROWS_AT_ONCE / 2 : ROWS_AT_ONCE) * p.row_stride;
 #pragma unroll
-            for (int i = 0; i < W_COPIES; i++) {
+            for (int i = 0; i < W_COPIES && WEIGHTS; i++) {
                 const bool inside = within && (w_inside >> i & 1);
                 copy_async(to + X_BYTES + i * ROWS_AT_ONCE * 128, weights + k + i * apart, inside);
             }
@@ -72,7 +73,7 @@ struct Loader {
                 if (any) begin_tile(p);
             }
         }
-        commit_copies();
+        if (ROWS) commit_copies();
     }
 };
 
@@ -119,6 +120,9 @@ __device__ __forceinline__ void store_tile(const GroupedParams& p, const Tile& t
 
 __device__ __forceinline__ void grouped_mma(const GroupedParams& p, u8* memory) {
     const u32 ring = shared_address(memory);
+    // tiles of many rows have no registers to spare, nor much to gain
+    const bool early = TILE_M < 128 && p.early;
+    if (!early) take_turn();
     Schedule schedule;
     schedule.make<THREADS, TILE_M>(p, reinterpret_cast<u32*>(memory + STAGES * STAGE_BYTES), (p.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS);
     const u32 steps = (p.inner + STEP - 1) / STEP;
@@ -130,8 +134,18 @@ __device__ __forceinline__ void grouped_mma(const GroupedParams& p, u8* memory) 
     loader.any = any;
     loader.tile = tile;
     if (any) loader.begin_tile(p);
+    if (early) {
+        // while the launch before still makes the rows
+        Loader ahead = loader;
 #pragma unroll 1
-    for (u32 i = 0; i < STAGES - 1; i++) loader.copy(p, schedule, steps, ring + i * STAGE_BYTES);
+        for (u32 i = 0; i < STAGES - 1; i++) ahead.copy<false, true>(p, schedule, steps, ring + i * STAGE_BYTES);
+        take_turn();
+#pragma unroll 1
+        for (u32 i = 0; i < STAGES - 1; i++) loader.copy<true, false>(p, schedule, steps, ring + i * STAGE_BYTES);
+    } else {
+#pragma unroll 1
+        for (u32 i = 0; i < STAGES - 1; i++) loader.copy<true, true>(p, schedule, steps, ring + i * STAGE_BYTES);
+    }
 
     u32 read = 0, write = STAGES - 1;
     while (any) {
@@ -139,7 +153,7 @@ __device__ __forceinline__ void grouped_mma(const GroupedParams& p, u8* memory) 
         for (u32 step = 0; step < steps; step++) {
             wait_copies<STAGES - 2>();
             __syncthreads();
-            loader.copy(p, schedule, steps, ring + write * STAGE_BYTES);
+            loader.copy<true, true>(p, schedule, steps, ring + write * STAGE_BYTES);
             multiply_stage(ring + read * STAGE_BYTES, sum);
             read = read + 1 == STAGES ? 0 : read + 1;
             write = write + 1 == STAGES ? 0 : write + 1;

@@ -91,6 +91,13 @@ __device__ void limit_to_groups(const ChoiceParams& p, u32 lane, const RouteScra
     sync<N>();
 }
 
+template <int N> __device__ __forceinline__ u64 largest(u64 word, u64* parts) {
+    if (N != 32) return reduce<Max, N>(word, parts);
+    const u32 high = __reduce_max_sync(0xffffffffu, (u32)(word >> 32));
+    const u32 low = __reduce_max_sync(0xffffffffu, (u32)(word >> 32) == high ? (u32)word : 0);
+    return (u64)high << 32 | low;
+}
+
 template <class L, int N>
 __device__ void choose_top_k(const ChoiceParams& p, const L* logits, u64 t, u32 lane, const Scores& scores, bool by_logit,
                              const RouteScratch& s) {
@@ -110,7 +117,7 @@ __device__ void choose_top_k(const ChoiceParams& p, const L* logits, u64 t, u32 
     const bool witness = p.witness_keys.data != 0;
     const u32 rounds = chosen + (witness && chosen < competing ? 1 : 0);
     for (u32 k = 0; k < rounds; k++) {
-        const u64 word = reduce<Max, N>(mine, s.parts);
+        const u64 word = largest<N>(mine, s.parts);
         const u32 e = expert_of_word(word);
         if (lane == 0) {
             if (k < chosen) experts[k] = e;
@@ -245,4 +252,95 @@ __device__ void route_token(const ChoiceParams& p, const L* logits, u64 t, u32 l
     }
     sync<N>();
     weigh<N>(p, t, lane, s);
+}
+
+// The same by a warp for the most common rules: SELECT_TOP_K without groups, experts that are always chosen, and a witness, E
+// at most 32 PER_LANE, K at most 32. Lane k has the k-th expert and its weight, of the same bits as `route_token`'s.
+struct LaneRoute {
+    u32 expert;
+    f32 weight;
+    __device__ __forceinline__ void write(const ChoiceParams& p, u64 t, u32 lane) const {
+        if (lane >= p.top_k) return;
+        row_of<u32>(p.experts, t)[lane] = expert;
+        row_of<f32>(p.weights, t)[lane] = weight;
+    }
+};
+
+template <class L, int PER_LANE>
+__device__ __forceinline__ LaneRoute route_in_registers(const ChoiceParams& p, const L* logits, u32 lane) {
+    f32 logit[PER_LANE];
+    Scores scores = {-INFINITE, 0.0f, p.score};
+    u32 finite = 0;
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE; i++) logit[i] = lane + 32 * i < p.experts_total ? to_f32(logits[lane + 32 * i]) : NOT_A_NUMBER;
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE; i++) {
+        if (logit[i] > scores.max) scores.max = logit[i];
+        finite |= is_finite(logit[i]);
+    }
+    if (!__any_sync(0xffffffffu, finite)) {
+        if (lane == 0) raise(p.status, STATUS_NO_FINITE_SCORE);
+        return {lane, NOT_A_NUMBER};
+    }
+    if (p.score == SCORE_SOFTMAX) {
+        scores.max = key_of_word((u64)__reduce_max_sync(0xffffffffu, (u32)(word_of_key(scores.max, 0) >> 31)) << 31);
+#pragma unroll
+        for (u32 i = 0; i < PER_LANE; i++) scores.sum += scores.term(logit[i]);
+        scores.sum = reduce_warp<Sum>(scores.sum);
+    }
+    u64 word[PER_LANE], mine = TAKEN;
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE; i++) {
+        const u32 e = lane + 32 * i;
+        word[i] = TAKEN;
+        if (e < p.experts_total) {
+            f32 key = p.by_logit ? logit[i] : scores.of(logit[i]);
+            if (p.bias.data) key += element(p.bias, 0, e);
+            word[i] = word_of_key(is_nan(logit[i]) || is_nan(key) ? -INFINITE : key, e);
+        }
+        mine = Max::of(mine, word[i]);
+    }
+    u32 expert = 0;
+    f32 value = 0.0f;
+#pragma unroll 1
+    for (u32 k = 0; k < p.top_k; k++) {
+        const u32 e = expert_of_word(largest<32>(mine, nullptr));
+        f32 own = 0.0f;
+        u64 rest = TAKEN;
+#pragma unroll
+        for (u32 i = 0; i < PER_LANE; i++) {
+            if (e == lane + 32 * i) {
+                word[i] = TAKEN;
+                own = logit[i];
+            }
+            rest = Max::of(rest, word[i]);
+        }
+        mine = rest;
+        own = __shfl_sync(0xffffffffu, own, e % 32);
+        if (lane == k) {
+            expert = e;
+            value = own;
+        }
+    }
+    const bool chosen = lane < p.top_k;
+    if (p.softmax_of_chosen) {
+        Scores of_chosen = {-INFINITE, 0.0f, SCORE_SOFTMAX};
+        if (chosen && value > of_chosen.max) of_chosen.max = value;
+        of_chosen.max = reduce_warp<Max>(of_chosen.max);
+        of_chosen.sum = reduce_warp<Sum>(chosen ? of_chosen.term(value) : 0.0f);
+        value = of_chosen.of(value);
+    } else {
+        value = scores.of(value);
+    }
+    if (p.scale_when == SCALE_BEFORE && chosen) value *= element(p.scale, 0, expert);
+    f32 divisor = 1.0f;
+    if (p.normalize != NORMALIZE_NONE) {
+        const f32 sum = reduce_warp<Sum>(!chosen ? 0.0f : p.normalize == NORMALIZE_LP ? powf(fabsf(value), p.normalize_by) : value);
+        if (p.normalize == NORMALIZE_SUM) divisor = sum + p.normalize_by;
+        if (p.normalize == NORMALIZE_SUM_AT_LEAST) divisor = sum < p.normalize_by ? p.normalize_by : sum;
+        if (p.normalize == NORMALIZE_LP) divisor = powf(sum, 1.0f / p.normalize_by);
+    }
+    f32 weight = divisor == 0.0f ? 0.0f : value / divisor;
+    if (p.scale_when == SCALE_AFTER && chosen) weight *= element(p.scale, 0, expert);
+    return {expert, weight * p.weight_scale};
 }

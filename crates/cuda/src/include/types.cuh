@@ -101,6 +101,23 @@ __device__ __forceinline__ f32 element(const Tensor& t, u64 row, u64 col) {
     return x[0];
 }
 
+// A launch may begin while the one before it still runs. Until it has waited, it writes nothing, and reads only what was there
+// when the one before began; it lets the next one begin after that, so that all but the last launch before are over then.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void take_turn() {
+    wait_for_launch_before();
+    let_next_launch_begin();
+}
+
 __device__ __forceinline__ void raise(u64 status, u32 bits) {
     if (bits != 0) atomicOr(reinterpret_cast<u32*>(status), bits);
 }

@@ -2,6 +2,7 @@
 
 use super::{CudaLayer, In, Out, Router, pieces, vector};
 use crate::error::Result;
+use crate::route_permute::{Grouped, route_permute};
 use crate::workspace::{Buffer, PermutationScratch, RoutingScratch};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType::{F32, U32};
@@ -18,10 +19,13 @@ pub(super) struct RoutesFrom<'a> {
     pub(super) x: In<'a>,
     pub(super) token_ids: Option<In<'a>>,
     pub(super) sequences: Option<In<'a>>,
+    /// Whether every slot is sure to have an expert that is here, and its row is wanted.
+    pub(super) group: bool,
 }
 
 impl CudaLayer {
-    /// The routes that the layer's rule makes, less what overflows a capacity. `permutation` is used for that.
+    /// The routes that the layer's rule makes, less what overflows a capacity; and whether their slots are grouped by expert
+    /// in `permutation` already.
     pub(super) fn routing<'s>(
         &self,
         cuda: &Cuda,
@@ -29,17 +33,20 @@ impl CudaLayer {
         from: RoutesFrom<'_>,
         scratch: &'s mut RoutingScratch<'_>,
         permutation: &mut PermutationScratch<'_>,
-    ) -> Result<Routing<'s, Cuda>> {
-        let RoutesFrom { logits: theirs, x, token_ids, sequences } = from;
+    ) -> Result<(Routing<'s, Cuda>, bool)> {
+        let RoutesFrom { logits: theirs, x, token_ids, sequences, group } = from;
         let slots = [x.rows(), self.problem.core.top_k];
-        match theirs {
+        let grouped = match theirs {
             Some(logits) => {
                 let RoutingScratch { experts, weights, .. } = scratch;
                 let choice = self.choice(token_ids, experts.view_mut(U32, slots)?, weights.view_mut(F32, slots)?)?;
-                cuda.route(stream, Route { logits, choice })?;
+                self.route(cuda, stream, Route { logits, choice }, group.then_some(&mut *permutation))?
             }
-            None => self.gate_route(cuda, stream, x, token_ids, scratch)?,
-        }
+            None => {
+                let permutation = group.then_some(&mut *permutation);
+                self.gate_route(cuda, stream, (x, token_ids), scratch, permutation)?
+            }
+        };
         if let Some(capacity) = self.problem.core.capacity {
             let (tokens, choices) = (slots[0], self.problem.core.choices());
             let RoutingScratch { logits, experts, weights, best } = scratch;
@@ -61,32 +68,64 @@ impl CudaLayer {
             };
             cuda.drop_overflow(stream, operands)?;
         }
-        Ok(Routing { experts: scratch.experts.view(U32, slots)?, weights: scratch.weights.view(F32, slots)? })
+        let routing =
+            Routing { experts: scratch.experts.view(U32, slots)?, weights: scratch.weights.view(F32, slots)? };
+        Ok((routing, grouped))
     }
 
-    /// The routes that the layer's router makes of tokens.
+    /// The routes of logits, and the slots by expert if there is `permutation` for them and one launch does both; whether it
+    /// did.
+    fn route(
+        &self,
+        cuda: &Cuda,
+        stream: &CudaStream,
+        operands: Route<'_, Cuda>,
+        permutation: Option<&mut PermutationScratch<'_>>,
+    ) -> Result<bool> {
+        let problem = operands.problem()?;
+        let (Some(scratch), Some(plan)) = (permutation, crate::plan::route_permute(&problem)) else {
+            cuda.route(stream, operands)?;
+            return Ok(false);
+        };
+        let slots = problem.tokens * problem.top_k;
+        let grouped = Grouped {
+            row_slot: scratch.row_slot.view_mut(U32, [slots])?,
+            slot_row: scratch.slot_row.view_mut(U32, [slots])?,
+            offsets: scratch.offsets.view_mut(U32, [problem.experts + 1])?,
+        };
+        route_permute(cuda, stream, &operands, &grouped, plan)?;
+        Ok(true)
+    }
+
+    /// The routes that the layer's router makes of tokens; `permutation` and the result as those of [`route`](Self::route).
     fn gate_route(
         &self,
         cuda: &Cuda,
         stream: &CudaStream,
-        x: In<'_>,
-        token_ids: Option<In<'_>>,
+        (x, token_ids): (In<'_>, Option<In<'_>>),
         scratch: &mut RoutingScratch<'_>,
-    ) -> Result<()> {
-        let Some(router) = &self.router else { return Ok(()) };
+        permutation: Option<&mut PermutationScratch<'_>>,
+    ) -> Result<bool> {
+        let Some(router) = &self.router else { return Ok(false) };
         let (config, tokens) = (&self.problem.core, x.rows());
         let (slots, all) = ([tokens, config.top_k], [tokens, config.choices()]);
         let RoutingScratch { logits, experts, weights, .. } = scratch;
         let choice = self.choice(token_ids, experts.view_mut(U32, slots)?, weights.view_mut(F32, slots)?)?;
         if !self.invariant() {
-            let gate = self.gate(router, x, logits.view_mut(F32, all)?)?;
-            return cuda.gate_route(stream, GateRoute { gate, choice });
+            if permutation.is_none() {
+                let gate = self.gate(router, x, logits.view_mut(F32, all)?)?;
+                cuda.gate_route(stream, GateRoute { gate, choice })?;
+                return Ok(false);
+            }
+            cuda.gate(stream, self.gate(router, x, logits.view_mut(F32, all)?)?)?;
+            return self.route(cuda, stream, Route { logits: logits.view(F32, all)?, choice }, permutation);
         }
         for Range { start, end } in pieces(tokens, true) {
             let some = logits.view_mut(F32, all)?.row_range(start, end - start)?;
             cuda.gate(stream, self.gate(router, x.row_range(start, end - start)?, some)?)?;
         }
-        cuda.route(stream, Route { logits: logits.view(F32, all)?, choice })
+        cuda.route(stream, Route { logits: logits.view(F32, all)?, choice })?;
+        Ok(false)
     }
 
     fn gate<'s>(&'s self, router: &'s Router, x: In<'s>, logits: Out<'s>) -> Result<Gate<'s, Cuda>> {

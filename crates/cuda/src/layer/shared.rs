@@ -1,7 +1,7 @@
 //! The shared expert: a grouped product whose rows are all one expert's.
 
 use super::{In, formats, pieces, vector_of};
-use crate::down::down_of;
+use crate::down::{Manner, down_of};
 use crate::error::Result;
 use crate::gate_up::gate_up_of;
 use crate::grouped::Groups;
@@ -77,7 +77,7 @@ impl SharedExpert {
                 out: scratch.y.view_mut(outputs, [tokens, hidden])?,
             },
             Groups::One,
-            invariant,
+            Manner { invariant, early: true },
         )?;
         if let Some(gate) = &self.gate {
             for piece in pieces(tokens, invariant) {

@@ -96,9 +96,7 @@ fn dot(sizes: &Sizes, aligned: impl Fn(u64) -> bool) -> GroupedPlan {
     let &Sizes { product, rows, inner, outputs, x, weight, slots, .. } = sizes;
     let vector = vector(super::dot_vector(x, weight), aligned);
     let loads = inner.div_ceil(32 * usize::from(vector)).max(1);
-    // as many as come out even; else the last ones are in part beyond the row
-    let unroll = (1..=MOST_UNROLLED).rev().find(|&n| loads % n == 0 && 2 * n >= loads.min(MOST_UNROLLED));
-    let unroll = unroll.unwrap_or(MOST_UNROLLED);
+    let unroll = unroll(loads);
     let each = if 2 * unroll * product.halves() > LOADS { 1 } else { 2 };
     let each = if 4 * unroll * product.halves() > LOADS { each } else { 4 };
     let at_once = if (slots || rows == 1) && x == weight { 1 } else { ROWS_AT_ONCE };
@@ -106,6 +104,12 @@ fn dot(sizes: &Sizes, aligned: impl Fn(u64) -> bool) -> GroupedPlan {
     let kernel = GroupedKernel::Dot { product, x, weight, vector, outputs: outputs_each, unroll, rows: at_once };
     let grid = Grid::plane(outputs.div_ceil(DOT_WARPS * each), rows, 32 * DOT_WARPS as u32);
     GroupedPlan { kernel, grid, why: "few rows: warps stream the weights of their outputs" }
+}
+
+/// Of so many loads of a row, those at once: as many as come out even; else the last ones are in part beyond the row.
+pub(super) fn unroll(loads: usize) -> usize {
+    let even = (1..=MOST_UNROLLED).rev().find(|&n| loads.is_multiple_of(n) && 2 * n >= loads.min(MOST_UNROLLED));
+    even.unwrap_or(MOST_UNROLLED)
 }
 
 fn mma(sizes: &Sizes, device: &DeviceNumbers) -> GroupedPlan {

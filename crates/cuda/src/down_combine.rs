@@ -1,0 +1,79 @@
+//! down and combine of one token in one launch.
+
+use crate::error::Result;
+use crate::grouped::GroupedParams;
+use crate::launch::{Tensor, launch, params};
+use crate::memory::{Mut, Ref};
+use crate::pack::Experts;
+use crate::plan::down_combine as plan;
+use crate::{Cuda, CudaStream};
+use fused_moe_core::View;
+use fused_moe_core::operation::{Residual, Shared};
+
+params! {
+    DownCombineParams {
+        down: GroupedParams, weights: Tensor, shared: Tensor, logit: Tensor, residual: Tensor, out: Tensor,
+        routed_scale: f32, shared_scale: f32,
+    }
+}
+
+/// Operands of [`down_combine`].
+pub(crate) struct DownCombine<'a> {
+    /// `[K, I]`, by slot.
+    pub(crate) a: View<Ref<'a>>,
+    /// u32 `[1, K]`, each in range and here; there already when the launch before began.
+    pub(crate) experts: View<Ref<'a>>,
+    /// f32 `[1, K]`; absent: every slot counts once.
+    pub(crate) weights: Option<View<Ref<'a>>>,
+    pub(crate) matrices: &'a Experts,
+    pub(crate) routed_scale: f32,
+    pub(crate) shared: Option<Shared<'a, Cuda>>,
+    pub(crate) residual: Option<Residual<'a, Cuda>>,
+    /// Written: `[1, H]`.
+    pub(crate) out: View<Mut<'a>>,
+}
+
+/// `out = residual + routed_scale * sum_k weights[k] * (down_k . a[k] + bias_k) + shared`, slots in order.
+///
+/// Errors: `Misaligned`.
+pub(crate) fn down_combine(cuda: &Cuda, stream: &CudaStream, operands: &DownCombine<'_>) -> Result<()> {
+    let DownCombine { a, matrices, shared, .. } = operands;
+    let table = matrices.down();
+    let (w, inner, out) = (table.weights(), table.inner as u64, Tensor::of(&operands.out)?);
+    let params = DownCombineParams {
+        down: GroupedParams {
+            x: Tensor::of(a)?,
+            bias: table.bias,
+            weights: w.data,
+            expert_stride: table.expert_stride as u64,
+            row_stride: w.stride,
+            slot_experts: Tensor::of(&operands.experts)?.data,
+            rows: a.rows() as u64,
+            inner,
+            outputs: table.outputs as u64,
+            experts: table.experts as u32,
+            first: table.first as u32,
+            here: table.here as u32,
+            ..GroupedParams::default()
+        },
+        weights: Tensor::maybe(operands.weights.as_ref())?,
+        shared: Tensor::maybe(shared.as_ref().map(|shared| &shared.y))?,
+        logit: Tensor::maybe(shared.as_ref().and_then(|shared| shared.logit.as_ref()))?,
+        residual: match &operands.residual {
+            Some(Residual::Of(residual)) => Tensor::of(residual)?,
+            Some(Residual::InPlace) => out,
+            None => Tensor::default(),
+        },
+        out,
+        routed_scale: operands.routed_scale,
+        shared_scale: shared.as_ref().map_or(0.0, |shared| shared.scale),
+    };
+    let sizes =
+        plan::Sizes { slots: a.rows(), inner: table.inner, outputs: table.outputs, x: a.dtype(), weight: table.format };
+    let aligned = |n: u64| params.down.x.aligned(n) && w.aligned(n) && inner.is_multiple_of(n);
+    let plan = plan::down_combine(&sizes, aligned);
+    if let Some(recorder) = cuda.recorder() {
+        recorder.explain(plan.why);
+    }
+    launch(cuda, stream, plan.kernel, plan.grid, &params)
+}
