@@ -18,7 +18,7 @@ pub struct DropOverflow<'a> {
     pub importance: Option<&'a [f64]>,
     /// `[N + 1]`, ascending; absent for one sequence.
     pub sequences: Option<&'a [u32]>,
-    /// E, for [`CapacityLimit::EvenShare`].
+    /// E, for [`CapacityLimit::EvenShare`](crate::config::CapacityLimit::EvenShare).
     pub experts: usize,
     /// T.
     pub tokens: usize,
