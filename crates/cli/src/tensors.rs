@@ -293,7 +293,7 @@ mod tests {
         let in_buffers = |tokens| Tensor::random(tokens, 8, 0).unwrap().check_memory(3, 3200, workspace);
         in_buffers(100).unwrap();
         let error = in_buffers(101).unwrap_err();
-        assert!(error.to_string().contains("a buffer of this device has at most 3.20 kB"), "{error}");
+        assert!(error.to_string().contains("a buffer of this device has at most 3.2 kB"), "{error}");
         assert_eq!(crate::output::help(&error), Some("at most 100 tokens fit"));
         let error = check(1 << 50).unwrap_err();
         let help = crate::output::help(&error).unwrap();

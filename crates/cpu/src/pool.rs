@@ -37,9 +37,16 @@ impl Pool {
     /// `work(i)` for every i below `count`, in any order, some at once; at least `grain` successive ones on a thread.
     pub(crate) fn for_each(&self, count: usize, grain: usize, work: impl Fn(usize) + Send + Sync) {
         if count <= grain.max(1) || self.threads() == 1 {
-            (0..count).for_each(work);
+            serially(count, work);
         } else {
             self.install(|| (0..count).into_par_iter().with_min_len(grain.max(1)).for_each(work));
         }
     }
+}
+
+/// Apart, so that what `work` has on the stack is not also on the stack of a call that waits for other threads: a thread
+/// that waits begins other work on top of it.
+#[inline(never)]
+fn serially(count: usize, work: impl Fn(usize)) {
+    (0..count).for_each(work);
 }

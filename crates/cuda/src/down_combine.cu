@@ -12,9 +12,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) down_combine(const _
     f32 value = 0.0f;
     for (u32 slot = 0; slot < slots; slot += SLOTS) {
         const W_T* matrix[SLOTS];
+        // past this multiprocessor's own cache: they are read before this launch's turn
 #pragma unroll
         for (u32 s = 0; s < SLOTS; s++)
-            matrix[s] = reinterpret_cast<const W_T*>(expert_at<W_T>(p, experts[slot + s]).matrix) + i * p.row_stride;
+            matrix[s] = reinterpret_cast<const W_T*>(expert_at<W_T>(p, __ldcg(experts + slot + s)).matrix) + i * p.row_stride;
         f32 sum[SLOTS] = {};
         for (u64 base = 0; base < p.inner; base += 32 * VEC * UNROLL) {
             const u64 first = base + lane * VEC;

@@ -16,6 +16,8 @@ use fused_moe_core::{Layer, Routing, View};
 enum Rehearsed {
     /// With the state of the router before, where it has one.
     Router,
+    /// The same, with counts.
+    RouterCounts,
     PlainLogits,
     /// With a norm.
     Norm,
@@ -37,16 +39,20 @@ impl CudaLayer {
     /// Finds, compiles and loads what calls with up to so many tokens need.
     pub(crate) fn compile(&self, max_tokens: usize) -> Result<()> {
         let (cuda, recorder) = self.cuda.recording();
-        let mut tokens = 1;
-        while tokens <= max_tokens {
-            let sources =
-                [Rehearsed::Router, Rehearsed::PlainLogits, Rehearsed::Norm, Rehearsed::Counts, Rehearsed::Routes];
+        for tokens in rehearsed_tokens(max_tokens) {
+            let sources = [
+                Rehearsed::Router,
+                Rehearsed::RouterCounts,
+                Rehearsed::PlainLogits,
+                Rehearsed::Norm,
+                Rehearsed::Counts,
+                Rehearsed::Routes,
+            ];
             for source in sources {
-                if self.router.is_some() || !matches!(source, Rehearsed::Router) {
+                if self.router.is_some() || !matches!(source, Rehearsed::Router | Rehearsed::RouterCounts) {
                     self.rehearse(&cuda, tokens, source)?;
                 }
             }
-            tokens += (tokens / 32).max(1);
         }
         self.cuda.kernels().prepare(&recorder.kernels())
     }
@@ -69,7 +75,10 @@ impl CudaLayer {
             call.token_ids = Some(View::new(ids.read(), U32, 0, [tokens])?);
         }
         match source {
-            Rehearsed::Router => {
+            Rehearsed::Router | Rehearsed::RouterCounts => {
+                if matches!(source, Rehearsed::RouterCounts) {
+                    call.counts = Some(View::new(counts.write(), U32, 0, [experts])?);
+                }
                 let previous = router_mlp.map(|mlp| View::new(logits.read(), F32, 0, [tokens, mlp.width]));
                 call.router_state.previous = previous.transpose()?;
             }
@@ -97,5 +106,29 @@ impl CudaLayer {
         }
         let memory = Memory::placeholder(self.workspace_bytes(tokens)?);
         self.run_on(cuda, &self.idle, call, &mut Workspace::new(memory, &self.problem, tokens)?)
+    }
+}
+
+/// Batch sizes by steps of a thirty-second, the largest among them: where a plan changes, it does so between two of these
+/// and keeps to it for longer than one.
+fn rehearsed_tokens(max_tokens: usize) -> impl Iterator<Item = usize> {
+    let next = move |&tokens: &usize| {
+        (tokens < max_tokens).then(|| max_tokens.min(tokens.saturating_add((tokens / 32).max(1))))
+    };
+    std::iter::successors((max_tokens > 0).then_some(1), next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_batch_is_rehearsed() {
+        for max in [1, 2, 33, 512, 2047, 2048, 4096, 1 << 20] {
+            let tokens: Vec<usize> = rehearsed_tokens(max).collect();
+            assert_eq!((tokens[0], tokens[tokens.len() - 1]), (1, max));
+            assert!(tokens.windows(2).all(|pair| pair[0] < pair[1] && pair[1] - pair[0] <= (pair[0] / 32).max(1)));
+        }
+        assert_eq!(rehearsed_tokens(0).count(), 0);
     }
 }

@@ -71,7 +71,8 @@ impl Isa {
         Self::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Self::Scalar)
     }
 
-    /// Whether products of bf16 numbers have an instruction of their own, which takes both operands in that format.
+    /// Whether products of bf16 numbers have an instruction of their own, which takes both operands in that format and
+    /// counts numbers below 2^-126 as zeros.
     pub fn has_bf16_products(self) -> bool {
         self == Self::Avx512Bf16
     }

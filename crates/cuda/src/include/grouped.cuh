@@ -27,7 +27,9 @@ struct RowRange {
 __device__ __forceinline__ RowRange rows_of(const GroupedParams& p, u32 e) {
     if (!p.offsets) return {0, (u32)p.rows};
     const u32* offsets = reinterpret_cast<const u32*>(p.offsets);
-    const u32 rows = (u32)p.rows, begin = offsets[e], end = offsets[e + 1] < rows ? offsets[e + 1] : rows;
+    // past this multiprocessor's own cache: some launches read them before their turn
+    const u32 rows = (u32)p.rows, begin = __ldcg(offsets + e), last = __ldcg(offsets + e + 1);
+    const u32 end = last < rows ? last : rows;
     return {begin, end > begin ? end : begin};
 }
 
