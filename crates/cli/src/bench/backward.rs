@@ -1,13 +1,13 @@
 //! The passes of a training step on a clock.
 
 use super::Run;
-use super::batch::Batches;
+use super::batch::{Batch, Batches};
 use super::cuda::Gpu;
 use super::gradients::Left;
 use super::host::Host;
 use super::machine::Ceilings;
 use super::measure::{STEPS, Timing, Verified};
-use super::meter::{ErrorOf, Meter, Pass, Times};
+use super::meter::{ErrorOf, Meter, Pass, StreamOf, Times};
 use super::record::{Rows, Setting};
 use super::report;
 use super::training::{Kept, MatrixMemory, Sizes};
@@ -15,9 +15,10 @@ use super::weights::Source;
 use super::wgpu::Portable;
 use crate::args::Origin;
 use crate::output::{bytes, progress, remedied};
-use anyhow::{Context, Result};
-use fused_moe::training::TrainingLayer;
-use fused_moe::{Backend, BackendBackward, Device, Layer, Options};
+use anyhow::{Context, Result, ensure};
+use fused_moe::operation::LayerParameters;
+use fused_moe::training::{TrainingLayer, TrainingWorkspace};
+use fused_moe::{Backend, BackendBackward, Device, Layer, Options, Stream};
 use fused_moe_conformance::shapes::Cost;
 use std::time::Duration;
 
@@ -150,33 +151,32 @@ impl<M: Meter<Backend: BackendBackward>> Step<'_, M> {
             tokens,
             seed: self.run.arguments.seed,
         };
-        let mut batches = batches.make(count, 1)?;
         let seed = |i: usize| self.run.arguments.seed.wrapping_add(9000 + i as u64);
-        let mut kept = (0..count).map(|i| Kept::new(backend, sizes, seed(i))).collect::<Result<Vec<_>>>()?;
-        let mut gradients = MatrixMemory::gradients(backend, sizes)?;
-        let parameters = self.weights.parameters(sizes)?;
-        let (mut workspace, mut scratch) = (self.layer.workspace(tokens)?, self.training.workspace(backend, tokens)?);
-        let mut call = |pass: Pass, number: usize| -> Result<(), ErrorOf<M>> {
-            let (batch, kept) = (&mut batches[number % count], &mut kept[number % count]);
-            match pass {
-                Pass::Forward => self.layer.run(&stream, batch.call(dtype, tokens, config)?, &mut workspace),
-                Pass::Saving => {
-                    let call = kept.forward(sizes, batch, &parameters)?;
-                    self.training.forward(backend, &stream, call, &mut scratch)
-                }
-                Pass::Backward => {
-                    let call = kept.backward(sizes, batch, &parameters, &mut gradients)?;
-                    self.training.backward(backend, &stream, call, &mut scratch)
-                }
-            }
+        let mut memory = Memory {
+            batches: batches.make(count, 1)?,
+            kept: (0..count).map(|i| Kept::new(backend, sizes, seed(i))).collect::<Result<Vec<_>>>()?,
+            gradients: MatrixMemory::gradients(backend, sizes)?,
+            workspace: self.layer.workspace(tokens)?,
+            scratch: self.training.workspace(backend, tokens)?,
         };
+        let parameters = self.weights.parameters(sizes)?;
         for number in 0..count {
-            Pass::ALL.into_iter().try_for_each(|pass| call(pass, number))?;
+            Pass::ALL
+                .into_iter()
+                .try_for_each(|pass| self.enqueue(&stream, sizes, &parameters, &mut memory, (pass, number)))?;
         }
+        let status = stream.status()?;
+        ensure!(status.is_ok(), "status: {status}");
+        // what the calls on the clock leave out must show
+        memory.kept.iter_mut().try_for_each(|kept| kept.poison(backend, sizes))?;
+        memory.gradients.poison(backend, sizes)?;
+        let mut call = |pass, number| self.enqueue(&stream, sizes, &parameters, &mut memory, (pass, number));
         let times = meter.time_passes(&stream, count, &mut call, tick)?;
+        let Memory { batches, kept, gradients, .. } = memory;
+        let [_, _, Times { finished, .. }] = &times;
+        ensure!(!finished.is_empty(), "no call was finished");
         let left = Left { sizes, source: self.source, backend, stream: &stream };
         let mut verified = Verified::default();
-        let [_, _, Times { finished, .. }] = &times;
         for (i, &number) in finished.iter().enumerate() {
             // the weights' gradients are those of the last call
             let matrices = (i + 1 == finished.len()).then_some(&gradients);
@@ -214,4 +214,39 @@ impl<M: Meter<Backend: BackendBackward>> Step<'_, M> {
             kept: self.training.activation_bytes(1, dtype) + config.hidden * dtype.size(),
         })
     }
+
+    /// Enqueues a pass of the call of a number.
+    fn enqueue(
+        &self,
+        stream: &StreamOf<M>,
+        sizes: &Sizes<'_>,
+        parameters: &LayerParameters<'_, M::Backend>,
+        memory: &mut Memory<M::Backend>,
+        (pass, number): (Pass, usize),
+    ) -> Result<(), ErrorOf<M>> {
+        let backend = self.meter.backend();
+        let Memory { batches, kept, gradients, workspace, scratch } = memory;
+        let i = number % batches.len().max(1);
+        let (batch, kept) = (&mut batches[i], &mut kept[i]);
+        match pass {
+            Pass::Forward => self.layer.run(stream, batch.call(sizes.dtype, sizes.tokens, sizes.config)?, workspace),
+            Pass::Saving => {
+                let call = kept.forward(sizes, batch, parameters)?;
+                self.training.forward(backend, stream, call, scratch)
+            }
+            Pass::Backward => {
+                let call = kept.backward(sizes, batch, parameters, gradients)?;
+                self.training.backward(backend, stream, call, scratch)
+            }
+        }
+    }
+}
+
+/// What the passes read and write.
+struct Memory<B: Backend> {
+    batches: Vec<Batch<B>>,
+    kept: Vec<Kept<B>>,
+    gradients: MatrixMemory<B>,
+    workspace: B::Workspace,
+    scratch: TrainingWorkspace<B>,
 }

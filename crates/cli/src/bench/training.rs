@@ -94,6 +94,14 @@ impl<B: Backend> MatrixMemory<B> {
         })
     }
 
+    /// Makes gradients NaN again.
+    pub(crate) fn poison(&mut self, backend: &B, sizes: &Sizes<'_>) -> Result<()> {
+        let size = sizes.dtype.size();
+        poison(backend, &mut self.router, sizes.config.experts * sizes.config.hidden * size)?;
+        poison(backend, &mut self.gate_up, sizes.gate_up().iter().product::<usize>() * size)?;
+        poison(backend, &mut self.down, sizes.down().iter().product::<usize>() * size)
+    }
+
     pub(crate) fn parameters(&self, sizes: &Sizes<'_>) -> fused_moe::Result<LayerParameters<'_, B>> {
         let &Sizes { config, dtype, from_router, .. } = sizes;
         let router = View::new(B::read(&self.router), dtype, 0, [config.experts, config.hidden])?;
@@ -133,6 +141,17 @@ impl<B: Backend> Kept<B> {
             d_x: poisoned(backend, elements, sizes.dtype)?,
             d_logits: poisoned(backend, sizes.tokens * sizes.config.experts, DType::F32)?,
         })
+    }
+
+    /// Makes all that is written NaN, or an id of no expert, again.
+    pub(crate) fn poison(&mut self, backend: &B, sizes: &Sizes<'_>) -> Result<()> {
+        let (size, elements) = (sizes.dtype.size(), sizes.tokens * sizes.config.hidden);
+        poison(backend, &mut self.pre_activation, sizes.slots() * sizes.config.gate_up_rows() * size)?;
+        poison(backend, &mut self.experts, sizes.slots() * DType::U32.size())?;
+        poison(backend, &mut self.weights, sizes.slots() * DType::F32.size())?;
+        poison(backend, &mut self.y, elements * size)?;
+        poison(backend, &mut self.d_x, elements * size)?;
+        poison(backend, &mut self.d_logits, sizes.tokens * sizes.config.experts * DType::F32.size())
     }
 
     /// The forward pass.
@@ -242,4 +261,8 @@ fn append(matrix: &Matrix<'_>, to: &mut Vec<u8>) {
 /// All bits set: NaN in every format of floats.
 fn poisoned<B: Backend>(backend: &B, elements: usize, dtype: DType) -> Result<B::Memory> {
     uploaded(backend, &vec![0xff; elements * dtype.size()])
+}
+
+fn poison<B: Backend>(backend: &B, memory: &mut B::Memory, bytes: usize) -> Result<()> {
+    Ok(backend.upload(&vec![0xff; bytes], memory)?)
 }
