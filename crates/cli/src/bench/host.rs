@@ -2,7 +2,7 @@
 
 use super::budget;
 use super::machine::{self, Ceilings, PASSES};
-use super::meter::{Calls, LayerSizes, Meter, Pass, Passes, StreamOf, Times};
+use super::meter::{Calls, ErrorOf, LayerSizes, Meter, Pass, Passes, StreamOf, Times};
 use crate::args::{Origin, Spread};
 use crate::output::{bytes, rounded};
 use anyhow::{Result, ensure};
@@ -89,23 +89,8 @@ impl Meter for Host {
     }
 
     fn time(&self, stream: &StreamOf<Self>, _: usize, call: Calls<'_, Self>, tick: &dyn Fn()) -> Result<Times> {
-        let (mut samples, begin, mut last) = (Vec::new(), Instant::now(), 0);
-        for run in 0..WARM_UP + RUNS.end() {
-            if run >= WARM_UP + RUNS.start() && begin.elapsed() > ENOUGH {
-                break;
-            }
-            let start = Instant::now();
-            call(run)?;
-            let status = stream.status()?;
-            let time = start.elapsed();
-            ensure!(status.is_ok(), "status: {status}");
-            if run >= WARM_UP {
-                samples.push(time);
-            }
-            last = run;
-            tick();
-        }
-        Ok(Times { samples, calls: 1, finished: vec![last] })
+        let [times] = in_turn(stream, [()], &mut |(), number| call(number), tick)?;
+        Ok(times)
     }
 
     /// In turn, so that what else the machine does falls on all passes alike.
@@ -116,25 +101,7 @@ impl Meter for Host {
         call: Passes<'_, Self>,
         tick: &dyn Fn(),
     ) -> Result<[Times; 3]> {
-        let (mut samples, begin, mut last) = ([(); 3].map(|()| Vec::new()), Instant::now(), 0);
-        for run in 0..WARM_UP + RUNS.end() {
-            if run >= WARM_UP + RUNS.start() && begin.elapsed() > ENOUGH {
-                break;
-            }
-            for (pass, samples) in Pass::ALL.into_iter().zip(&mut samples) {
-                let start = Instant::now();
-                call(pass, run)?;
-                let status = stream.status()?;
-                let time = start.elapsed();
-                ensure!(status.is_ok(), "status: {status}");
-                if run >= WARM_UP {
-                    samples.push(time);
-                }
-            }
-            last = run;
-            tick();
-        }
-        Ok(samples.map(|samples| Times { samples, calls: 1, finished: vec![last] }))
+        in_turn(stream, Pass::ALL, call, tick)
     }
 
     fn clock(&self) -> &'static str {
@@ -157,4 +124,32 @@ impl Meter for Host {
         let rate = rounded(ceilings.arithmetic / 1e9);
         format!("{rate} GFLOP/s ({}, in registers, best of as many passes)", self.arithmetic())
     }
+}
+
+/// Times calls of several kinds, one of each in every run.
+fn in_turn<K: Copy, const N: usize>(
+    stream: &StreamOf<Host>,
+    kinds: [K; N],
+    call: &mut dyn FnMut(K, usize) -> Result<(), ErrorOf<Host>>,
+    tick: &dyn Fn(),
+) -> Result<[Times; N]> {
+    let (mut samples, begin, mut last) = ([(); N].map(|()| Vec::new()), Instant::now(), 0);
+    for run in 0..WARM_UP + RUNS.end() {
+        if run >= WARM_UP + RUNS.start() && begin.elapsed() > ENOUGH {
+            break;
+        }
+        for (kind, samples) in kinds.into_iter().zip(&mut samples) {
+            let start = Instant::now();
+            call(kind, run)?;
+            let status = stream.status()?;
+            let time = start.elapsed();
+            ensure!(status.is_ok(), "status: {status}");
+            if run >= WARM_UP {
+                samples.push(time);
+            }
+        }
+        last = run;
+        tick();
+    }
+    Ok(samples.map(|samples| Times { samples, calls: 1, finished: vec![last] }))
 }

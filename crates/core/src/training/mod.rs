@@ -157,21 +157,10 @@ fn norm<B: Backend>(
     (x, weight, eps): (In<'_, B>, Option<In<'_, B>>, f32),
     (sum, out): (crate::backend::Out<'_, B>, crate::backend::Out<'_, B>),
 ) -> Result<(), B::Error> {
-    let none = shorten::<B>(x).row_range(0, 0)?;
-    let weight = weight.map(shorten::<B>);
-    backend.combine(
-        stream,
-        Combine {
-            rows: SlotRows::Slots(none),
-            weights: None,
-            copies: None,
-            routed_scale: 1.0,
-            shared: None,
-            residual: Some(Residual::Of(shorten::<B>(x))),
-            norm: Some(NextNorm { weight, eps, out: shorten_mut::<B>(out) }),
-            out: shorten_mut::<B>(sum),
-        },
-    )
+    let nothing = shorten::<B>(x).row_range(0, 0)?;
+    let norm = NextNorm { weight: weight.map(shorten::<B>), eps, out: shorten_mut::<B>(out) };
+    let of = Residual::Of(shorten::<B>(x));
+    backend.combine(stream, Combine::norm_alone(nothing, of, norm, shorten_mut::<B>(sum)))
 }
 
 /// Adds a finished gradient to where it goes, or puts it there.
@@ -186,20 +175,18 @@ fn deliver<B: Backend>(
     if mode == GradientMode::Accumulate {
         return backend.accumulate(stream, Accumulate { acc: view, weight: Factor::Value(1.0), y: from });
     }
-    let none = shorten::<B>(from).row_range(0, 0)?;
-    backend.combine(
-        stream,
-        Combine {
-            rows: SlotRows::Slots(none),
-            weights: None,
-            copies: None,
-            routed_scale: 1.0,
-            shared: None,
-            residual: Some(Residual::Of(from)),
-            norm: None,
-            out: view,
-        },
-    )
+    let nothing = shorten::<B>(from).row_range(0, 0)?;
+    let copied = Combine {
+        rows: SlotRows::Slots(nothing),
+        weights: None,
+        copies: None,
+        routed_scale: 1.0,
+        shared: None,
+        residual: Some(Residual::Of(from)),
+        norm: None,
+        out: view,
+    };
+    backend.combine(stream, copied)
 }
 
 /// The matrices of one expert as a stack of one.

@@ -47,8 +47,8 @@ fn fast([a, b]: [DType; 2], aligned: &impl Fn(u64) -> bool) -> bool {
 const GATE_SHARED: [usize; 2] = [2 * (64 * 40 * 4 + 32 * 128 * 2), 8 * 3 * (16 * 68 * 4 + 16 * 40 * 2)];
 const WIDE: &str = "router: tensor cores, each f32 of the logits' gradient in three terms";
 
-/// The gradient of the rows; `formats` of d and the matrices; `plain`: d is as it lies; `aligned` says whether groups of so many elements of both may
-/// be read at once.
+/// The gradient of the rows; `formats` of d and the matrices; `plain`: d is as it lies; `aligned` says whether groups of so
+/// many elements of both may be read at once.
 pub(crate) fn rows(
     stage: Stage,
     problem: &GroupedBackwardProblem,
