@@ -114,9 +114,16 @@ impl TrainingLayer {
             let (operand, reason) = ("parameters.router", "the routes come from the layer's router");
             return Err(Error::Missing { operation, operand, reason });
         }
-        if self.config.shared.is_some() != (call.parameters.shared.is_some() && call.shared) {
-            let reason = "parameters and pre-activation of a shared expert belong to a layer with one, both of them";
-            return Err(Error::Missing { operation, operand: "shared", reason });
+        let shared = [("parameters.shared", call.parameters.shared.is_some()), ("shared_pre_activation", call.shared)];
+        for (operand, given) in shared {
+            if given && self.config.shared.is_none() {
+                let reason = "the layer has no shared expert";
+                return Err(Error::Unexpected { operation, operand, reason });
+            }
+            if !given && self.config.shared.is_some() {
+                let reason = "the layer has a shared expert";
+                return Err(Error::Missing { operation, operand, reason });
+            }
         }
         if self.config.routing.selection == Selection::Table && call.from_router && call.parameters.table.is_none() {
             let (operand, reason) = ("parameters.table", "experts are chosen by token id");

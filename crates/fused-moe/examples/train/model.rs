@@ -146,23 +146,25 @@ impl Model {
 
     /// The likeliest next symbol.
     pub(crate) fn next(&mut self, context: &[u8]) -> Result<u8, Error> {
-        let contexts = vec![context; self.tokens];
-        self.forward(&contexts)?;
+        self.forward(&[context])?;
         let best = self.guesses[..SYMBOLS].iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
         Ok(best.map_or(0, |(symbol, _)| symbol as u8))
     }
 
     fn forward(&mut self, contexts: &[&[u8]]) -> Result<(), Error> {
-        let Self { device, stream, layer, workspace, embedding, router, gate_up, down, head, tokens, .. } = self;
-        let tokens = *tokens;
+        let Self { device, stream, layer, workspace, embedding, router, gate_up, down, head, .. } = self;
+        let (tokens, slots) = (contexts.len(), contexts.len() * TOP_K);
         for (x, context) in self.x.chunks_exact_mut(HIDDEN).zip(contexts) {
             for (x, &symbol) in x.chunks_exact_mut(EMBEDDING).zip(*context) {
                 x.copy_from_slice(&embedding.values[usize::from(symbol) * EMBEDDING..][..EMBEDDING]);
             }
         }
-        let x = View::of(&self.x, [tokens, HIDDEN])?;
+        let x = View::of(&self.x[..tokens * HIDDEN], [tokens, HIDDEN])?;
         let matrix = router.view([EXPERTS, HIDDEN])?;
-        device.gate(stream, Gate::new(x, matrix, View::of_mut(&mut self.logits, [tokens, EXPERTS])?))?;
+        device.gate(
+            stream,
+            Gate::new(x, matrix, View::of_mut(&mut self.logits[..tokens * EXPERTS], [tokens, EXPERTS])?),
+        )?;
         let call = ForwardSaving {
             x,
             parameters: &LayerParameters::new(
@@ -170,21 +172,24 @@ impl Model {
                 gate_up.view([EXPERTS, 2 * INTERMEDIATE, HIDDEN])?,
                 down.view([EXPERTS, HIDDEN, INTERMEDIATE])?,
             ),
-            source: Source::Logits(View::of(&self.logits, [tokens, EXPERTS])?),
+            source: Source::Logits(View::of(&self.logits[..tokens * EXPERTS], [tokens, EXPERTS])?),
             token_ids: None,
             residual: Some(Residual::Of(x)),
             norm: None,
-            pre_activation: View::of_mut(&mut self.pre_activation, [tokens * TOP_K, 2 * INTERMEDIATE])?,
+            pre_activation: View::of_mut(
+                &mut self.pre_activation[..slots * 2 * INTERMEDIATE],
+                [slots, 2 * INTERMEDIATE],
+            )?,
             shared_pre_activation: None,
             routes: Some(RoutesOut {
-                experts: View::of_mut(&mut self.experts, [tokens, TOP_K])?,
-                weights: View::of_mut(&mut self.weights, [tokens, TOP_K])?,
+                experts: View::of_mut(&mut self.experts[..slots], [tokens, TOP_K])?,
+                weights: View::of_mut(&mut self.weights[..slots], [tokens, TOP_K])?,
             }),
-            y: View::of_mut(&mut self.y, [tokens, HIDDEN])?,
+            y: View::of_mut(&mut self.y[..tokens * HIDDEN], [tokens, HIDDEN])?,
         };
         layer.forward(device, stream, call, workspace)?;
-        let out = View::of_mut(&mut self.guesses, [tokens, SYMBOLS])?;
-        let y = View::of(&self.y, [tokens, HIDDEN])?;
+        let out = View::of_mut(&mut self.guesses[..tokens * SYMBOLS], [tokens, SYMBOLS])?;
+        let y = View::of(&self.y[..tokens * HIDDEN], [tokens, HIDDEN])?;
         device.linear(stream, Linear { x: y, weight: head.view([SYMBOLS, HIDDEN])?, bias: None, out })
     }
 
@@ -193,12 +198,13 @@ impl Model {
         let mut loss = 0.0;
         for (guess, context) in self.guesses.chunks_exact_mut(SYMBOLS).zip(contexts) {
             let largest = guess.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let next = usize::from(context[CONTEXT]);
+            let likelihood = guess[next] - largest;
             guess.iter_mut().for_each(|z| *z = (*z - largest).exp());
             let sum: f32 = guess.iter().sum();
+            loss += sum.ln() - likelihood;
             guess.iter_mut().for_each(|z| *z /= sum);
-            let next = &mut guess[usize::from(context[CONTEXT])];
-            loss -= next.max(f32::MIN_POSITIVE).ln();
-            *next -= 1.0;
+            guess[next] -= 1.0;
             guess.iter_mut().for_each(|z| *z /= self.tokens as f32);
         }
         loss / self.tokens as f32

@@ -29,7 +29,7 @@ impl Panel {
     fn y(&self, value: f64) -> f64 {
         let [least, most] = self.range;
         let part = if self.logarithmic {
-            (value.max(least) / least).ln() / (most / least).ln()
+            (value.clamp(least, most) / least).ln() / (most / least).ln()
         } else {
             (value - least) / (most - least)
         };
