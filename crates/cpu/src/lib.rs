@@ -83,7 +83,8 @@ impl Cpu {
     /// On the rayon pool of the thread that calls an operation, else on the global one; with the fastest instruction set
     /// here.
     ///
-    /// The variable `FMOE_CPU_ISA` (`scalar`, `avx2`, `avx512`, `avx512bf16`) forces another one, here and in the constructors below.
+    /// The variable `FMOE_CPU_ISA` (`scalar`, `neon`, `avx2`, `avx512`, `avx512bf16`) forces another one, here and in the
+    /// constructors below.
     ///
     /// Errors: `Isa` when it names one that is unknown or not here.
     pub fn new() -> Result<Self> {

@@ -16,6 +16,8 @@ mod avx512;
 mod dot;
 mod elementwise;
 mod math;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod outer;
 mod panel;
 mod peak;
@@ -49,6 +51,8 @@ use std::str::FromStr;
 pub enum Isa {
     /// The target's baseline; on every CPU.
     Scalar,
+    /// NEON, on every 64-bit ARM processor.
+    Neon,
     /// AVX2 with FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
@@ -59,7 +63,7 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, the fastest last.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
 
     /// Those that this CPU has, the fastest last.
     pub fn available() -> Vec<Self> {
@@ -81,6 +85,7 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             Self::Scalar => true,
+            Self::Neon => cfg!(target_feature = "neon"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -105,6 +110,7 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Scalar => "scalar",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
@@ -114,7 +120,7 @@ impl fmt::Display for Isa {
 
 /// A name that is no [`Isa`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("isa: expected scalar, avx2, avx512 or avx512bf16, got {name:?}")]
+#[error("isa: expected scalar, neon, avx2, avx512 or avx512bf16, got {name:?}")]
 pub struct UnknownIsa {
     /// The name.
     pub name: String,
@@ -179,6 +185,8 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
             Isa::Avx512Bf16 => unsafe { avx512::run_bf16(panel::PairPanel(panel)) },
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx512Bf16 => scalar::run(panel::PairPanel(panel)),
             _ => {}
         }
     }
@@ -196,6 +204,8 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
             Isa::Avx512Bf16 if format == DType::BF16 => unsafe { avx512::run_bf16(Peak::<true> { rounds }) },
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx512Bf16 if format == DType::BF16 => scalar::run(Peak::<true> { rounds }),
             _ => self.run(Peak::<false> { rounds }),
         }
     }
@@ -272,6 +282,11 @@ impl Kernels {
     fn run<T: Task>(self, task: T) -> T::Output {
         match self.isa {
             Isa::Scalar => scalar::run(task),
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: `isa` is private and only set to what is_available() confirmed.
+            Isa::Neon => unsafe { neon::run(task) },
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon => scalar::run(task),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
             Isa::Avx2 => unsafe { avx2::run(task) },

@@ -43,7 +43,7 @@ impl Simd for Scalar {
     type Vector = [f32; LANES];
     const LANES: usize = LANES;
     const WIDE_TILE: bool = false;
-    const PANEL_ROWS: usize = if cfg!(target_arch = "aarch64") { 3 } else { 1 };
+    const PANEL_ROWS: usize = 1;
     type Pairs = [[bf16; 2]; LANES];
 
     #[inline(always)]
