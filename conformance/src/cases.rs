@@ -129,10 +129,15 @@ pub struct Case {
     pub operation: Operation,
 }
 
+/// `stage/case/dtypes`.
+pub(crate) fn id(stage: Stage, name: &str, dtype: &str) -> String {
+    format!("{stage}/{name}/{dtype}")
+}
+
 impl Case {
     /// `stage/case/dtypes`, unique.
     pub fn id(&self) -> String {
-        format!("{}/{}/{}", self.stage, self.name, self.dtype)
+        id(self.stage, &self.name, &self.dtype)
     }
 
     /// The same with operands that are all of their buffers.

@@ -1,6 +1,6 @@
 //! Runs cases on a backend: twice each, into poisoned outputs between sentinels, from inputs that must stay as they are.
 
-use crate::cases::{Case, Operation, Scale, Stage, cases};
+use crate::cases::{Case, Operation, Scale, Stage, cases, id};
 use crate::compare::{self, Comparison};
 use crate::data::{Values, decode};
 use crate::image::{Placement, Window};
@@ -70,7 +70,7 @@ impl Heading {
     }
 
     fn id(&self) -> String {
-        format!("{}/{}/{}", self.stage, self.name, self.dtype)
+        id(self.stage, &self.name, &self.dtype)
     }
 }
 

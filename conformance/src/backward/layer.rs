@@ -8,10 +8,10 @@ use crate::tolerance;
 use fused_moe_core::backend::{reborrow, share, shorten, shorten_mut};
 use fused_moe_core::config::*;
 use fused_moe_core::operation::{
-    ForwardSaving, Gradient, GradientMode, LayerBackward, LayerGradients, LayerParameters, RoutesFrom, RoutesOut,
-    SharedGradients, SharedParameters, Source,
+    ForwardSaving, Gradient, GradientMode, LayerBackward, LayerGradients, LayerParameters, NextNorm, Residual,
+    RoutesFrom, RoutesOut, SharedGradients, SharedParameters, Source,
 };
-use fused_moe_core::reference::{self, Input, RouteSource};
+use fused_moe_core::reference::{self, Input};
 use fused_moe_core::training::TrainingLayer;
 use fused_moe_core::{BackendBackward, DType, Routing};
 
@@ -20,19 +20,23 @@ use fused_moe_core::{BackendBackward, DType, Routing};
 pub struct Layer {
     /// T.
     pub tokens: usize,
+    /// Format of x, y, the weights, what is kept and the gradients of all these.
+    pub dtype: DType,
     /// The layer.
     pub config: LayerConfig,
     /// Where its routes come from.
-    pub from: From,
+    pub from: Origin,
     /// Whether there are biases, of the router too.
     pub biases: bool,
+    /// Whether y has a residual, and a norm follows.
+    pub tail: bool,
     /// How the gradients are stored.
     pub mode: GradientMode,
 }
 
 /// Where the routes of a case come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
+pub enum Origin {
     /// The layer's router.
     Router,
     /// Logits.
@@ -40,6 +44,10 @@ pub enum From {
     /// Routes.
     Routes,
 }
+
+/// V, where experts are chosen by token id.
+const VOCABULARY: usize = 11;
+const NEXT_EPS: f32 = 1e-4;
 
 const F32: DType = DType::F32;
 
@@ -49,25 +57,25 @@ type Weights = Vec<(&'static str, Tensor)>;
 impl Layer {
     fn weights(&self, data: Data) -> Weights {
         let c = &self.config;
-        let (n, h) = (c.gate_up_rows(), c.hidden);
+        let (n, h, dtype) = (c.gate_up_rows(), c.hidden, self.dtype);
         let scale = |inner: usize| 1.3 / (inner as f64).sqrt();
-        let matrix = |name: &str, rows, cols| data.of(name).normal(F32, [rows, cols], scale(cols));
-        let stack = |name: &str, rows, cols| data.of(name).normal(F32, [c.experts, rows, cols], scale(cols));
-        let vector = |name: &str, n| data.of(name).normal(F32, [n], 0.4);
-        let rows = |name: &str, n| data.of(name).normal(F32, [c.experts, n], 0.4);
+        let matrix = |name: &str, rows, cols| data.of(name).normal(dtype, [rows, cols], scale(cols));
+        let stack = |name: &str, rows, cols| data.of(name).normal(dtype, [c.experts, rows, cols], scale(cols));
+        let vector = |name: &str, n| data.of(name).normal(dtype, [n], 0.4);
+        let rows = |name: &str, n| data.of(name).normal(dtype, [c.experts, n], 0.4);
         let mut weights = vec![("gate_up", stack("gate_up", n, h)), ("down", stack("down", h, c.intermediate))];
-        if self.from == From::Router {
+        if self.from == Origin::Router {
             weights.push(("router", matrix("router", c.experts, h)));
         }
-        if c.gate.norm.is_some_and(|norm| norm.feeds_experts || self.from == From::Router) {
-            weights.push(("router_norm", data.of("router_norm").between(F32, [h], 0.5, 1.5)));
+        if c.gate.norm.is_some_and(|norm| norm.feeds_experts || self.from == Origin::Router) {
+            weights.push(("router_norm", data.of("router_norm").between(dtype, [h], 0.5, 1.5)));
         }
-        if c.routing.weights.expert_scale.is_some() && self.from != From::Routes {
-            weights.push(("expert_scale", data.of("expert_scale").between(F32, [c.experts], 0.5, 1.5)));
+        if c.routing.weights.expert_scale.is_some() && self.from != Origin::Routes {
+            weights.push(("expert_scale", data.of("expert_scale").between(dtype, [c.experts], 0.5, 1.5)));
         }
         if self.biases {
             weights.extend([("gate_up_bias", rows("gate_up_bias", n)), ("down_bias", rows("down_bias", h))]);
-            weights.extend((self.from == From::Router).then(|| ("router_bias", vector("router_bias", c.experts))));
+            weights.extend((self.from == Origin::Router).then(|| ("router_bias", vector("router_bias", c.experts))));
         }
         if let Some(shared) = c.shared {
             let (s, rows) = (shared.intermediate, shared.activation.gate_up_rows(shared.intermediate));
@@ -85,16 +93,26 @@ impl Layer {
 
 impl CheckBackward for Layer {
     fn prepare(&self) -> Prepared {
-        let (tokens, c) = (self.tokens, &self.config);
+        let (tokens, c, dtype) = (self.tokens, &self.config, self.dtype);
         let data = Data::new("layer_backward").of(&format!("{c:?} {:?}", self.from));
         let weights = self.weights(data);
         let of = |name: &str| weights.iter().find(|(n, _)| *n == name).map(|(_, tensor)| tensor.as_floats());
-        let x = data.of("x").tokens(F32, [tokens, c.hidden]);
-        let d_y = data.of("d_y").normal(F32, [tokens, c.hidden], 0.7);
+        let x = data.of("x").tokens(dtype, [tokens, c.hidden]);
+        let d_y = data.of("d_y").normal(dtype, [tokens, c.hidden], 0.7);
         let logits = data.of("logits").normal(F32, [tokens, c.experts], 1.5);
         let d_logits = data.of("d_logits").normal(F32, [tokens, c.experts], 0.2);
         let ids = data.of("ids").routes([tokens, c.top_k, c.experts], crate::data::Spread::Holes);
         let given = data.of("given").between(F32, [tokens, c.top_k], 0.1, 1.0);
+        let biased = matches!(c.routing.selection, Selection::TopK { bias: true, .. });
+        let correction_bias = biased.then(|| data.of("correction_bias").normal(F32, [c.experts], 0.2));
+        let by_id = c.routing.selection == Selection::Table;
+        let table = by_id.then(|| data.of("table").routes([VOCABULARY, c.top_k, c.experts], crate::data::Spread::Even));
+        let token_ids = (by_id && self.from != Origin::Routes).then(|| {
+            let ids = (0..tokens as u64).map(|t| data.of("token_ids").below(t, VOCABULARY) as u32);
+            Tensor::ids([tokens], ids.collect())
+        });
+        let residual = self.tail.then(|| data.of("residual").normal(dtype, [tokens, c.hidden], 1.0));
+        let next_weight = self.tail.then(|| data.of("next_weight").between(dtype, [c.hidden], 0.5, 1.5));
         let shared = of("shared_gate_up").zip(of("shared_down")).map(|(gate_up, down)| reference::SharedExpert {
             gate_up,
             gate_up_bias: of("shared_gate_up_bias"),
@@ -106,7 +124,9 @@ impl CheckBackward for Layer {
             router: of("router").unwrap_or_default(),
             router_bias: of("router_bias"),
             router_norm: of("router_norm"),
+            correction_bias: correction_bias.as_ref().map(Tensor::as_floats),
             expert_scale: of("expert_scale"),
+            table: table.as_ref().map(Tensor::as_ids),
             gate_up: of("gate_up").unwrap_or_default(),
             gate_up_bias: of("gate_up_bias"),
             down: of("down").unwrap_or_default(),
@@ -115,13 +135,25 @@ impl CheckBackward for Layer {
             ..reference::Layer::default()
         };
         let source = match self.from {
-            From::Router => RouteSource::Router,
-            From::Logits => RouteSource::Logits(logits.as_floats()),
-            From::Routes => RouteSource::Routes { ids: ids.as_ids(), weights: given.as_floats() },
+            Origin::Router => reference::Source::Router,
+            Origin::Logits => reference::Source::Logits(logits.as_floats()),
+            Origin::Routes => reference::Source::Routes { ids: ids.as_ids(), weights: given.as_floats() },
         };
-        let input = Input { x: x.as_floats(), tokens, ..Input::default() };
+        let next = next_weight.as_ref().map(Tensor::as_floats);
+        let input = Input {
+            x: x.as_floats(),
+            token_ids: token_ids.as_ref().map(Tensor::as_ids),
+            residual: residual.as_ref().map(Tensor::as_floats),
+            norm: next.map(|weight| reference::Norm { weight: Some(weight), eps: NEXT_EPS.into() }),
+            tokens,
+            ..Input::default()
+        };
         let (found, saved) = reference::forward_saving(c, &layer, &input, source);
-        let more = (self.from != From::Routes).then_some(d_logits.as_floats());
+        let [z, shared_z] = [&saved.pre_activation, &saved.shared_pre_activation].map(Vec::clone);
+        // the backward pass reads what was stored: at a kink the last bit decides
+        let stored = |z: &[f64]| z.iter().map(|&z| crate::data::round(dtype, z)).collect();
+        let saved = reference::Saved { pre_activation: stored(&z), shared_pre_activation: stored(&shared_z), ..saved };
+        let more = (self.from != Origin::Routes).then_some(d_logits.as_floats());
         let (x_floats, d_y_floats) = (x.as_floats(), d_y.as_floats());
         let op =
             reference::LayerBackward { d_y: d_y_floats, d_logits: more, x: x_floats, source, saved: &saved, tokens };
@@ -130,7 +162,9 @@ impl CheckBackward for Layer {
 
         // every step of the way is a sum in f32; what it may be off by is a part of the largest of its kind
         let inner = c.hidden + c.intermediate + c.top_k + c.experts + tokens * c.top_k;
-        let relative = tolerance::layer(inner, F32, 0.0);
+        // a norm may lie in x's format before the experts read it
+        let norms = if dtype == F32 { 0 } else { usize::from(c.gate.norm.is_some()) };
+        let relative = tolerance::layer(inner, dtype, 0.0) + tolerance::stored_before(norms, dtype);
         let expected = |values: Vec<f64>| {
             let largest = values.iter().fold(0.0f64, |m, v| m.max(v.abs()));
             let errors = vec![relative * largest; values.len()];
@@ -138,23 +172,28 @@ impl CheckBackward for Layer {
         };
         let mut prepared = Prepared::default();
         let slots = [tokens, c.top_k];
-        let pre_activation =
-            Output::floats("pre_activation", F32, [tokens * c.top_k, c.gate_up_rows()], expected(saved.pre_activation));
+        let pre_activation = Output::floats("pre_activation", dtype, [tokens * c.top_k, c.gate_up_rows()], expected(z));
         prepared.output(pre_activation.only(written));
-        prepared.output(Output::floats("y", F32, [tokens, c.hidden], expected(found.y)));
-        if self.from != From::Routes {
+        if let Some(normed) = found.normed {
+            let [y, errors] = expected(found.y.clone());
+            let rows = y.chunks_exact(c.hidden).zip(normed.chunks_exact(c.hidden)).zip(errors.chunks_exact(c.hidden));
+            let errors = rows.flat_map(|((y, n), errors)| tolerance::normed(y, n, errors)).collect();
+            prepared.output(Output::floats("normed", dtype, [tokens, c.hidden], [normed, errors]));
+        }
+        prepared.output(Output::floats("y", dtype, [tokens, c.hidden], expected(found.y)));
+        if self.from != Origin::Routes {
             prepared.output(Output::ids("experts", slots, saved.experts));
             prepared.output(Output::floats("weights", F32, slots, expected(saved.weights)));
         }
         if let Some(shared) = c.shared {
             let shape = [tokens, shared.activation.gate_up_rows(shared.intermediate)];
-            prepared.output(Output::floats("shared_z", F32, shape, expected(saved.shared_pre_activation)));
+            prepared.output(Output::floats("shared_z", dtype, shape, expected(shared_z)));
         }
-        let to = (F32, self.mode);
+        let (to, of_routes) = ((dtype, self.mode), (F32, self.mode));
         prepared.output(output("d_x", to, [tokens, c.hidden], expected(d.x)));
-        prepared.output(output("d_weights", to, slots, expected(d.weights)));
-        if self.from != From::Routes {
-            prepared.output(output("d_all_logits", to, [tokens, c.experts], expected(d.logits)));
+        prepared.output(output("d_weights", of_routes, slots, expected(d.weights)));
+        if self.from != Origin::Routes {
+            prepared.output(output("d_all_logits", of_routes, [tokens, c.experts], expected(d.logits)));
             prepared.input("d_logits", d_logits);
         }
         let s = d.shared;
@@ -180,6 +219,8 @@ impl CheckBackward for Layer {
             prepared.output(gradient).input(name, tensor);
         }
         prepared.input("x", x).input("d_y", d_y).input("logits", logits).input("ids", ids).input("given", given);
+        prepared.input_if("correction_bias", correction_bias).input_if("table", table).input_if("token_ids", token_ids);
+        prepared.input_if("residual", residual).input_if("next_weight", next_weight);
         prepared
     }
 
@@ -206,9 +247,9 @@ impl CheckBackward for Layer {
             router: operands.input_if("router"),
             router_bias: operands.input_if("router_bias"),
             router_norm: operands.input_if("router_norm"),
-            correction_bias: None,
+            correction_bias: operands.input_if("correction_bias"),
             expert_scale: operands.input_if("expert_scale"),
-            table: None,
+            table: operands.input_if("table"),
             gate_up: operands.input("gate_up")?,
             gate_up_bias: operands.input_if("gate_up_bias"),
             down: operands.input("down")?,
@@ -220,19 +261,24 @@ impl CheckBackward for Layer {
         let mut routes = operands.output_if("experts").zip(operands.output_if("weights"));
         let (ids, given) = (operands.input("ids")?, operands.input("given")?);
         let (x, logits, y) = (operands.input("x")?, operands.input("logits")?, operands.output("y")?);
+        let (next_weight, normed) = (operands.input_if("next_weight"), operands.output_if("normed"));
         let (d_y, d_logits) = (operands.input("d_y")?, operands.input_if("d_logits"));
         let source = match self.from {
-            From::Router => Source::Router,
-            From::Logits => Source::Logits(shorten::<B>(logits)),
-            From::Routes => Source::Routes(Routing { experts: shorten::<B>(ids), weights: shorten::<B>(given) }),
+            Origin::Router => Source::Router,
+            Origin::Logits => Source::Logits(shorten::<B>(logits)),
+            Origin::Routes => Source::Routes(Routing { experts: shorten::<B>(ids), weights: shorten::<B>(given) }),
         };
         let forward = ForwardSaving {
             x: shorten::<B>(x),
             parameters: &parameters,
             source,
-            token_ids: None,
-            residual: None,
-            norm: None,
+            token_ids: operands.input_if("token_ids").map(shorten::<B>),
+            residual: operands.input_if("residual").map(|residual| Residual::Of(shorten::<B>(residual))),
+            norm: normed.map(|out| NextNorm {
+                weight: next_weight.map(shorten::<B>),
+                eps: NEXT_EPS,
+                out: shorten_mut::<B>(out),
+            }),
             pre_activation: reborrow::<B>(&mut pre_activation),
             shared_pre_activation: shared_z.as_mut().map(reborrow::<B>),
             routes: routes.as_mut().map(|(experts, weights)| RoutesOut {
@@ -271,9 +317,9 @@ impl CheckBackward for Layer {
             None => Routing { experts: shorten::<B>(ids), weights: shorten::<B>(given) },
         };
         let source = match self.from {
-            From::Router => RoutesFrom::Router,
-            From::Logits => RoutesFrom::Logits(shorten::<B>(logits)),
-            From::Routes => RoutesFrom::Routes,
+            Origin::Router => RoutesFrom::Router,
+            Origin::Logits => RoutesFrom::Logits(shorten::<B>(logits)),
+            Origin::Routes => RoutesFrom::Routes,
         };
         let backward = LayerBackward {
             d_y: shorten::<B>(d_y),
@@ -314,6 +360,9 @@ pub(super) fn cases() -> Vec<BackwardCase> {
     let swish = Activation::ClampedSwish { alpha: 1.702, limit: 1.5 };
     let softcapped = Activation::SoftcappedSilu { gate_cap: 1.5, up_cap: 0.75 };
     let up = Activation::Plain(Function::ReluSquared);
+    let groups = Groups { count: 3, keep: 2, score: GroupScore::SumOfBestTwo, masked: Masked::NegInfinity };
+    let top = |groups| Selection::TopK { by: SelectBy::Score, bias: true, groups };
+    let selected = |selection| LayerConfig { routing: RoutingRule { selection, ..plain.routing }, ..plain.clone() };
     let layers = [
         ("plain", plain.clone(), false),
         ("biases", LayerConfig { activation: swish, ..plain.clone() }, true),
@@ -330,17 +379,25 @@ pub(super) fn cases() -> Vec<BackwardCase> {
         ("sigmoid scaled", LayerConfig { routing: scaled, ..plain.clone() }, false),
         ("always", LayerConfig { routing: RoutingRule { always: 1, ..scaled }, ..plain.clone() }, false),
         ("softcapped", LayerConfig { activation: softcapped, ..plain.clone() }, true),
+        ("tail", plain.clone(), true),
+        ("by token id", selected(Selection::Table), false),
+        ("correction bias", selected(top(None)), false),
+        ("groups", selected(top(Some(groups))), false),
     ];
     let mut cases = Vec::new();
     for (named, config, biases) in layers {
-        for from in [From::Router, From::Logits, From::Routes] {
+        let tail = named == "tail";
+        for from in [Origin::Router, Origin::Logits, Origin::Routes] {
             for (added, mode) in MODES {
-                for tokens in [0, 1, 37] {
+                for (dtype, tokens) in [(F32, 0), (F32, 1), (F32, 37), (DType::F16, 37), (DType::BF16, 37)] {
                     let name = format!("{added}{named} {from:?} T={tokens}");
-                    let layer = Layer { tokens, config: config.clone(), from, biases, mode };
+                    let layer = Layer { tokens, dtype, config: config.clone(), from, biases, tail, mode };
                     let operation = BackwardOperation::Layer(Box::new(layer));
-                    let (stage, dtype, placement) = (Stage::LayerBackward, "f32".into(), Default::default());
-                    cases.push(BackwardCase { stage, name, dtype, placement, operation });
+                    let (stage, dtype, placement) = (Stage::LayerBackward, dtype.to_string(), Default::default());
+                    let case = BackwardCase { stage, name, dtype, placement, operation };
+                    let strided = (named == "plain" || tail) && tokens == 37;
+                    cases.extend(strided.then(|| case.clone().strided()));
+                    cases.push(case);
                 }
             }
         }

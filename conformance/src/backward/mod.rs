@@ -5,7 +5,7 @@ pub mod layer;
 pub mod routes;
 pub mod rows;
 
-use crate::cases::{Scale, Stage};
+use crate::cases::{Scale, Stage, id};
 use crate::data::Tensor;
 use crate::image::Placement;
 use crate::operands::{Operands, Output, Prepared};
@@ -47,7 +47,7 @@ pub struct BackwardCase {
 impl BackwardCase {
     /// `stage/case/dtypes`, unique.
     pub fn id(&self) -> String {
-        format!("{}/{}/{}", self.stage, self.name, self.dtype)
+        id(self.stage, &self.name, &self.dtype)
     }
 
     /// The same with operands at odd offsets, their rows apart.

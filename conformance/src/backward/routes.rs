@@ -22,7 +22,7 @@ pub struct Route {
     pub rule: RoutingRule,
     /// How the gradients are stored.
     pub mode: GradientMode,
-    /// Whether some logits are not finite, and some slots have no expert.
+    /// Whether some logits are not finite, and some slots have no expert or one that does not exist.
     pub odd: bool,
 }
 
@@ -48,6 +48,7 @@ impl CheckBackward for Route {
         let mut ids = reference::route(logits.as_floats(), &op).experts;
         if self.odd {
             ids.iter_mut().skip(1).step_by(5).for_each(|id| *id = NO_EXPERT);
+            ids.iter_mut().skip(2).step_by(7).for_each(|id| *id = id.saturating_add(experts as u32));
         }
         let of = |d_weights: &[f64]| {
             let (logits, ids, rule) = (logits.as_floats(), &ids[..], self.rule);
@@ -210,7 +211,7 @@ pub struct Loss {
     pub dtype: DType,
     /// The score of a load-balancing loss; none for the z-loss.
     pub score: Option<Score>,
-    /// Where sequences end; none: one sequence.
+    /// Where sequences begin and end; none: one sequence.
     pub sequences: Option<Vec<u32>>,
     /// How loss and gradient are stored.
     pub mode: GradientMode,
@@ -336,6 +337,30 @@ pub(super) fn cases() -> Vec<BackwardCase> {
                         push(stage, name, dtype.to_string(), BackwardOperation::Loss(loss));
                     }
                 }
+            }
+        }
+    }
+    for (named, mode) in MODES {
+        for (selection, value, top_k) in [
+            (Selection::SparseMixer { jitter: 0.3 }, WeightValue::Score, 2),
+            (Selection::default(), WeightValue::SoftmaxOfChosen, 3),
+        ] {
+            let expert_scale = Some(ExpertScale::BeforeNormalize);
+            let weights = WeightRule { value, expert_scale, normalize: Normalize::Sum { eps: 0.25 }, scale: 1.5 };
+            let (sizes, rule) = ([29, 24, top_k], RoutingRule { selection, weights, ..RoutingRule::default() });
+            let route = Route { sizes, dtype: DType::F32, rule, mode, odd: true };
+            let name = format!("{named}{selection:?} {value:?} odd {sizes:?}");
+            push(Stage::RouteBackward, name, "f32".into(), BackwardOperation::Route(route));
+        }
+        let odd =
+            [("within", vec![1, 3, 3, 8]), ("backwards", vec![4, 6, 2, 8, 7, 8]), ("past the end", vec![0, 4, 10])];
+        for (kind, sequences) in odd {
+            for score in [Score::Softmax, Score::Sigmoid] {
+                let sizes = [9, 60, 4];
+                let (score, sequences, dtype) = (Some(score), Some(sequences.clone()), DType::F32);
+                let name = format!("{named}{score:?} {kind} {sizes:?}");
+                let loss = Loss { sizes, dtype, score, sequences, mode };
+                push(Stage::LoadBalanceLoss, name, "f32".into(), BackwardOperation::Loss(loss));
             }
         }
     }

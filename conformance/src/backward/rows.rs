@@ -29,8 +29,19 @@ pub struct Activation {
     pub form: Form,
     /// Whether there are large numbers and NaN among them.
     pub extreme: bool,
-    /// Whether rows are weighted, and the activation is asked for once more.
-    pub all: bool,
+    /// What rows are multiplied by; the activation is asked for once more where there is something.
+    pub factors: Factors,
+}
+
+/// What rows are multiplied by. With a factor they are slots in another order, some of which do not exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factors {
+    /// Nothing.
+    None,
+    /// A constant.
+    Scale,
+    /// That, and weights.
+    Weights,
 }
 
 /// How gate and up lie.
@@ -88,11 +99,20 @@ impl CheckBackward for Activation {
         let (gate, up) = (tensor(self.values("gate")), tensor(self.values("up")));
         let data = Data::new("activation_backward").of(&format!("{:?}", self.sizes));
         let d_a = data.of("d_a").normal(self.dtypes[0], self.sizes, 0.7);
-        let weights = self.all.then(|| data.of("weights").between(DType::F32, [rows], 0.1, 1.0));
+        let weighted = self.factors == Factors::Weights;
+        let weights = weighted.then(|| data.of("weights").between(DType::F32, [rows], 0.1, 1.0));
         // the rows in reverse
-        let row_slot: Vec<u32> = (0..rows as u32).rev().collect();
-        let weight =
-            |row: usize| weights.as_ref().map_or(1.0, |w| f64::from(ROW_SCALE) * w.as_floats()[row_slot[row] as usize]);
+        let slot = |row: usize| match row % 5 {
+            1 => NO_ROW,
+            3 => (rows + row) as u32,
+            _ => (rows - 1 - row) as u32,
+        };
+        let row_slot: Vec<u32> = (0..rows).map(slot).collect();
+        let weight = |row: usize| match row_slot[row] as usize {
+            _ if self.factors == Factors::None => 1.0,
+            slot if slot >= rows => 0.0,
+            slot => f64::from(ROW_SCALE) * weights.as_ref().map_or(1.0, |weights| weights.as_floats()[slot]),
+        };
         let (mut d, mut errors, mut a, mut a_errors) = ([vec![], vec![]], [vec![], vec![]], vec![], vec![]);
         for i in 0..rows * width {
             let (g, u) = (gate.as_floats()[i], up.as_floats()[i]);
@@ -107,8 +127,8 @@ impl CheckBackward for Activation {
         }
         let mut prepared = Prepared::default();
         prepared.input("d_a", d_a);
-        if let Some(weights) = weights {
-            prepared.input("weights", weights).input("row_slot", Tensor::ids([rows], row_slot));
+        if self.factors != Factors::None {
+            prepared.input_if("weights", weights).input("row_slot", Tensor::ids([rows], row_slot));
             prepared.output(Output::floats("a", self.dtypes[1], self.sizes, [a, a_errors]));
         }
         let joined = |[gate, up]: [&[f64]; 2]| -> Vec<f64> {
@@ -168,7 +188,7 @@ impl CheckBackward for Activation {
         };
         let row_slot = operands.input_if("row_slot");
         let weights = operands.input_if("weights");
-        let row_weights = weights.is_some().then_some(RowWeights { weights, row_slot, scale: ROW_SCALE });
+        let row_weights = row_slot.is_some().then_some(RowWeights { weights, row_slot, scale: ROW_SCALE });
         let (activation, d_a, a) = (self.activation, operands.input("d_a")?, operands.output_if("a"));
         backend.activation_backward(stream, ActivationBackward { activation, operands: to, d_a, row_weights, a })
     }
@@ -373,11 +393,14 @@ pub(super) fn cases() -> Vec<BackwardCase> {
         for &form in forms {
             for dtypes in FLOATS.map(|dtype| [dtype; 2]).into_iter().chain([[f32, bf16], [bf16, f32]]) {
                 for sizes in [[0, 16], [1, 1], [3, 37], [17, 131], [2, 1500]] {
-                    for (extreme, all) in [(false, false), (false, true), (true, false)] {
-                        let kind = if extreme { " extreme" } else { "" };
-                        let kind = if all { " weighted" } else { kind };
+                    for (kind, extreme, factors) in [
+                        ("", false, Factors::None),
+                        (" extreme", true, Factors::None),
+                        (" scaled", false, Factors::Scale),
+                        (" weighted", false, Factors::Weights),
+                    ] {
                         let name = format!("{named} {form:?}{kind} R={} I={}", sizes[0], sizes[1]);
-                        let case = Activation { sizes, dtypes, activation, form, extreme, all };
+                        let case = Activation { sizes, dtypes, activation, form, extreme, factors };
                         let operation = BackwardOperation::Activation(case);
                         push(Stage::ActivationBackward, name, dtype_name(dtypes), operation);
                     }

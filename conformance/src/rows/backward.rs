@@ -225,7 +225,7 @@ mod tests {
     use super::*;
     use crate::data::{Data, Tensor};
     use fused_moe_core::config::{Activation, Function};
-    use fused_moe_core::reference::{Input, Layer, LayerBackward, RouteSource, backward, forward_saving};
+    use fused_moe_core::reference::{Input, Layer, LayerBackward, Source, backward, forward_saving};
     use fused_moe_core::weights::{ExpertWeights, StackLayout};
 
     const F32: DType = DType::F32;
@@ -248,7 +248,7 @@ mod tests {
             ..Layer::default()
         };
         let input = Input { x: x.as_floats(), tokens: TOKENS, ..Input::default() };
-        let source = if from_router { RouteSource::Router } else { RouteSource::Logits(logits.as_floats()) };
+        let source = if from_router { Source::Router } else { Source::Logits(logits.as_floats()) };
         let (_, saved) = forward_saving(config, &layer, &input, source);
         let op = LayerBackward {
             d_y: d_y.as_floats(),

@@ -7,7 +7,7 @@ use anstyle::Style;
 use anyhow::Result;
 use fused_moe::{Backend, BackendBackward, Device, Visitor, cuda};
 use fused_moe_conformance::golden::{GoldenError, GoldenReport, GoldenResult, check_golden};
-use fused_moe_conformance::{Options, Report, Scale, run_backward};
+use fused_moe_conformance::{Options, Progress, Report, Scale, run, run_backward};
 use serde_json::json;
 use std::io::Write;
 use std::path::Path;
@@ -83,13 +83,20 @@ fn gradients(device: &Device, filter: Option<String>, scale: Scale) -> Result<Re
 }
 
 fn gradients_of<B: BackendBackward>(backend: &B, options: &Options) -> Result<Report> {
+    watched(|progress| run_backward(backend, options, progress))
+}
+
+/// A run of a suite, and how far it is.
+fn watched<E: Into<anyhow::Error>>(
+    suite: impl FnOnce(&mut dyn FnMut(&Progress<'_>)) -> Result<Report, E>,
+) -> Result<Report> {
     let bar = progress(0, "checking");
-    let report = run_backward(backend, options, &mut |progress| {
+    let report = suite(&mut |progress| {
         bar.set_length(progress.count as u64);
         bar.set_position(progress.index as u64);
     });
     bar.finish_and_clear();
-    Ok(report?)
+    report.map_err(Into::into)
 }
 
 struct Suite {
@@ -101,14 +108,8 @@ impl Visitor for Suite {
     type Output = Result<Report>;
 
     fn visit<B: Backend>(self, backend: &B) -> Result<Report> {
-        let bar = progress(0, "checking");
         let options = Options { filter: self.filter, scale: self.scale, ..Options::default() };
-        let report = fused_moe_conformance::run(backend, &options, &mut |progress| {
-            bar.set_length(progress.count as u64);
-            bar.set_position(progress.index as u64);
-        });
-        bar.finish_and_clear();
-        Ok(report?)
+        watched(|progress| run(backend, &options, progress))
     }
 }
 

@@ -131,8 +131,9 @@ pub trait Backend: Sized {
 
 /// The gradients of the operations, for backends that train.
 ///
-/// As for [`Backend`]'s own operations: operands are checked, work is enqueued, nothing is allocated, waited for or read
-/// back, and the same inputs give the same bits.
+/// As for [`Backend`]'s own operations: operands are checked, work is enqueued, nothing is waited for or read back, and the
+/// same inputs give the same bits. No memory is allocated for operands; what a stream keeps for sums that go by several
+/// launches (256 KiB on wgpu) is made when one of its operations needs it first.
 pub trait BackendBackward: Backend {
     /// The format of what lies between two operations of a layer that is trained, for x and expert matrices of these
     /// formats: that of both where the backend's products want all operands alike, else f32.

@@ -195,7 +195,7 @@ impl<B: Backend> On<'_, B> {
         let normed = NextNorm { weight: norm.weight()?, eps: norm.eps, out: room.write(self.between, shape)? };
         let nothing = shorten::<B>(x).row_range(0, 0)?;
         let unnormed = spare.write(self.between, shape)?;
-        let operands = Combine::norm_alone(nothing, Residual::Of(shorten::<B>(x)), normed, unnormed);
+        let operands = Combine::residual_alone(nothing, Residual::Of(shorten::<B>(x)), Some(normed), unnormed);
         self.backend.combine(self.stream, operands)?;
         Ok(room.read(self.between, shape)?)
     }

@@ -31,13 +31,16 @@ impl<'a> Weights<'a> {
     }
 
     fn of(&self, row: usize) -> f32 {
-        let Some(weights) = self.weights else { return self.scale };
-        let slot = self.row_slot.map_or(Some(row), |row_slot| row_slot.get(row).map(|&slot| slot as usize));
+        let slot = match self.row_slot {
+            Some(row_slot) => row_slot.get(row).map(|&slot| slot as usize).filter(|&slot| slot < row_slot.len()),
+            None => Some(row),
+        };
         let weight = slot.and_then(|slot| {
+            let Some(weights) = self.weights else { return Some(1.0) };
             let cols = weights.cols();
-            weights.row(slot.checked_div(cols)?).get(slot.checked_rem(cols)?)
+            weights.row(slot.checked_div(cols)?).get(slot.checked_rem(cols)?).copied()
         });
-        self.scale * weight.copied().unwrap_or(0.0)
+        self.scale * weight.unwrap_or(0.0)
     }
 }
 

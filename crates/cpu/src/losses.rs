@@ -39,24 +39,21 @@ pub(crate) fn load_balance_loss(cpu: &Cpu, operands: LoadBalanceLoss<'_, Cpu>) -
     let LoadBalanceLoss { logits, experts: ids, score, sequences: ends, coefficient, loss, d_logits } = operands;
     let (logits, ids, to) = (Floats::new(&logits)?, ids.typed::<u32>()?, Targets::new(loss, d_logits)?);
     let ends = ends.map(|ends| ends.typed::<u32>()).transpose()?;
-    let range = |s: usize| match &ends {
-        None => 0..tokens,
-        Some(ends) => {
-            let at = |i: usize| ends.row(0).get(i).map_or(tokens, |&end| tokens.min(end as usize));
-            at(s)..at(s + 1)
-        }
+    let end_of = |i: usize| match &ends {
+        Some(ends) => ends.row(0).get(i).map_or(tokens, |&end| tokens.min(end as usize)),
+        None if i == 0 => 0,
+        None => tokens,
     };
     let (mut row, mut scores, mut d) = ([0.0; MAX_EXPERTS], [0.0; MAX_EXPERTS], [0.0; MAX_EXPERTS]);
     let (row, scores, d) = (&mut row[..experts], &mut scores[..experts], &mut d[..experts]);
-    let (mut total, mut done) = (0.0, 0);
+    // tokens of no sequence
+    d.fill(0.0);
+    let mut done = if sequences == 0 { 0 } else { end_of(0) };
+    (0..done).for_each(|t| to.token(cpu, t, d));
+    let mut total = 0.0;
     for s in 0..sequences {
-        let range = range(s);
-        if range.is_empty() || range.start < done {
-            continue;
-        }
-        // tokens of no sequence
-        d.fill(0.0);
-        (done..range.start).for_each(|t| to.token(cpu, t, d));
+        // an end below one before it counts as that one
+        let range = done..end_of(s + 1).max(done);
         done = range.end;
         let counts = counts(&ids, range.clone());
         let length = range.len() as f64;

@@ -338,7 +338,10 @@ impl CudaLayer {
             out: tokens.view_mut(dtype, shape)?,
         };
         let nothing = x.row_range(0, 0)?;
-        cuda.combine(stream, Combine::norm_alone(nothing, Residual::Of(x), normed, spare.view_mut(dtype, shape)?))?;
+        cuda.combine(
+            stream,
+            Combine::residual_alone(nothing, Residual::Of(x), Some(normed), spare.view_mut(dtype, shape)?),
+        )?;
         tokens.view(dtype, shape)
     }
 
@@ -356,14 +359,20 @@ impl CudaLayer {
         let (shape, eps, weight) = ([rows, hidden], norm.config.eps, vector(&norm.weight, hidden)?);
         let (Some(weight), true) = (weight, norm.config.scaled_first) else {
             let next = NextNorm { weight, eps, out: normed.view_mut(dtype, shape)? };
-            cuda.combine(stream, Combine::norm_alone(nothing, Residual::InPlace, next, y.view_mut(dtype, shape)?))?;
+            cuda.combine(
+                stream,
+                Combine::residual_alone(nothing, Residual::InPlace, Some(next), y.view_mut(dtype, shape)?),
+            )?;
             return normed.view(dtype, shape);
         };
         cuda.zero(stream, Zero { out: normed.view_mut(dtype, shape)? })?;
         let (acc, weight) = (normed.view_mut(dtype, shape)?, Factor::PerColumn(weight));
         cuda.accumulate(stream, Accumulate { acc, weight, y: y.view(dtype, shape)? })?;
         let next = NextNorm { weight: None, eps, out: y.view_mut(dtype, shape)? };
-        cuda.combine(stream, Combine::norm_alone(nothing, Residual::InPlace, next, normed.view_mut(dtype, shape)?))?;
+        cuda.combine(
+            stream,
+            Combine::residual_alone(nothing, Residual::InPlace, Some(next), normed.view_mut(dtype, shape)?),
+        )?;
         y.view(dtype, shape)
     }
 }

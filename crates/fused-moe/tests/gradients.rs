@@ -97,7 +97,7 @@ fn check(family: &str) {
 
     let x: Vec<f64> = case.x.iter().map(|&x| x.into()).collect();
     let input = Input { x: &x, tokens: case.tokens, ..Input::default() };
-    let source = RouteSource::Router;
+    let source = Source::Router;
     let (output, saved) = forward_saving(config, &weights.layer(), &input, source);
     let d_y = floats(&file, "d_y");
     let op = LayerBackward { d_y: &d_y, d_logits: None, x: &x, source, saved: &saved, tokens: case.tokens };

@@ -73,10 +73,10 @@ fn slopes(g: f32, u: f32) -> vec2<f32> {
 
 // What a row of d_a is multiplied by.
 fn row_weight(row: u32) -> f32 {
-    if (!has_weights) { return p.scale; }
     var slot = p.first_row + row;
     if (has_row_slot) { slot = load_row_slot(p.row_slot + slot); }
     if (slot >= p.slots) { return 0.0; }
+    if (!has_weights) { return p.scale; }
     return p.scale * load_weights(at(p.weights, slot / p.weight_columns, slot % p.weight_columns));
 }
 

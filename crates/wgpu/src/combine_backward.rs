@@ -36,7 +36,7 @@ params! {
 
 const NAME: &str = "combine_backward";
 /// Slots of a workgroup.
-const SLOTS: usize = 8;
+pub(crate) const SLOTS: usize = 8;
 
 /// A launch for each gradient, and for each window of the tokens and of the rows.
 pub(crate) fn combine_backward(wgpu: &Wgpu, stream: &WgpuStream, operands: CombineBackward<'_, Wgpu>) -> Result<()> {

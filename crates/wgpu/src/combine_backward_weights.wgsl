@@ -2,7 +2,7 @@
 //            scale * (sum_i y[row,i] * d_a[row,i] + sum_h bias[e,h] * d_out[t,h]):
 // a team of 32 threads a slot. A launch has a window of the tokens and of the rows; slots without a row are the first's.
 
-const TEAM = 32u;
+const TEAM = THREADS / SLOTS;
 const STEP = 8u * TEAM;
 
 fn dot8(a: mat2x4<f32>, b: mat2x4<f32>) -> f32 { return dot(a[0], b[0]) + dot(a[1], b[1]); }

@@ -1,7 +1,7 @@
 //! The grouped product, which gate_up, down and the shared expert are: its kernels, and how they are launched.
 
 use crate::error::{Error, Result};
-use crate::kernel::{ActivationKind, Kernel};
+use crate::kernel::{ActivationKind, Kernel, size};
 use crate::launch::{self, Operand, Tensor, launch, params, tensor};
 use crate::memory::{Mut, Ref};
 use crate::pack::{Piece, Table};
@@ -115,8 +115,11 @@ impl GroupedKernel {
             ("FUNCTION", function.to_owned()),
             ("FIND", find.to_owned()),
         ];
-        if let Self::Dot { rows, .. } = self {
-            constants.push(("ROWS", format!("{rows}u")));
+        match self {
+            Self::Dot { rows, .. } => constants.push(("ROWS", format!("{rows}u"))),
+            Self::Tiled { .. } => {
+                constants.extend([size("TILE", plan::TILE), size("PAIRS", plan::PAIRS)]);
+            }
         }
         constants
     }

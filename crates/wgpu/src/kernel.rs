@@ -11,7 +11,7 @@ use crate::grouped::{GroupedKernel, GroupedParams};
 use crate::launch::Params;
 use crate::route::RuleKind;
 use crate::{
-    accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, route,
+    accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, plan, route,
 };
 pub(crate) use backward::BackwardKernel;
 use bindings::*;
@@ -368,7 +368,7 @@ impl Kernel {
                 constants.push(("SQUARES", norm.to_string()));
                 constants
             }
-            Self::GateTiled { norm } => vec![("SQUARES", norm.to_string())],
+            Self::GateTiled { norm } => vec![("SQUARES", norm.to_string()), size("TILE", plan::TILE)],
             Self::Linear { dots } => dots.constants(),
             Self::Grouped(kernel) => kernel.constants(),
             Self::Route { rule, threads, keys } => {
@@ -383,7 +383,8 @@ impl Kernel {
                 vec![]
             }
             Self::Accumulate { assign } => vec![("ASSIGN", assign.to_string())],
-            Self::Zero | Self::Copy | Self::Counts | Self::ReadAll | Self::LinearTiled => vec![],
+            Self::LinearTiled => vec![size("TILE", plan::TILE)],
+            Self::Zero | Self::Copy | Self::Counts | Self::ReadAll => vec![],
         }
     }
 
@@ -447,6 +448,11 @@ impl Variant {
         text
     }
 }
+/// A number that the text and its launcher share.
+pub(crate) fn size(name: &'static str, size: usize) -> (&'static str, String) {
+    (name, format!("{size}u"))
+}
+
 /// One activation of every kind.
 #[cfg(test)]
 fn activations() -> impl Iterator<Item = Activation> {

@@ -282,3 +282,18 @@ impl Backend for Wgpu {
         WgpuLayer::new(self, config, weights, options)
     }
 }
+
+/// For unit tests that need an adapter: without one they are passed over, unless `FMOE_REQUIRE_ADAPTER` demands it.
+#[cfg(test)]
+fn first_adapter() -> Option<Wgpu> {
+    match Wgpu::new(0) {
+        Ok(wgpu) => Some(wgpu),
+        Err(error @ Error::NoAdapter) => {
+            let required = std::env::var("FMOE_REQUIRE_ADAPTER").is_ok_and(|value| value == "1");
+            assert!(!required, "FMOE_REQUIRE_ADAPTER: {error}");
+            println!("{error}: not run");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}

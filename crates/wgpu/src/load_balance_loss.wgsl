@@ -15,17 +15,15 @@ struct Sequence { begin: u32, end: u32 }
 
 fn end_of(i: u32) -> u32 { return min(load_sequences(p.sequences.offset + i), p.all_tokens); }
 
-// A sequence counts as far as it comes after those of lower ones.
+// An end below one before it counts as that one.
 fn sequence_of(token: u32) -> Sequence {
     if (!has_sequences) { return Sequence(0u, p.all_tokens); }
-    var done = 0u;
+    var begin = end_of(0u);
     for (var s = 0u; s < p.sequence_count; s++) {
-        let begin = end_of(s);
-        let end = end_of(s + 1u);
-        if (begin >= end || begin < done) { continue; }
         if (token < begin) { break; }
+        let end = max(begin, end_of(s + 1u));
         if (token < end) { return Sequence(begin, end); }
-        done = end;
+        begin = end;
     }
     return Sequence(token, token);
 }

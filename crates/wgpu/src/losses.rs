@@ -99,7 +99,7 @@ pub(crate) fn load_balance_loss(wgpu: &Wgpu, stream: &WgpuStream, operands: Load
         let groups = Groups::Line(some.len().div_ceil(block) as u64);
         launch(wgpu, stream, kernel, &[Some(logits), Some(ids), ends, out, shares], (groups, &params))
     })?;
-    add_up(wgpu, stream, loss, (shares, count))
+    add_up((wgpu, stream, NAME), loss, (shares, count))
 }
 
 pub(crate) fn z_loss(wgpu: &Wgpu, stream: &WgpuStream, operands: ZLoss<'_, Wgpu>) -> Result<()> {
@@ -130,18 +130,17 @@ pub(crate) fn z_loss(wgpu: &Wgpu, stream: &WgpuStream, operands: ZLoss<'_, Wgpu>
         let groups = Groups::Line(some.len().div_ceil(block) as u64);
         launch(wgpu, stream, kernel, &[Some(logits), out, shares], (groups, &params))
     })?;
-    add_up(wgpu, stream, loss, (shares, count))
+    add_up((wgpu, stream, NAME), loss, (shares, count))
 }
 
 /// The loss of so many workgroups.
 fn add_up(
-    wgpu: &Wgpu,
-    stream: &WgpuStream,
+    (wgpu, stream, operation): (&Wgpu, &WgpuStream, &'static str),
     loss: &Option<Gradient<'_, Wgpu>>,
     (shares, count): (Option<Operand<'_>>, usize),
 ) -> Result<()> {
     let (Some(to), Some(shares)) = (loss, shares) else { return Ok(()) };
-    let out = Operand::of(wgpu.device(), "loss", &to.view)?;
+    let out = Operand::of(wgpu.device(), operation, &to.view)?;
     let (place, adds) = (shares.tensor, is_added(loss));
     let params = LossSumParams { shares: place, out: out.tensor, count: count as u32, adds };
     let kernel = Kernel::Backward(BackwardKernel::LossSum);

@@ -20,8 +20,12 @@ pub(crate) fn norm(
     (rows, norm): (Residual<'_, Wgpu>, NextNorm<'_, Wgpu>),
     out: Out<'_>,
 ) -> Result<()> {
-    let operands =
-        Combine::norm_alone(wide.row_range(0, 0)?, shorten_residual::<Wgpu>(rows), shorten_norm::<Wgpu>(norm), out);
+    let operands = Combine::residual_alone(
+        wide.row_range(0, 0)?,
+        shorten_residual::<Wgpu>(rows),
+        Some(shorten_norm::<Wgpu>(norm)),
+        out,
+    );
     wgpu.combine(stream, operands)
 }
 

@@ -103,7 +103,7 @@ pub(crate) fn tiles(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Error;
+    use crate::first_adapter;
     use fused_moe_core::{Backend, DType, NO_EXPERT, Shape, Status, Storage, Stream, reference};
 
     fn view<S: Storage>(storage: S, offset: usize, shape: impl Into<Shape>) -> View<S> {
@@ -132,20 +132,9 @@ mod tests {
         ([a, b, c, d, e, f], n[0])
     }
 
-    fn device() -> Option<Wgpu> {
-        match Wgpu::new(0) {
-            Ok(wgpu) => Some(wgpu),
-            Err(error @ Error::NoAdapter) => {
-                println!("{error}: not run");
-                None
-            }
-            Err(error) => panic!("{error}"),
-        }
-    }
-
     #[test]
     fn many_blocks_of_very_many_experts() {
-        let Some(wgpu) = device() else { return };
+        let Some(wgpu) = first_adapter() else { return };
         let (tokens, top_k, experts) = (5000, 4, 4096);
         let (slots, local) = (tokens * top_k, 100..4000);
         let ids: Vec<u32> = (0..slots as u32)
@@ -186,7 +175,7 @@ mod tests {
 
     #[test]
     fn arguments_of_indirect_dispatches() {
-        let Some(wgpu) = device() else { return };
+        let Some(wgpu) = first_adapter() else { return };
         // 2 + 0 + 1 + 2 tiles
         assert_eq!(written(&wgpu, 5, [3, 70]), ([3, 5, 1, 70, 5, 1], 5));
         assert_eq!(written(&wgpu, 2, [3, 0]), ([3, 2, 1, 0, 2, 1], 2));

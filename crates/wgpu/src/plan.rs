@@ -62,8 +62,8 @@ impl Product {
 
 /// Rows up to which dot products read the weight fast enough, however many tiles there were.
 const FEW_ROWS: usize = 16;
-/// Tiles that are too few to keep a large GPU busy: the router of 128 experts and 2048 columns takes an H200 130 us in up to
-/// 16 tiles (512 tokens), dot products 9 us for 32 tokens and 90 us for 512; at 64 tiles the others win.
+/// Tiles that are too few to keep a large GPU busy: each goes through the whole inner dimension alone, so that few take as
+/// long as many, while dot products take a time that grows with the rows.
 const FEW_TILES: usize = 64;
 /// Rows that share one read of the weight.
 const SHARING: u32 = 4;
@@ -72,7 +72,7 @@ const THREADS: usize = 256;
 /// Workgroups that keep a large GPU busy.
 const BUSY: usize = 512;
 /// Rows and columns of a tile.
-const TILE: usize = 64;
+pub(crate) const TILE: usize = 64;
 
 const ONE: &str = "one row: a team of threads a column streams the weight once";
 const FEW: &str = "few rows or few tiles: a team of threads a column, four rows share what it reads";

@@ -26,7 +26,7 @@ params! {
 
 const NAME: &str = "route_backward";
 /// Experts of a workgroup that adds up what slots add to their scales.
-const SCALES: usize = 256;
+pub(crate) const SCALES: usize = 256;
 
 /// A launch for each window of the tokens; and one for what they add to the scales, which goes by the scratch.
 pub(crate) fn route_backward(wgpu: &Wgpu, stream: &WgpuStream, operands: RouteBackward<'_, Wgpu>) -> Result<()> {

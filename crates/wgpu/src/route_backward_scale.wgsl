@@ -1,7 +1,5 @@
 // d_scale[e] = the sum of the shares of the slots of e, in their order: a thread an expert.
 
-const THREADS = 256u;
-
 var<workgroup> slot_experts: array<u32, THREADS>;
 var<workgroup> slot_shares: array<f32, THREADS>;
 

@@ -6,7 +6,7 @@ use super::cuda::Gpu;
 use super::gradients::Left;
 use super::host::Host;
 use super::machine::Ceilings;
-use super::measure::{STEPS, Timing, Verified};
+use super::measure::{STEPS, Spans, Timing, Verified, mean};
 use super::meter::{ErrorOf, Meter, Pass, StreamOf, Times};
 use super::record::{Rows, Setting};
 use super::report;
@@ -20,7 +20,6 @@ use fused_moe::operation::LayerParameters;
 use fused_moe::training::{TrainingLayer, TrainingWorkspace};
 use fused_moe::{Backend, BackendBackward, Device, Layer, Options, Stream};
 use fused_moe_conformance::shapes::Cost;
-use std::time::Duration;
 
 /// What was measured of the passes at one batch size.
 #[derive(Clone, Copy, Debug)]
@@ -31,23 +30,6 @@ pub(crate) struct PassesTiming {
     pub(crate) passes: [Spans; 3],
     /// Bytes that a token keeps from the forward pass to the backward one, x among them.
     pub(crate) kept: usize,
-}
-
-/// Times of a pass.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Spans {
-    pub(crate) median: Duration,
-    /// The tenth and the ninetieth percentile.
-    pub(crate) spread: [Duration; 2],
-}
-
-impl Spans {
-    fn of(samples: &mut [Duration]) -> Self {
-        samples.sort_unstable();
-        let quantile =
-            |tenths: usize| samples.get(samples.len().saturating_sub(1) * tenths / 10).copied().unwrap_or_default();
-        Self { median: quantile(5), spread: [quantile(1), quantile(9)] }
-    }
 }
 
 impl PassesTiming {
@@ -168,6 +150,7 @@ impl<M: Meter<Backend: BackendBackward>> Step<'_, M> {
         let status = stream.status()?;
         ensure!(status.is_ok(), "status: {status}");
         // what the calls on the clock leave out must show
+        memory.batches.iter_mut().try_for_each(|batch| batch.poison(backend))?;
         memory.kept.iter_mut().try_for_each(|kept| kept.poison(backend, sizes))?;
         memory.gradients.poison(backend, sizes)?;
         let mut call = |pass, number| self.enqueue(&stream, sizes, &parameters, &mut memory, (pass, number));
@@ -190,11 +173,7 @@ impl<M: Meter<Backend: BackendBackward>> Step<'_, M> {
                 (cost.backward(config, &batch.counts(config), dtype, from_router), touched)
             })
             .collect();
-        let mean = |part: fn(&(Cost, usize)) -> u64| {
-            let sum: u128 = costs.iter().map(|cost| u128::from(part(cost))).sum();
-            u64::try_from(sum / count.max(1) as u128).unwrap_or(u64::MAX)
-        };
-        let touched: usize = costs.iter().map(|(_, touched)| touched).sum();
+        let (cost, touched) = mean(&costs);
         let (runs, calls) = (times[2].samples.len(), times[2].calls);
         let passes = times.map(|mut times| Spans::of(&mut times.samples));
         Ok(PassesTiming {
@@ -204,8 +183,8 @@ impl<M: Meter<Backend: BackendBackward>> Step<'_, M> {
                 calls,
                 median: passes[2].median,
                 spread: passes[2].spread,
-                touched: touched as f64 / count.max(1) as f64,
-                cost: Cost { bytes: mean(|(cost, _)| cost.bytes), flops: mean(|(cost, _)| cost.flops) },
+                touched,
+                cost,
                 rate,
                 verified,
                 beside: None,

@@ -5,7 +5,7 @@ use crate::args::{Origin, Spread};
 use anyhow::{Result, ensure};
 use fused_moe::backend::{In, shorten, shorten_mut};
 use fused_moe::config::LayerConfig;
-use fused_moe::operation::{Choice, Forward, Gate, GateRoute, Route, Source as RoutesFrom};
+use fused_moe::operation::{self, Choice, Forward, Gate, GateRoute, Route};
 use fused_moe::{Backend, DType, Stream, View};
 use fused_moe_conformance::shapes::Cost;
 use rayon::prelude::*;
@@ -60,8 +60,7 @@ impl<B: Backend> Batches<'_, B> {
         let x_memory = uploaded(backend, x.bytes())?;
         let logits_memory =
             logits.as_deref().map(|logits| uploaded(backend, bytemuck::cast_slice(logits))).transpose()?;
-        // all bits set are NaN in every format: what a call leaves out shows
-        let y = uploaded(backend, &vec![0xff; elements * self.dtype.size()])?;
+        let y = poisoned(backend, elements, self.dtype)?;
         let mut batch = Batch { x, logits, x_memory, logits_memory, y, experts: Vec::new(), weights: Vec::new() };
         (batch.experts, batch.weights) = self.routes(&batch)?;
         Ok(batch)
@@ -125,9 +124,14 @@ impl<B: Backend> Batch<B> {
         let mut call = Forward::<B>::new(x, y);
         if let Some(logits) = &self.logits_memory {
             let logits = View::new(B::read(logits), DType::F32, 0, [tokens, config.experts])?;
-            call.source = RoutesFrom::Logits(shorten::<B>(logits));
+            call.source = operation::Source::Logits(shorten::<B>(logits));
         }
         Ok(call)
+    }
+
+    /// Makes what a call writes NaN again.
+    pub(crate) fn poison(&mut self, backend: &B) -> Result<()> {
+        poison(backend, &mut self.y, self.x.bytes().len())
     }
 
     /// x, `[T, H]`.
@@ -165,6 +169,15 @@ pub(super) fn uploaded<B: Backend>(backend: &B, bytes: &[u8]) -> Result<B::Memor
     let mut memory = backend.allocate(bytes.len())?;
     backend.upload(bytes, &mut memory)?;
     Ok(memory)
+}
+
+/// All bits set, NaN in every format of floats: what a call leaves out shows.
+pub(super) fn poisoned<B: Backend>(backend: &B, elements: usize, dtype: DType) -> Result<B::Memory> {
+    uploaded(backend, &vec![0xff; elements * dtype.size()])
+}
+
+pub(super) fn poison<B: Backend>(backend: &B, memory: &mut B::Memory, bytes: usize) -> Result<()> {
+    Ok(backend.upload(&vec![0xff; bytes], memory)?)
 }
 
 /// About normal, of variance 1, plus the bias of the routing: f32 `[T, E]`.

@@ -51,6 +51,34 @@ pub(crate) struct Timing {
     pub(crate) beside: Option<Duration>,
 }
 
+/// Times of a call or of a pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spans {
+    pub(crate) median: Duration,
+    /// The tenth and the ninetieth percentile.
+    pub(crate) spread: [Duration; 2],
+}
+
+impl Spans {
+    pub(super) fn of(samples: &mut [Duration]) -> Self {
+        samples.sort_unstable();
+        let quantile =
+            |tenths: usize| samples.get(samples.len().saturating_sub(1) * tenths / 10).copied().unwrap_or_default();
+        Self { median: quantile(5), spread: [quantile(1), quantile(9)] }
+    }
+}
+
+/// What calls cost at the least and how many experts they touch, on average.
+pub(super) fn mean(costs: &[(Cost, usize)]) -> (Cost, f64) {
+    let count = costs.len().max(1);
+    let mean = |part: fn(&Cost) -> u64| {
+        let sum: u128 = costs.iter().map(|(cost, _)| u128::from(part(cost))).sum();
+        u64::try_from(sum / count as u128).unwrap_or(u64::MAX)
+    };
+    let touched: usize = costs.iter().map(|(_, touched)| touched).sum();
+    (Cost { bytes: mean(|cost| cost.bytes), flops: mean(|cost| cost.flops) }, touched as f64 / count as f64)
+}
+
 /// What the check found.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Verified {
@@ -124,23 +152,17 @@ impl<M: Meter> Bench<'_, M> {
         let verified = self.verify(&stream, &batches, tokens, &times.finished)?;
 
         let costs: Vec<(Cost, usize)> = batches.iter().map(|batch| batch.cost(dtype, tokens, config)).collect();
-        let mean = |part: fn(&(Cost, usize)) -> u64| {
-            let sum: u128 = costs.iter().map(|cost| u128::from(part(cost))).sum();
-            u64::try_from(sum / count.max(1) as u128).unwrap_or(u64::MAX)
-        };
-        let touched: usize = costs.iter().map(|(_, touched)| touched).sum();
+        let (cost, touched) = mean(&costs);
         let mut samples = times.samples;
-        samples.sort_unstable();
-        let quantile =
-            |tenths: usize| samples.get(samples.len().saturating_sub(1) * tenths / 10).copied().unwrap_or_default();
+        let Spans { median, spread } = Spans::of(&mut samples);
         Ok(Timing {
             tokens,
             runs: samples.len(),
             calls: times.calls,
-            median: quantile(5),
-            spread: [quantile(1), quantile(9)],
-            touched: touched as f64 / count.max(1) as f64,
-            cost: Cost { bytes: mean(|(cost, _)| cost.bytes), flops: mean(|(cost, _)| cost.flops) },
+            median,
+            spread,
+            touched,
+            cost,
             rate,
             verified,
             beside: None,

@@ -1,8 +1,8 @@
 //! `records/<device>/<date>.csv` and JSON.
 
-use super::backward::{PassesTiming, Spans};
+use super::backward::PassesTiming;
 use super::machine::Ceilings;
-use super::measure::Timing;
+use super::measure::{Spans, Timing};
 use super::meter::Pass;
 use crate::output::remedied;
 use anyhow::{Context, Result};

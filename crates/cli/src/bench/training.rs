@@ -1,13 +1,13 @@
 //! The memory of a training step: weights where an optimizer would update them, their gradients, what a batch keeps.
 
-use super::batch::{Batch, uploaded};
+use super::batch::{Batch, poison, poisoned, uploaded};
 use super::weights::{Numbers, Source};
 use anyhow::Result;
 use fused_moe::backend::{In, Out, shorten, shorten_mut};
 use fused_moe::config::LayerConfig;
 use fused_moe::operation::{
-    ForwardSaving, Gradient, LayerBackward, LayerGradients, LayerParameters, RoutesFrom, RoutesOut, SharedGradients,
-    Source as From,
+    self, ForwardSaving, Gradient, LayerBackward, LayerGradients, LayerParameters, RoutesFrom, RoutesOut,
+    SharedGradients,
 };
 use fused_moe::weights::Matrix;
 use fused_moe::{Backend, DType, Routing, View};
@@ -162,8 +162,8 @@ impl<B: Backend> Kept<B> {
         parameters: &'a LayerParameters<'p, B>,
     ) -> fused_moe::Result<ForwardSaving<'a, 'p, B>> {
         let source = match batch.logits_view(sizes.tokens, sizes.config)? {
-            Some(logits) => From::Logits(logits),
-            None => From::Router,
+            Some(logits) => operation::Source::Logits(logits),
+            None => operation::Source::Router,
         };
         let slots = [sizes.tokens, sizes.config.top_k];
         Ok(ForwardSaving {
@@ -256,13 +256,4 @@ fn append(matrix: &Matrix<'_>, to: &mut Vec<u8>) {
         to.resize(first + width, 0);
         matrix.copy_row(row, &mut to[first..]);
     }
-}
-
-/// All bits set: NaN in every format of floats.
-fn poisoned<B: Backend>(backend: &B, elements: usize, dtype: DType) -> Result<B::Memory> {
-    uploaded(backend, &vec![0xff; elements * dtype.size()])
-}
-
-fn poison<B: Backend>(backend: &B, memory: &mut B::Memory, bytes: usize) -> Result<()> {
-    Ok(backend.upload(&vec![0xff; bytes], memory)?)
 }

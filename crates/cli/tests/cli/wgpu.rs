@@ -147,8 +147,10 @@ fn bench_on_an_adapter() {
 
 #[test]
 fn an_input_that_no_buffer_holds_says_how_many_tokens_one_holds() {
-    let Some(adapter) = fused_moe::wgpu::adapters().into_iter().next() else { return };
+    if adapters().is_empty() {
+        return;
+    }
     // more than a token has in any layer
-    let tokens = adapter.buffer_bytes.to_string();
+    let tokens = fused_moe::wgpu::adapters()[0].buffer_bytes.to_string();
     fmoe(["run", "--backend", "wgpu:0", "--tokens", &tokens]).errs([&tokens, "a buffer of this device", "tokens fit"]);
 }

@@ -37,8 +37,14 @@ impl<'a, B: Backend> Combine<'a, B> {
         }
     }
 
-    /// A norm by itself: that of a residual plus no rows at all. `nothing` is `[0, H]`; `out` gets, or has, the residual.
-    pub fn norm_alone(nothing: In<'a, B>, of: Residual<'a, B>, norm: NextNorm<'a, B>, out: Out<'a, B>) -> Self {
+    /// A residual plus no rows at all: a copy, or a norm by itself. `nothing` is `[0, H]`; `out` gets, or has, the
+    /// residual.
+    pub fn residual_alone(
+        nothing: In<'a, B>,
+        of: Residual<'a, B>,
+        norm: Option<NextNorm<'a, B>>,
+        out: Out<'a, B>,
+    ) -> Self {
         Self {
             rows: SlotRows::Slots(nothing),
             weights: None,
@@ -46,7 +52,7 @@ impl<'a, B: Backend> Combine<'a, B> {
             routed_scale: 1.0,
             shared: None,
             residual: Some(of),
-            norm: Some(norm),
+            norm,
             out,
         }
     }

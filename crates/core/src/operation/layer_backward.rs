@@ -70,7 +70,7 @@ pub struct ForwardSaving<'a, 'p, B: Backend> {
     pub parameters: &'a LayerParameters<'p, B>,
     /// Where the routes come from.
     pub source: Source<'a, B>,
-    /// u32 `[T]`, where experts are chosen by token id.
+    /// u32 `[T]`, where experts are chosen by token id; else absent.
     pub token_ids: Option<In<'a, B>>,
     /// What the result is added to.
     pub residual: Option<Residual<'a, B>>,
@@ -91,7 +91,7 @@ pub struct LayerBackward<'a, 'p, B: Backend> {
     /// The gradient of y, `[T, H]`. It is also the residual's. That of a next norm
     /// ([`NormBackward`](super::NormBackward)) is part of it.
     pub d_y: In<'a, B>,
-    /// More of the logits' gradient, f32 `[T, E]`: that of losses that read them.
+    /// More of the logits' gradient, f32 `[T, E]`: that of losses that read them; not where the routes were the caller's.
     pub d_logits: Option<In<'a, B>>,
     /// What the forward pass read.
     pub x: In<'a, B>,
@@ -119,8 +119,8 @@ pub enum RoutesFrom<'a, B: Backend> {
     Routes,
 }
 
-/// Where the gradients of a layer go. Each is optional and lies as its operand does; one whose operand is absent must be
-/// absent too.
+/// Where the gradients of a layer go. Each is optional and lies as its operand does; one whose operand is absent, or is not
+/// read since the routes came from elsewhere, must be absent too.
 pub struct LayerGradients<'a, B: Backend> {
     /// `[T, H]`.
     pub x: Option<Gradient<'a, B>>,
@@ -132,9 +132,9 @@ pub struct LayerGradients<'a, B: Backend> {
     pub router: Option<Gradient<'a, B>>,
     /// `[E]`.
     pub router_bias: Option<Gradient<'a, B>>,
-    /// `[H]`.
+    /// `[H]`; where the routes are the router's, or the experts read the norm.
     pub router_norm: Option<Gradient<'a, B>>,
-    /// `[E]`.
+    /// `[E]`; not where the routes were the caller's.
     pub expert_scale: Option<Gradient<'a, B>>,
     /// `[E, 2I, H]` or `[E, I, H]`.
     pub gate_up: Option<Gradient<'a, B>>,

@@ -11,8 +11,9 @@ pub struct LoadBalanceLoss<'a, B: Backend> {
     pub experts: In<'a, B>,
     /// What makes probabilities of the logits: any but [`Score::Logit`], which may be negative.
     pub score: Score,
-    /// u32 `[N+1]`: the tokens of sequence s are `sequences[s] .. sequences[s+1]`, as far as they exist and come after those
-    /// of lower sequences. Absent: all tokens are one sequence.
+    /// u32 `[N+1]`, ascending: the tokens of sequence s are `sequences[s] .. sequences[s+1]`; those before the first end and
+    /// behind the last are of none. An end below one before it counts as that one, an end above T as T. Absent: all tokens
+    /// are one sequence.
     pub sequences: Option<In<'a, B>>,
     /// Factor on the loss.
     pub coefficient: f32,

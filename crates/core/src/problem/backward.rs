@@ -8,8 +8,8 @@ use crate::problem::{ACTIVATION, Arrangement};
 use crate::routing::Permutation;
 use crate::tensor::Shape;
 
-/// A checked [`DownBackward`] or [`GateUpBackward`]: `C` columns of the gradient that comes in (rows of a matrix), `N`
-/// columns of what went in.
+/// A checked [`DownBackward`] or [`GateUpBackward`]: the gradient that comes in has `outputs` columns, what went in has
+/// `inputs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GroupedBackwardProblem {
     /// R.

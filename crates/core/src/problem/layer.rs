@@ -93,8 +93,7 @@ impl LayerProblem {
             (config, weights) => {
                 let config = check.present("shared", config.as_ref(), "weights of a shared expert are given")?;
                 let weights = check.present("shared", weights.as_ref(), "the layer has a shared expert")?;
-                let reasons = ["the shared expert is gated", "the shared expert is not gated"];
-                check.matches("shared.gate", &weights.gate, config.gated, reasons)?;
+                check.matches("shared.gate", &weights.gate, config.gated, GATED_REASONS)?;
                 check.optional_vector("shared.gate", &weights.gate, "[H]", hidden)?;
                 let sizes = [config.intermediate, hidden];
                 Some(expert_formats(check, &weights.matrices, sizes, config.activation, &SHARED)?)
@@ -137,10 +136,8 @@ impl LayerProblem {
                 check.rows("source.logits", logits, "[T, E]", [tokens, config.choices()])?;
             }
             Source::Routes(routing) => {
-                check.only("source.experts", &routing.experts, DType::U32)?;
-                check.rows("source.experts", &routing.experts, "[T, K]", [tokens, config.top_k])?;
-                check.only("source.weights", &routing.weights, DType::F32)?;
-                check.rows("source.weights", &routing.weights, "[T, K]", [tokens, config.top_k])?;
+                let views = (&routing.experts, &routing.weights);
+                check.routes(["source.experts", "source.weights"], views, [tokens, config.top_k])?;
             }
         }
         let by_id = config.routing.selection == Selection::Table && !matches!(call.source, Source::Routes(_));
@@ -156,10 +153,8 @@ impl LayerProblem {
         self.router_state(check, call, tokens)?;
         tail(check, call.residual.as_ref(), call.norm.as_ref(), [tokens, config.hidden])?;
         if let Some(routes) = &call.routes {
-            check.only("routes.experts", &routes.experts, DType::U32)?;
-            check.rows("routes.experts", &routes.experts, "[T, K]", [tokens, config.top_k])?;
-            check.only("routes.weights", &routes.weights, DType::F32)?;
-            check.rows("routes.weights", &routes.weights, "[T, K]", [tokens, config.top_k])?;
+            let views = (&routes.experts, &routes.weights);
+            check.routes(["routes.experts", "routes.weights"], views, [tokens, config.top_k])?;
         }
         if let Some(counts) = &call.counts {
             check.only("counts", counts, DType::U32)?;
@@ -292,4 +287,5 @@ fn expert_formats(
     Ok([up, down])
 }
 
+pub(super) const GATED_REASONS: [&str; 2] = ["the shared expert is gated", "the shared expert is not gated"];
 pub(super) const GATE_REASONS: [&str; 2] = ["the activation is gated", "the activation has no gate"];

@@ -8,6 +8,7 @@ mod backward;
 mod expert_loop;
 mod experts;
 mod layer;
+mod layer_backward;
 mod routes;
 mod routes_backward;
 mod rows;

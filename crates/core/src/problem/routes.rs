@@ -284,4 +284,18 @@ impl Check {
         self.value(n >= 2, "sequences", "where each begins and the last ends", sequences.shape())?;
         self.shape("sequences", sequences, "[N+1]", [n])
     }
+
+    /// Experts u32 and weights f32, `[T, K]` both.
+    pub(super) fn routes<S>(
+        self,
+        names: [&'static str; 2],
+        views: (&View<S>, &View<S>),
+        slots: [usize; 2],
+    ) -> Result<()> {
+        for (operand, view, dtype) in [(names[0], views.0, DType::U32), (names[1], views.1, DType::F32)] {
+            self.only(operand, view, dtype)?;
+            self.rows(operand, view, "[T, K]", slots)?;
+        }
+        Ok(())
+    }
 }

@@ -12,7 +12,7 @@ use crate::{NO_ROW, reference::Gate};
 
 /// Where the routes of a layer come from.
 #[derive(Clone, Copy, Debug)]
-pub enum RouteSource<'a> {
+pub enum Source<'a> {
     /// Its router.
     Router,
     /// Logits that were made elsewhere, `[T, E]`.
@@ -90,12 +90,12 @@ pub fn forward_saving(
     config: &LayerConfig,
     layer: &Layer<'_>,
     input: &Input<'_>,
-    source: RouteSource<'_>,
+    source: Source<'_>,
 ) -> (Output, Saved) {
     let output = match source {
-        RouteSource::Router => forward(config, layer, input),
-        RouteSource::Logits(logits) => forward_from_logits(config, layer, input, logits),
-        RouteSource::Routes { ids, weights } => forward_from_routes(config, layer, input, ids, weights),
+        Source::Router => forward(config, layer, input),
+        Source::Logits(logits) => forward_from_logits(config, layer, input, logits),
+        Source::Routes { ids, weights } => forward_from_routes(config, layer, input, ids, weights),
     };
     let normed = expert_input(config, layer, input.x);
     let x = normed.as_deref().unwrap_or(input.x);
@@ -129,7 +129,7 @@ pub struct LayerBackward<'a> {
     /// What went into the forward pass: `[T, H]`.
     pub x: &'a [f64],
     /// Where its routes came from.
-    pub source: RouteSource<'a>,
+    pub source: Source<'a>,
     /// What it kept.
     pub saved: &'a Saved,
     /// T.
@@ -165,11 +165,11 @@ pub fn backward(config: &LayerConfig, layer: &Layer<'_>, op: &LayerBackward<'_>)
         d_x.iter_mut().zip(d_shared).for_each(|(d, more)| *d += more);
     }
     let logits = match op.source {
-        RouteSource::Router => gate(&gate_of(config, layer, op)).logits,
-        RouteSource::Logits(logits) => logits.to_vec(),
-        RouteSource::Routes { .. } => Vec::new(),
+        Source::Router => gate(&gate_of(config, layer, op)).logits,
+        Source::Logits(logits) => logits.to_vec(),
+        Source::Routes { .. } => Vec::new(),
     };
-    if !matches!(op.source, RouteSource::Routes { .. }) {
+    if !matches!(op.source, Source::Routes { .. }) {
         let routes = route_backward(&RouteBackward {
             logits: &logits,
             ids: &op.saved.experts,
@@ -186,7 +186,7 @@ pub fn backward(config: &LayerConfig, layer: &Layer<'_>, op: &LayerBackward<'_>)
         }
     }
     let fed = normed.is_some();
-    if matches!(op.source, RouteSource::Router) {
+    if matches!(op.source, Source::Router) {
         let Gate { x, router, bias, norm_weight, config, tokens, hidden, experts } = gate_of(config, layer, op);
         let (d_logits, d_normed) = (&d.logits[..], fed.then_some(&d_x[..]));
         let op = GateBackward { d_logits, d_normed, x, router, bias, norm_weight, config, tokens, hidden, experts };

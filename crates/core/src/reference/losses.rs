@@ -13,7 +13,8 @@ pub struct LoadBalance<'a> {
     pub ids: &'a [u32],
     /// What makes probabilities of the logits.
     pub score: Score,
-    /// `[N + 1]`: the tokens of sequence s are `sequences[s]..sequences[s+1]`. Absent: all tokens are one sequence.
+    /// `[N + 1]`, ascending: the tokens of sequence s are `sequences[s]..sequences[s+1]`. An end below one before it counts
+    /// as that one, an end above T as T. Absent: all tokens are one sequence.
     pub sequences: Option<&'a [u32]>,
     /// Factor on the loss.
     pub coefficient: f64,
@@ -44,6 +45,7 @@ pub struct Loss {
 /// ```
 ///
 /// Evenly spread slots or probabilities give `coefficient`. A sequence without tokens adds nothing, but counts in N. A
+/// token of no sequence (before the first end or behind the last) adds nothing. A
 /// token whose scores add up to 0, or without a finite logit, has probabilities 0 and no gradient. Meant for scores that
 /// are not negative; [`Score::Logit`] is taken as it is.
 ///
@@ -63,8 +65,15 @@ pub fn load_balance_loss(op: &LoadBalance<'_>) -> Loss {
     let sequences = op.sequences.unwrap_or(&whole);
     let count = sequences.len().saturating_sub(1);
     let mut loss = Loss { value: 0.0, logits: vec![0.0; op.tokens * experts] };
-    for ends in sequences.windows(2) {
-        let tokens = ends[0] as usize..ends[1] as usize;
+    let mut done = 0;
+    let mut ends = sequences.iter().map(|&end| {
+        done = op.tokens.min(end as usize).max(done);
+        done
+    });
+    let mut begin = ends.next().unwrap_or(0);
+    for end in ends {
+        let tokens = begin..end;
+        begin = end;
         if tokens.is_empty() {
             continue;
         }
@@ -182,6 +191,20 @@ mod tests {
         let apart = LoadBalance { ids: &[0, 1], ..each };
         assert!((load_balance_loss(&apart).value - 1.0).abs() < 1e-15);
         assert_eq!(load_balance_loss(&LoadBalance { logits: &[], ids: &[], tokens: 0, ..op }).value, 0.0);
+    }
+
+    #[test]
+    fn ends_that_do_not_ascend_count_as_those_before() {
+        let of = |sequences| load_balance_loss(&balance(Score::Softmax, Some(sequences)));
+        assert_eq!(of(&[0, 3, 1, 4]), of(&[0, 3, 3, 4]));
+        assert_eq!(of(&[1, 3, 9]), of(&[1, 3, 4]));
+        assert_eq!(of(&[9, 3]), of(&[4, 4]));
+        // tokens of no sequence
+        let zeros = |d: &[f64]| d.iter().all(|&d| d == 0.0);
+        let (first, last) = (of(&[0, 1]), of(&[2, 4]));
+        assert!(first.value != 0.0 && !zeros(&first.logits[..3]) && zeros(&first.logits[3..]));
+        assert!(last.value != 0.0 && zeros(&last.logits[..6]) && !zeros(&last.logits[6..]));
+        assert_eq!(of(&[2]).value, 0.0);
     }
 
     #[test]

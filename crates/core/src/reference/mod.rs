@@ -52,9 +52,7 @@ pub use gate_backward::{GateBackward, GateGradients, gate_backward};
 pub use gate_up::{GateUp, Gather, gate_up};
 pub use gate_up_backward::{GateUpBackward, GateUpGradients, gate_up_backward};
 pub use layer::{Input, Layer, Output, forward, forward_from_logits, forward_from_routes};
-pub use layer_backward::{
-    LayerBackward, LayerGradients, RouteSource, Saved, SharedGradients, backward, forward_saving,
-};
+pub use layer_backward::{LayerBackward, LayerGradients, Saved, SharedGradients, Source, backward, forward_saving};
 pub use linear::{Linear, linear};
 pub use linear_backward::{LinearBackward, LinearGradients, linear_backward};
 pub use losses::{LoadBalance, Loss, load_balance_loss, z_loss};

@@ -39,8 +39,8 @@ pub struct RouteGradients {
 /// `d_expert_scale`.
 ///
 /// **Selection is a constant**: which experts are chosen does not change, so the correction bias, a group's worth and a
-/// table have no gradient, experts that are always chosen have that of the others, and the mask of a [`Selection::SparseMixer`] is a constant too: each of its weights is the
-/// softmax over the logits of its pass.
+/// table have no gradient, experts that are always chosen have that of the others, and the mask of a
+/// [`Selection::SparseMixer`] is a constant too: each of its weights is the softmax over the logits of its pass.
 ///
 /// With `v`, `n = norm(v)` and `w` as [`WeightRule`] has them, `g[k] = d_w[k] * scale` (times `expert_scale[e]` if after):
 ///
@@ -61,8 +61,8 @@ pub struct RouteGradients {
 /// | `Logit` | `d_s[e]` |
 /// | [`SoftmaxOfChosen`](WeightValue) | as `Softmax`, over the K chosen |
 ///
-/// An expert that a table names twice has the sum of both gradients. A slot with [`NO_EXPERT`], a NaN logit, and a token
-/// without a finite logit have gradient 0.
+/// An expert that a table names twice has the sum of both gradients. A slot whose id names no expert, a NaN logit, and a
+/// token without a finite logit have gradient 0.
 ///
 /// ```
 /// use fused_moe_core::{config::*, reference::{RouteBackward, route_backward}};
@@ -81,7 +81,9 @@ pub fn route_backward(op: &RouteBackward<'_>) -> RouteGradients {
         if !logits.iter().any(|l| l.is_finite()) {
             continue;
         }
-        let ids = &op.ids[slots.clone()];
+        // an id that names no expert is as good as none
+        let named = |&id: &u32| if (id as usize) < op.experts { id } else { NO_EXPERT };
+        let ids = &op.ids[slots.clone()].iter().map(named).collect::<Vec<_>>();
         let values = values(logits, ids, &op.rule);
         let d_values = through_weights(op, ids, &values, &op.d_weights[slots], &mut d.expert_scale);
         let d_logits = &mut d.logits[t * op.experts..(t + 1) * op.experts];
@@ -90,11 +92,14 @@ pub fn route_backward(op: &RouteBackward<'_>) -> RouteGradients {
     d
 }
 
-/// What the weights of a token's slots started as, `[K]`; 0 for a slot with [`NO_EXPERT`].
+/// What the weights of a token's slots started as, `[K]`; 0 for a slot with [`NO_EXPERT`], which is the only id of none.
 fn values(logits: &[f64], ids: &[u32], rule: &RoutingRule) -> Vec<f64> {
     if let Selection::SparseMixer { jitter } = rule.selection {
         return (0..ids.len())
-            .map(|pass| score::softmax(&masked(logits, ids, pass, f64::from(jitter)))[ids[pass] as usize])
+            .map(|pass| match ids[pass] {
+                NO_EXPERT => 0.0,
+                id => score::softmax(&masked(logits, ids, pass, f64::from(jitter)))[id as usize],
+            })
             .collect();
     }
     match rule.weights.value {
@@ -188,7 +193,7 @@ fn divisor(v: &[f64], rule: &WeightRule) -> (f64, Vec<f64>) {
 /// Through the scores, the softmax of the chosen or the two passes: adds to the gradient of the logits.
 fn through_values(logits: &[f64], ids: &[u32], rule: &RoutingRule, d_values: &[f64], d_logits: &mut [f64]) {
     if let Selection::SparseMixer { jitter } = rule.selection {
-        for pass in 0..ids.len() {
+        for pass in (0..ids.len()).filter(|&pass| ids[pass] != NO_EXPERT) {
             let mut d_scores = vec![0.0; logits.len()];
             d_scores[ids[pass] as usize] = d_values[pass];
             let masked = masked(logits, ids, pass, f64::from(jitter));
@@ -336,10 +341,23 @@ mod tests {
         assert_eq!(d(&[f64::NAN, f64::INFINITY, f64::NAN, f64::NAN, f64::NAN, f64::NAN], &[0, 1, 2]), [0.0; 6]);
         let some = d(&[0.0, f64::NAN, f64::NEG_INFINITY, 1.0, 1.0, 1.0], &[0, 1, NO_EXPERT]);
         assert_eq!(some, [0.25, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        let far = d(&[0.0, f64::NAN, f64::NEG_INFINITY, 1.0, 1.0, 1.0], &[0, 1, 6]);
+        assert_eq!(far, some);
         // a divisor of zero makes the weights a constant
         let weights = WeightRule { normalize: Normalize::Sum { eps: 0.0 }, ..WeightRule::default() };
         let rule = RoutingRule { score: Score::Logit, weights, ..RoutingRule::default() };
         let zero = RouteBackward { rule, ..backward(&route, &[1.0, -1.0, 0.0, 0.0, 0.0, 0.0], &[0, 1, 2], &[1.0; 3]) };
         assert_eq!(route_backward(&zero).logits, [0.0; 6]);
+        // a pass of the sparse mixer goes on without the other
+        let rule = RoutingRule { selection: Selection::SparseMixer { jitter: 0.4 }, ..RoutingRule::default() };
+        let logits = [1.0, 0.9, 0.0, 0.0, 0.0, 0.0];
+        let mixer = |ids: &[u32]| {
+            let op = RouteBackward { rule, top_k: 2, ..backward(&route, &logits, ids, &[1.0; 2]) };
+            route_backward(&op).logits
+        };
+        for none in [NO_EXPERT, 6] {
+            assert_eq!(mixer(&[none, none]), [0.0; 6]);
+            assert!(mixer(&[0, none])[0] > 0.0 && mixer(&[none, 0])[0] > 0.0);
+        }
     }
 }

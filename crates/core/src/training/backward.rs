@@ -1,7 +1,7 @@
 use super::forward::{SharedExpert, activate};
 use super::workspace::{Scratch, SharedScratch, TrainingWorkspace};
 use super::{
-    Activations, Formats, Sizes, TrainingLayer, activation_backward, again, deliver, norm, permutation, permute, row,
+    Activations, Formats, TrainingLayer, activation_backward, again, deliver, norm, permutation, permute, row,
     row_gradient, shorter, stack, stack_gradient,
 };
 use crate::backend::{Backend, BackendBackward, In, shorten};
@@ -23,12 +23,11 @@ impl TrainingLayer {
         call: LayerBackward<'_, '_, B>,
         workspace: &mut TrainingWorkspace<B>,
     ) -> Result<(), B::Error> {
+        let tokens = call.problem(&self.config)?;
+        workspace.check("backward", tokens)?;
         let LayerBackward { d_y, d_logits, x, parameters, source, routing, pre_activation, .. } = call;
         let LayerBackward { shared_pre_activation, gradients, .. } = call;
         let from_router = matches!(source, RoutesFrom::Router);
-        let sizes = Sizes { x: shorten::<B>(x), parameters, from_router, shared: shared_pre_activation.is_some() };
-        let tokens = self.check_sizes("backward", &sizes)?;
-        workspace.check("backward", tokens)?;
         let LayerConfig { hidden, experts, top_k, .. } = self.config;
         let formats = self.formats(backend, x.dtype(), parameters);
         self.logits(backend, stream, (x, parameters, from_router), formats, workspace)?;

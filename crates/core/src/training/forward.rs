@@ -1,8 +1,8 @@
 use super::workspace::{SharedScratch, TrainingWorkspace};
-use super::{Formats, Sizes, TrainingLayer, again, norm, permutation, permute, row, stack};
+use super::{Formats, TrainingLayer, again, norm, permutation, permute, row, stack};
 use crate::backend::{Backend, BackendBackward, In, Out, reborrow, share, shorten, shorten_mut};
 use crate::config::{Activation, LayerConfig, SharedConfig, WeightOn};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::operation::*;
 use crate::routing::{Permutation, Routing};
 
@@ -20,18 +20,10 @@ impl TrainingLayer {
         workspace: &mut TrainingWorkspace<B>,
     ) -> Result<(), B::Error> {
         let config = &self.config;
+        let tokens = call.problem(config)?;
+        workspace.check("forward", tokens)?;
         let ForwardSaving { x, parameters, source, token_ids, residual, norm: next, .. } = call;
         let ForwardSaving { mut pre_activation, shared_pre_activation, mut routes, y, .. } = call;
-        let tokens = self.check_sizes(
-            "forward",
-            &Sizes {
-                x: shorten::<B>(x),
-                parameters,
-                from_router: matches!(source, Source::Router),
-                shared: shared_pre_activation.is_some(),
-            },
-        )?;
-        workspace.check("forward", tokens)?;
         let (rows, &LayerConfig { hidden, experts, .. }) = (tokens * config.top_k, config);
         let TrainingWorkspace {
             permutation: slots,
@@ -64,26 +56,22 @@ impl TrainingLayer {
                 },
             )?;
         }
-        let given = match &source {
-            Source::Routes(routing) => Some(*routing),
-            Source::Logits(view) => {
-                self.route(backend, stream, (shorten::<B>(*view), parameters, token_ids), &mut routes)?;
-                None
+        let routing: Routing<'_, B> = match (&source, &mut routes) {
+            (Source::Routes(given), _) => {
+                Routing { experts: shorten::<B>(given.experts), weights: shorten::<B>(given.weights) }
             }
-            Source::Router => {
-                let view = logits.read([tokens, experts])?;
-                self.route(backend, stream, (shorten::<B>(view), parameters, token_ids), &mut routes)?;
-                None
+            (_, None) => {
+                let (operand, reason) = ("routes", "the backward pass reads the routes that are taken");
+                return Err(Error::Missing { operation: "forward", operand, reason }.into());
             }
-        };
-        let routing: Routing<'_, B> = match (&given, &routes) {
-            (Some(routing), _) => {
-                Routing { experts: shorten::<B>(routing.experts), weights: shorten::<B>(routing.weights) }
-            }
-            (None, Some(routes)) => {
+            (made, Some(routes)) => {
+                let view = match made {
+                    Source::Logits(view) => shorten::<B>(*view),
+                    _ => logits.read([tokens, experts])?,
+                };
+                self.route(backend, stream, (view, parameters, token_ids), routes)?;
                 Routing { experts: share::<B>(&routes.experts), weights: share::<B>(&routes.weights) }
             }
-            (None, None) => return Err(no_routes("forward").into()),
         };
         if let (true, false, Some(rule)) = (feeds, from_router, config.gate.norm) {
             let to = (sum.write([tokens, hidden])?, n.write_as(between, [tokens, hidden])?);
@@ -161,9 +149,8 @@ impl TrainingLayer {
         backend: &B,
         stream: &B::Stream,
         (logits, parameters, token_ids): (In<'_, B>, &LayerParameters<'_, B>, Option<In<'_, B>>),
-        routes: &mut Option<RoutesOut<'_, B>>,
+        RoutesOut { experts, weights }: &mut RoutesOut<'_, B>,
     ) -> Result<(), B::Error> {
-        let Some(RoutesOut { experts, weights }) = routes else { return Err(no_routes("forward").into()) };
         let table = match (parameters.table, token_ids) {
             (Some(experts), Some(ids)) => {
                 Some(TokenTable { token_ids: shorten::<B>(ids), experts: shorten::<B>(experts) })
@@ -181,11 +168,6 @@ impl TrainingLayer {
         };
         backend.route(stream, Route { logits: shorten::<B>(logits), choice })
     }
-}
-
-fn no_routes(operation: &'static str) -> crate::error::Error {
-    let reason = "the backward pass reads the routes that are taken";
-    crate::error::Error::Missing { operation, operand: "routes", reason }
 }
 
 /// `a = act(z)`.
@@ -260,9 +242,9 @@ impl<B: Backend> SharedExpert<'_, '_, B> {
         })
     }
 
-    /// Its gate, if the layer is to have one.
+    /// Its gate, if it has one.
     pub(super) fn gate(&self) -> Option<In<'_, B>> {
-        self.weights.gate.filter(|_| self.config.gated).map(shorten::<B>)
+        self.weights.gate.map(shorten::<B>)
     }
 
     /// From its pre-activation: `a`, `y` and the logit of its gate.

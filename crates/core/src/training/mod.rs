@@ -15,7 +15,7 @@ mod workspace;
 pub use workspace::TrainingWorkspace;
 
 use crate::backend::{Backend, BackendBackward, In, shorten, shorten_mut};
-use crate::config::{LayerConfig, Norms, Selection};
+use crate::config::{LayerConfig, Norms};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::operation::*;
@@ -94,43 +94,6 @@ impl TrainingLayer {
     fn tokens(&self) -> RowSource {
         RowSource::Tokens { top_k: self.config.top_k }
     }
-
-    fn check_sizes<B: Backend>(&self, operation: &'static str, call: &Sizes<'_, '_, B>) -> Result<usize> {
-        let LayerConfig { hidden, experts, intermediate, .. } = self.config;
-        let tokens = call.x.rows();
-        let shape =
-            |operand, view: &In<'_, B>, layout, expected: [usize; 2]| match [view.rows(), view.cols()] == expected {
-                true => Ok(()),
-                false => {
-                    let (expected, actual) = (expected.into(), view.shape());
-                    Err(Error::Shape { operation, operand, layout, expected, actual })
-                }
-            };
-        let rows = self.config.gate_up_rows();
-        shape("x", &call.x, "[T, H]", [tokens, hidden])?;
-        shape("parameters.gate_up", &call.parameters.gate_up, "[E * N, H]", [experts * rows, hidden])?;
-        shape("parameters.down", &call.parameters.down, "[E * H, I]", [experts * hidden, intermediate])?;
-        if call.from_router && call.parameters.router.is_none() {
-            let (operand, reason) = ("parameters.router", "the routes come from the layer's router");
-            return Err(Error::Missing { operation, operand, reason });
-        }
-        let shared = [("parameters.shared", call.parameters.shared.is_some()), ("shared_pre_activation", call.shared)];
-        for (operand, given) in shared {
-            if given && self.config.shared.is_none() {
-                let reason = "the layer has no shared expert";
-                return Err(Error::Unexpected { operation, operand, reason });
-            }
-            if !given && self.config.shared.is_some() {
-                let reason = "the layer has a shared expert";
-                return Err(Error::Missing { operation, operand, reason });
-            }
-        }
-        if self.config.routing.selection == Selection::Table && call.from_router && call.parameters.table.is_none() {
-            let (operand, reason) = ("parameters.table", "experts are chosen by token id");
-            return Err(Error::Missing { operation, operand, reason });
-        }
-        Ok(tokens)
-    }
 }
 
 /// The formats of what lies between two operations.
@@ -149,14 +112,6 @@ impl Formats {
     }
 }
 
-/// What a forward and a backward call have in common.
-struct Sizes<'a, 'p, B: Backend> {
-    x: In<'a, B>,
-    parameters: &'a LayerParameters<'p, B>,
-    from_router: bool,
-    shared: bool,
-}
-
 /// RMSNorm of rows alone: combine of no experts.
 fn norm<B: Backend>(
     backend: &B,
@@ -167,7 +122,7 @@ fn norm<B: Backend>(
     let nothing = shorten::<B>(x).row_range(0, 0)?;
     let norm = NextNorm { weight: weight.map(shorten::<B>), eps, out: shorten_mut::<B>(out) };
     let of = Residual::Of(shorten::<B>(x));
-    backend.combine(stream, Combine::norm_alone(nothing, of, norm, shorten_mut::<B>(sum)))
+    backend.combine(stream, Combine::residual_alone(nothing, of, Some(norm), shorten_mut::<B>(sum)))
 }
 
 /// Adds a finished gradient to where it goes, or puts it there.
@@ -183,17 +138,7 @@ fn deliver<B: Backend>(
         return backend.accumulate(stream, Accumulate { acc: view, weight: Factor::Value(1.0), y: from });
     }
     let nothing = shorten::<B>(from).row_range(0, 0)?;
-    let copied = Combine {
-        rows: SlotRows::Slots(nothing),
-        weights: None,
-        copies: None,
-        routed_scale: 1.0,
-        shared: None,
-        residual: Some(Residual::Of(from)),
-        norm: None,
-        out: view,
-    };
-    backend.combine(stream, copied)
+    backend.combine(stream, Combine::residual_alone(nothing, Residual::Of(from), None, view))
 }
 
 /// The matrices of one expert as a stack of one.

@@ -3,11 +3,14 @@ use crate::config::LayerConfig;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::{Shape, View};
+use std::cell::Cell;
 
-/// Scratch of a layer that is trained, made once for a largest number of tokens: each part in memory of its own, about
-/// `4 * (R * (3N + H) + T * (4H + 2E + 3S))` bytes for T tokens and R = T*K slots.
+/// Scratch of a layer that is trained, made once for a largest number of tokens: each part in memory of its own,
+/// `4 * (R * (2I + N + H + 4) + T * (3H + 2E + 1) + E + 3)` bytes for T tokens and R = T*K slots, N being 2I, or I without
+/// gate; and `4 * T * (2H + 2S + N + 5)` more with a shared expert, N being its 2S or S.
 pub struct TrainingWorkspace<B: Backend> {
     pub(super) max_tokens: usize,
+    bytes: usize,
     pub(super) permutation: PermutationScratch<B>,
     /// Of the shared expert: every token to one expert.
     pub(super) identity: PermutationScratch<B>,
@@ -94,6 +97,7 @@ impl<B: Backend> TrainingWorkspace<B> {
     pub(super) fn new(backend: &B, config: &LayerConfig, max_tokens: usize) -> Result<Self, B::Error> {
         let LayerConfig { hidden, intermediate, experts, top_k, .. } = *config;
         let rows = max_tokens.saturating_mul(top_k);
+        let total = Cell::new(0usize);
         let memory = |rows: usize, cols: usize| -> Result<B::Memory, B::Error> {
             let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(4)).ok_or_else(|| Error::Value {
                 operation: "workspace",
@@ -101,6 +105,7 @@ impl<B: Backend> TrainingWorkspace<B> {
                 expected: "as many tokens as the address space has room for",
                 actual: max_tokens.to_string(),
             })?;
+            total.set(total.get().saturating_add(bytes));
             backend.allocate(bytes)
         };
         let floats = |rows, cols| Ok::<_, B::Error>(Scratch { memory: memory(rows, cols)?, dtype: DType::F32 });
@@ -117,8 +122,9 @@ impl<B: Backend> TrainingWorkspace<B> {
         backend.upload(bytemuck::cast_slice(&vec![1.0f32; max_tokens]), &mut ones)?;
         // without a shared expert its parts are empty
         let shared_tokens = if width > 0 { max_tokens } else { 0 };
-        Ok(Self {
+        let mut workspace = Self {
             max_tokens,
+            bytes: 0,
             permutation: permutation(rows, experts)?,
             identity: permutation(shared_tokens, 1)?,
             zeros: Scratch { memory: memory(shared_tokens, 1)?, dtype: DType::U32 },
@@ -143,7 +149,14 @@ impl<B: Backend> TrainingWorkspace<B> {
                 logit: floats(shared_tokens, 1)?,
                 d_logit: floats(shared_tokens, 1)?,
             },
-        })
+        };
+        workspace.bytes = total.get();
+        Ok(workspace)
+    }
+
+    /// Bytes of its memory.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 
     pub(super) fn check(&self, operation: &'static str, tokens: usize) -> Result<()> {

@@ -81,7 +81,7 @@ impl Owned {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum From {
+enum Origin {
     Router,
     Logits,
     Routes,
@@ -90,16 +90,16 @@ enum From {
 /// Ids of given routes: a slot that goes nowhere, one that does not exist, an expert twice.
 const IDS: [u32; 2 * TOKENS] = [1, 0, NO_EXPERT, 3, 2, 2, 9, 4];
 
-fn source(from: From, owned: &Owned) -> RouteSource<'_> {
+fn source(from: Origin, owned: &Owned) -> Source<'_> {
     match from {
-        From::Router => RouteSource::Router,
-        From::Logits => RouteSource::Logits(&owned.logits),
-        From::Routes => RouteSource::Routes { ids: &IDS, weights: &owned.weights },
+        Origin::Router => Source::Router,
+        Origin::Logits => Source::Logits(&owned.logits),
+        Origin::Routes => Source::Routes { ids: &IDS, weights: &owned.weights },
     }
 }
 
 /// Every gradient against central differences of `sum c * y + sum c_l * logits`.
-fn check(config: &LayerConfig, from: From) {
+fn check(config: &LayerConfig, from: Origin) {
     let owned = Owned::new(config);
     let (c, c_l) = (numbers(20, TOKENS * config.hidden), numbers(21, TOKENS * config.experts));
     let run = |owned: &Owned| {
@@ -110,9 +110,9 @@ fn check(config: &LayerConfig, from: From) {
     let loss = |owned: &Owned| {
         let (moved, _) = run(owned);
         assert_eq!(moved.routes.experts, output.routes.experts, "a step must not change the choice");
-        dot(&moved.y, &c) + if from == From::Routes { 0.0 } else { dot(&moved.logits, &c_l) }
+        dot(&moved.y, &c) + if from == Origin::Routes { 0.0 } else { dot(&moved.logits, &c_l) }
     };
-    let d_logits = (from != From::Routes).then_some(&c_l[..]);
+    let d_logits = (from != Origin::Routes).then_some(&c_l[..]);
     let (x, source, saved) = (&owned.x, source(from, &owned), &saved);
     let op = LayerBackward { d_y: &c, d_logits, x, source, saved, tokens: TOKENS };
     let d = backward(config, &owned.layer(), &op);
@@ -125,12 +125,12 @@ fn check(config: &LayerConfig, from: From) {
     }
     each! { x: &d.x, gate_up: &d.gate_up, gate_up_bias: &d.gate_up_bias, down: &d.down, down_bias: &d.down_bias }
     match from {
-        From::Router => each! { router: &d.router, router_bias: &d.router_bias, expert_scale: &d.expert_scale },
-        From::Logits => each! { logits: &d.logits, expert_scale: &d.expert_scale },
-        From::Routes => each! { weights: &d.weights },
+        Origin::Router => each! { router: &d.router, router_bias: &d.router_bias, expert_scale: &d.expert_scale },
+        Origin::Logits => each! { logits: &d.logits, expert_scale: &d.expert_scale },
+        Origin::Routes => each! { weights: &d.weights },
     }
-    assert_eq!(d.router.is_empty(), from != From::Router);
-    if config.gate.norm.is_some_and(|norm| norm.feeds_experts || from == From::Router) {
+    assert_eq!(d.router.is_empty(), from != Origin::Router);
+    if config.gate.norm.is_some_and(|norm| norm.feeds_experts || from == Origin::Router) {
         each! { router_norm: &d.router_norm }
     } else {
         assert!(d.router_norm.is_empty());
@@ -173,7 +173,7 @@ fn activations() {
     for activation in all {
         check(
             &LayerConfig { activation, shared: Some(SharedConfig { activation, ..SHARED }), ..plain() },
-            From::Router,
+            Origin::Router,
         );
     }
 }
@@ -181,7 +181,7 @@ fn activations() {
 #[test]
 fn weights_on_input_and_output_from_every_source() {
     for weight_on in [WeightOn::Input, WeightOn::Output] {
-        for from in [From::Router, From::Logits, From::Routes] {
+        for from in [Origin::Router, Origin::Logits, Origin::Routes] {
             for shared in [None, Some(SHARED), Some(SharedConfig { gated: false, ..SHARED })] {
                 check(&LayerConfig { weight_on, shared, ..plain() }, from);
             }
@@ -193,7 +193,7 @@ fn weights_on_input_and_output_from_every_source() {
 fn gates() {
     for feeds_experts in [false, true] {
         for softcap in [None, Some(0.8)] {
-            for from in [From::Router, From::Logits, From::Routes] {
+            for from in [Origin::Router, Origin::Logits, Origin::Routes] {
                 let norm = Some(GateNorm { eps: 1e-3, feeds_experts });
                 let gate = GateConfig { norm, softcap, scale: 1.25 };
                 check(&LayerConfig { gate, shared: Some(SHARED), ..plain() }, from);
@@ -221,7 +221,7 @@ fn scores_selections_and_weight_rules() {
                 let expert_scale = [Some(ExpertScale::BeforeNormalize), Some(ExpertScale::AfterNormalize)][n % 2];
                 let weights = WeightRule { value, expert_scale, normalize, scale: 1.25 };
                 let routing = RoutingRule { score, selection, always, weights };
-                check(&LayerConfig { routing, ..plain() }, From::Router);
+                check(&LayerConfig { routing, ..plain() }, Origin::Router);
             }
         }
     }

@@ -1,11 +1,10 @@
 //! Operands that do not fit: a plain error that begins with the operation and names the operand, and nothing else.
 
-use fused_moe_core::config::{
-    Activation, ExpertScale, Function, LayerConfig, RoutingRule, Score, SharedConfig, WeightRule,
-};
+mod layer;
+
+use fused_moe_core::config::{Activation, ExpertScale, Function, RoutingRule, Score, WeightRule};
 use fused_moe_core::operation::*;
-use fused_moe_core::training::TrainingLayer;
-use fused_moe_core::{Backend, BackendBackward, DType, HostView, HostViewMut, Permutation, Routing, Shape, View};
+use fused_moe_core::{Backend, BackendBackward, DType, HostView, HostViewMut, Permutation, Shape, View};
 use fused_moe_cpu::{Cpu, Error};
 
 const T: usize = 3;
@@ -379,85 +378,4 @@ fn losses() {
             ("d_logits", |op| op.d_logits = gradient([E, T])),
         ],
     );
-}
-
-#[test]
-fn layer() {
-    let cpu = Cpu::with_threads(1).unwrap();
-    let stream = cpu.stream().unwrap();
-    let layer = TrainingLayer::new(&LayerConfig::new(H, I, E, K)).unwrap();
-    let mut workspace = layer.workspace(&cpu, T).unwrap();
-    let parameters = || LayerParameters::<Cpu>::new(floats([E, H]), floats([E, N, H]), floats([E, H, I]));
-    let mut backward =
-        |tokens: usize, parameters: &LayerParameters<'_, Cpu>, change: fn(&mut LayerBackward<'_, '_, Cpu>)| {
-            let mut call = LayerBackward {
-                d_y: floats([tokens, H]),
-                d_logits: None,
-                x: floats([tokens, H]),
-                parameters,
-                source: RoutesFrom::Router,
-                routing: Routing { experts: ids([tokens, K]), weights: floats([tokens, K]) },
-                pre_activation: floats([tokens * K, N]),
-                shared_pre_activation: None,
-                gradients: LayerGradients { x: gradient([tokens, H]), ..LayerGradients::default() },
-            };
-            change(&mut call);
-            layer.backward(&cpu, &stream, call, &mut workspace).map_err(|error| error.to_string())
-        };
-    assert_eq!(backward(T, &parameters(), |_| {}), Ok(()));
-    let mut says = |beginning: &str, tokens, parameters: &LayerParameters<'_, Cpu>, change| {
-        let message = backward(tokens, parameters, change).expect_err(beginning);
-        assert!(message.starts_with(beginning), "{beginning}: {message}");
-    };
-    says("backward: x ", T + 1, &parameters(), |_| {});
-    says("backward: x ", T, &parameters(), |call| call.x = floats([T, I]));
-    says("backward: parameters.router ", T, &LayerParameters { router: None, ..parameters() }, |_| {});
-    let wrong = LayerParameters { gate_up: floats([E, N, H - 1]), ..parameters() };
-    says("backward: parameters.gate_up ", T, &wrong, |_| {});
-    says("backward: parameters.down ", T, &LayerParameters { down: floats([E, I, H]), ..parameters() }, |_| {});
-    says("backward: shared_pre_activation is given", T, &parameters(), |call| {
-        call.shared_pre_activation = Some(floats([T, N]));
-    });
-    // what the stages say of what they are handed
-    says("permute: experts ", T, &parameters(), |call| call.routing.experts = floats([T, K]));
-    says("down_backward: d_out ", T, &parameters(), |call| call.d_y = floats([T, H + 1]));
-    says("activation_backward: gate_up ", T, &parameters(), |call| call.pre_activation = floats([R, I]));
-    says("activation_backward: row_weights.weights ", T, &parameters(), |call| call.routing.weights = floats([T, 1]));
-}
-
-#[test]
-fn layer_with_a_shared_expert() {
-    let cpu = Cpu::with_threads(1).unwrap();
-    let stream = cpu.stream().unwrap();
-    let shared = SharedConfig { intermediate: I, activation: Activation::default(), gated: false, scale: 1.0 };
-    let config = LayerConfig { shared: Some(shared), ..LayerConfig::new(H, I, E, K) };
-    let layer = TrainingLayer::new(&config).unwrap();
-    let mut workspace = layer.workspace(&cpu, T).unwrap();
-    let plain = || LayerParameters::<Cpu>::new(floats([E, H]), floats([E, N, H]), floats([E, H, I]));
-    let (gate_up, down) = (floats([N, H]), floats([H, I]));
-    let shared = SharedParameters { gate_up, gate_up_bias: None, down, down_bias: None, gate: None };
-    let whole = LayerParameters { shared: Some(shared), ..plain() };
-    let mut forward = |parameters: &LayerParameters<'_, Cpu>, shared_pre_activation| {
-        let call = ForwardSaving {
-            x: floats([T, H]),
-            parameters,
-            source: Source::Router,
-            token_ids: None,
-            residual: None,
-            norm: None,
-            pre_activation: out([R, N]),
-            shared_pre_activation,
-            routes: Some(RoutesOut {
-                experts: View::of_mut(vec![0u32; R].leak(), [T, K]).unwrap(),
-                weights: out([T, K]),
-            }),
-            y: out([T, H]),
-        };
-        layer.forward(&cpu, &stream, call, &mut workspace).map_err(|error| error.to_string())
-    };
-    assert_eq!(forward(&whole, Some(out([T, N]))), Ok(()));
-    let message = forward(&plain(), Some(out([T, N]))).unwrap_err();
-    assert!(message.starts_with("forward: parameters.shared is missing"), "{message}");
-    let message = forward(&whole, None).unwrap_err();
-    assert!(message.starts_with("forward: shared_pre_activation is missing"), "{message}");
 }

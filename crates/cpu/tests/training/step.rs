@@ -201,3 +201,24 @@ impl Step {
         }
     }
 }
+
+#[test]
+fn a_workspace_takes_the_bytes_that_its_documentation_says() {
+    let cpu = Cpu::with_threads(1).unwrap();
+    let (h, i, e, k) = (40, 12, 7, 3);
+    let up = Activation::Plain(Function::Relu);
+    let whole = config([h, i, e, k]);
+    let plain = LayerConfig { shared: None, ..whole.clone() };
+    let shared = whole.shared.map(|shared| SharedConfig { activation: up, ..shared });
+    for config in [&plain, &whole, &LayerConfig { activation: up, shared, ..plain.clone() }] {
+        for t in [0, 1, 9] {
+            let (r, n) = (t * k, config.gate_up_rows());
+            let mut expected = 4 * (r * (2 * i + n + h + 4) + t * (3 * h + 2 * e + 1) + e + 3);
+            if let Some(SharedConfig { intermediate: s, activation, .. }) = config.shared {
+                expected += 4 * t * (2 * h + 2 * s + activation.gate_up_rows(s) + 5);
+            }
+            let workspace = TrainingLayer::new(config).unwrap().workspace(&cpu, t).unwrap();
+            assert_eq!(workspace.bytes(), expected, "{config:?}, {t} tokens");
+        }
+    }
+}

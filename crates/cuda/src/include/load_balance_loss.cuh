@@ -7,19 +7,18 @@ struct Sequence {
     f64 factor;
 };
 
-// Sequence s as far as it exists and comes after those before it, and its slots of each expert; by the whole block.
+// Sequence s and its slots of each expert, by the whole block. An end below one before it counts as that one.
 __device__ __forceinline__ Sequence sequence_of(const LoadBalanceLossParams& p, u64 s, u32* slots, u64* parts) {
     const u32* ends = reinterpret_cast<const u32*>(p.sequences);
     const u32 tokens = (u32)p.tokens;
-    u32 begin = 0, end = tokens, before = 0;
+    u32 begin = 0, end = tokens;
     if (ends) {
-        begin = ends[s] < tokens ? ends[s] : tokens;
+        for (u64 i = threadIdx.x; i <= s; i += THREADS) begin = begin > ends[i] ? begin : ends[i];
+        begin = reduce<Max, THREADS>(begin, parts);
+        begin = begin < tokens ? begin : tokens;
         end = ends[s + 1] < tokens ? ends[s + 1] : tokens;
-        for (u64 i = threadIdx.x + 1; i <= s; i += THREADS) before = before > ends[i] ? before : ends[i];
-        before = reduce<Max, THREADS>(before, parts);
-        before = before < tokens ? before : tokens;
+        if (end < begin) end = begin;
     }
-    if (begin < before || end < begin) end = begin;
     const f64 length = end - begin;
     const Sequence sequence = {begin, end, (f64)p.coefficient * p.experts_total / (p.top_k * length * length * p.sequence_count)};
     __syncthreads();

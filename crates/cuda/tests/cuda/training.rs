@@ -4,7 +4,7 @@ use crate::layer::numbers;
 use fused_moe_conformance::{Options, Scale, run_backward};
 use fused_moe_core::config::{GateNorm, LayerConfig, Normalize, SharedConfig};
 use fused_moe_core::operation::*;
-use fused_moe_core::reference::{self, Input, RouteSource};
+use fused_moe_core::reference::{self, Input};
 use fused_moe_core::training::{TrainingLayer, TrainingWorkspace};
 use fused_moe_core::{Backend, DType, Routing, Stream, View};
 use fused_moe_cuda::{Cuda, CudaStream, Graph, Memory, Result};
@@ -236,7 +236,7 @@ fn compare(found: &[Vec<u8>], tokens: usize) {
     };
     let (config, x, d_y) = (config(), of(tokens * H, 1), of(tokens * H, 2));
     let input = Input { x: &x, tokens, ..Input::default() };
-    let source = RouteSource::Router;
+    let source = reference::Source::Router;
     let (output, saved) = reference::forward_saving(&config, &layer, &input, source);
     let op = reference::LayerBackward { d_y: &d_y, d_logits: None, x: &x, source, saved: &saved, tokens };
     let d = reference::backward(&config, &layer, &op);

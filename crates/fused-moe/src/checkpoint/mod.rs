@@ -133,9 +133,9 @@ impl Checkpoint {
     /// Layer `index` of the model, counted from 0 over all its layers.
     ///
     /// Errors: `NoSuchLayer`, `DenseLayer`, `DenseWithExperts`; `ConfigMissing`, `ConfigValue`, `ConfigUnsupported`,
-    /// `ConfigContradiction` and `Config` when config.json does not describe a layer; `Tensors` with everything that is missing, misshapen or of a format that cannot be read,
-    /// `Quantised` if config.json says why; `MixedFormats`; `Layer` if all that does not make a layer. What is returned
-    /// passes a backend's checks.
+    /// `ConfigContradiction` and `Config` when config.json does not describe a layer; `Tensors` with everything that is
+    /// missing, misshapen or of a format that cannot be read, `Quantised` if config.json says why; `MixedFormats`; `Layer`
+    /// if all that does not make a layer. What is returned passes a backend's checks.
     pub fn layer(&self, index: usize) -> Result<CheckpointLayer<'_>> {
         if index >= self.count {
             return Err(Error::NoSuchLayer { path: self.path.clone(), layer: index, count: self.count });

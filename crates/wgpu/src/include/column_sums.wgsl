@@ -1,7 +1,6 @@
 // Sums over rows, column by column. A workgroup has 64 columns: 8 lines of 32 threads, two columns each, take every 8th row,
 // and their sums are added up in the order of the lines. The entry's file has `pair_of`, two neighbouring terms of a row.
 
-const COLUMNS = 64u;
 const LINE = COLUMNS / 2u;
 const LINES = THREADS / LINE;
 

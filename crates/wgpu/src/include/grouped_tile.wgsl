@@ -1,7 +1,6 @@
 // A tile of 64 x 64 sums in f32 multiply-adds, by 128 threads: 8 x 4 sums each.
 
 const THREADS = 128u;
-const TILE = 64u;
 const STEP = 16u;
 
 // By row, not an array, so that they surely stay in registers.

@@ -8,8 +8,6 @@
 //
 // A sum is over one column after the other: the bits of a row depend on nothing but the row.
 const THREADS = 128u;
-const TILE = 32u;
-const PAIRS = 64u;
 const STEP = 16u;
 // threads that have the same rows
 const ACROSS = PAIRS / 2u;

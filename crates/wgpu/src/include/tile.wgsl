@@ -5,7 +5,6 @@
 //
 // The entry's file has `weighted`, what x is before the product, and SQUARES says whether its squares are added up.
 
-const TILE = 64u;
 const TILE_K = 16u;
 // A vector is four neighbouring columns of a row, written by one thread: vectors that several threads write parts of are
 // not for Metal and D3D. Between four columns and the next lie two more vectors than there are, and so that neighbours read

@@ -2,10 +2,11 @@
 
 use super::{
     ACTIVATION, ActivationKind, Binding, COLUMNS, EIGHT, MATH, REDUCE, ROUTE, RULE, SCORE, WORDS, reads,
-    reads_integers, writes,
+    reads_integers, size, writes,
 };
 use crate::grouped::{GROUPS, TILES};
 use crate::launch::Params;
+use crate::plan::backward as plan;
 use crate::route::RuleKind;
 use crate::{
     activation_backward, combine_backward, grouped_backward, losses, norm_backward as norm, route_backward as route,
@@ -234,8 +235,11 @@ impl BackwardKernel {
             Self::Activation { activation: ActivationKind { form, function } } => {
                 vec![("FORM", form.into()), ("FUNCTION", function.into())]
             }
-            Self::GroupedRows { one } | Self::GroupedBias { one } => vec![find(one)],
-            Self::GroupedMatrices { one, gathers_x } => vec![find(one), ("GATHERS_X", gathers_x.to_string())],
+            Self::GroupedRows { one } => vec![find(one), size("TILE", plan::TILE)],
+            Self::GroupedBias { one } => vec![find(one), size("COLUMNS", plan::COLUMNS)],
+            Self::GroupedMatrices { one, gathers_x } => {
+                vec![find(one), size("TILE", plan::TILE), ("GATHERS_X", gathers_x.to_string())]
+            }
             Self::Route { rule, threads, keys } => rule.constants().into_iter().chain(sizes(threads, keys)).collect(),
             Self::LoadBalance { score, threads, keys } => {
                 [("SCORE", score.to_owned())].into_iter().chain(sizes(threads, keys)).collect()
@@ -244,8 +248,10 @@ impl BackwardKernel {
                 [("SCORE", "SCORE_SOFTMAX".to_owned())].into_iter().chain(sizes(threads, keys)).collect()
             }
             Self::LossSum => sizes(256, 1).into(),
-            Self::CombineRows | Self::CombineWeights | Self::CombineShared => vec![],
-            Self::Norm | Self::NormWeight | Self::RouteScale => vec![],
+            Self::CombineWeights => vec![size("SLOTS", combine_backward::SLOTS)],
+            Self::NormWeight => vec![size("COLUMNS", plan::COLUMNS)],
+            Self::RouteScale => vec![size("THREADS", route::SCALES)],
+            Self::CombineRows | Self::CombineShared | Self::Norm => vec![],
         }
     }
 

@@ -4,9 +4,9 @@ use super::windows::windows;
 use std::ops::Range;
 
 /// Rows and columns of a tile.
-const TILE: usize = 64;
+pub(crate) const TILE: usize = 64;
 /// Columns of a workgroup that adds up rows.
-const COLUMNS: usize = 64;
+pub(crate) const COLUMNS: usize = 64;
 /// Matrix rows that windows are made of where there is room: eights of d's columns are read by 16 bytes.
 const EIGHT: usize = 8;
 /// Tokens of a workgroup of a loss at the least: it counts the slots of their sequence once.
