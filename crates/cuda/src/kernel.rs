@@ -299,7 +299,9 @@ impl Kernel {
                 vec![("LOGITS_T", logits.to_string()), ("LANE_LOGITS", number(lane_logits.into()))]
             }
             Self::GatherWeights { scores } => vec![("SCORES_T", scores.to_string())],
-            Self::Activation { activation, pieces } => [&activation.defines()[..], &pieces.defines()].concat(),
+            Self::Activation { activation, pieces } => {
+                with([&activation.defines()[..], &pieces.defines()].concat(), "SIGMOID", pieces.sigmoid().to_string())
+            }
             Self::Combine { y, vector, copies, norm, stash } => vec![
                 ("Y_T", y.to_string()),
                 ("VEC", number(vector.into())),

@@ -1,4 +1,5 @@
-// The derivatives of activation.cuh, BRIEF as its SIGMOID may be. On its limits a clamp has the slope that it has between them; relu has slope 0 at 0.
+// The derivatives of activation.cuh, BRIEF where its SIGMOID is. On its limits a clamp has the slope that it has between them;
+// relu has slope 0 at 0.
 
 // The sigmoid of a number and of its opposite, of one exponential.
 struct Sigmoids {

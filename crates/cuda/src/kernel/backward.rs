@@ -13,7 +13,7 @@ use fused_moe_core::DType;
 pub(crate) enum BackwardKernel {
     Grouped(GroupedBackwardKernel),
     Activation { activation: ActivationKind, pieces: Pieces },
-    CombineRows { vector: u8 },
+    CombineRows { pieces: Pieces },
     CombineWeights { vector: u8 },
     CombineShared { vector: u8 },
     Route { logits: DType, threads: u16 },
@@ -82,7 +82,7 @@ impl BackwardKernel {
             Self::Activation { .. } => {
                 vec![PIECES, ACTIVATION, SLOPES, own, include_str!("../activation_backward.cu")]
             }
-            Self::CombineRows { .. } => vec![own, include_str!("../combine_backward_rows.cu")],
+            Self::CombineRows { .. } => vec![PIECES, own, include_str!("../combine_backward_rows.cu")],
             Self::CombineWeights { .. } => vec![REDUCE, GRADIENT, own, include_str!("../combine_backward_weights.cu")],
             Self::CombineShared { .. } => vec![REDUCE, GRADIENT, own, include_str!("../combine_backward_shared.cu")],
             Self::Route { .. } => {
@@ -115,12 +115,11 @@ impl BackwardKernel {
         match self {
             Self::Grouped(kernel) => kernel.defines(),
             Self::Activation { activation, pieces } => {
-                let brief = [("BRIEF", pieces.narrow().to_string())];
-                [&activation.defines()[..], &pieces.defines(), &brief].concat()
+                let own = [("SIGMOID", pieces.sigmoid().to_string()), ("BRIEF", pieces.is_narrow().to_string())];
+                [&activation.defines()[..], &pieces.defines(), &own].concat()
             }
-            Self::CombineRows { vector: n }
-            | Self::CombineWeights { vector: n }
-            | Self::CombineShared { vector: n } => vector(n),
+            Self::CombineRows { pieces } => pieces.defines().to_vec(),
+            Self::CombineWeights { vector: n } | Self::CombineShared { vector: n } => vector(n),
             Self::NormWeight { vector: n } => vector(n),
             Self::Route { logits, threads } => token(logits, threads.into()),
             Self::LoadBalanceLoss { logits } => token(logits, ONE_BLOCK),
@@ -138,10 +137,10 @@ impl BackwardKernel {
         all.push(Self::Norm);
         for pieces in Pieces::all() {
             all.extend(activations().map(|activation| Self::Activation { activation: activation.into(), pieces }));
+            all.push(Self::CombineRows { pieces });
         }
         for vector in [1, plan::backward::VECTOR] {
-            all.extend([Self::CombineRows { vector }, Self::CombineWeights { vector }]);
-            all.extend([Self::CombineShared { vector }, Self::NormWeight { vector }]);
+            all.extend([Self::CombineWeights { vector }, Self::CombineShared { vector }, Self::NormWeight { vector }]);
         }
         for logits in FLOATS {
             all.extend([32, 256].map(|threads| Self::Route { logits, threads }));

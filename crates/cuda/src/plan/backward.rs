@@ -174,26 +174,6 @@ pub(crate) fn all() -> Vec<GroupedBackwardKernel> {
     all
 }
 
-/// Blocks of an element-wise kernel that a multiprocessor holds; they go round, since to start one takes longer than a row.
-const BLOCKS: usize = 16;
-
-/// And the threads that a slot has.
-pub(crate) fn combine_rows(
-    problem: &CombineBackwardProblem,
-    aligned: impl Fn(u64) -> bool,
-    device: &DeviceNumbers,
-) -> (Plan, u32) {
-    let each = whole(problem.hidden, aligned);
-    let columns = problem.hidden.div_ceil(each.into());
-    let lanes = columns.next_power_of_two().min(128);
-    let blocks = (problem.tokens * problem.top_k).div_ceil(128 / lanes);
-    let across = columns.div_ceil(lanes);
-    let blocks = blocks.min((device.multiprocessors as usize * BLOCKS).div_ceil(across.max(1)));
-    let grid = Grid::plane(blocks, across, 128);
-    let kernel = Kernel::Backward(BackwardKernel::CombineRows { vector: each });
-    (Plan { kernel, grid, why: "slots and pieces of them in parallel" }, lanes as u32)
-}
-
 pub(crate) fn combine_weights(slots: usize, aligned: impl Fn(u64) -> bool) -> Plan {
     let kernel = Kernel::Backward(BackwardKernel::CombineWeights { vector: vector(VECTOR, aligned) });
     Plan { kernel, grid: Grid::line(slots.div_ceil(8), 256), why: "a warp a slot" }

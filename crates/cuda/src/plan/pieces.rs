@@ -29,17 +29,22 @@ impl Pieces {
     }
 
     /// Whether a rounding to the operands' format covers what instructions of a lesser precision are off by.
-    pub(crate) fn narrow(self) -> bool {
+    pub(crate) fn is_narrow(self) -> bool {
         self.format.is_some_and(|format| format.size() == 2)
+    }
+
+    /// The sigmoid that is exact enough.
+    pub(crate) fn sigmoid(self) -> &'static str {
+        if self.is_narrow() { "brief_sigmoid" } else { "sigmoid" }
     }
 
     /// See [`ROWS`].
     fn rows(self) -> [u8; 2] {
-        if self.narrow() && self.vector > 1 { ROWS } else { [1, 2] }
+        if self.is_narrow() && self.vector > 1 { ROWS } else { [1, 2] }
     }
 
     /// What the text is specialised by.
-    pub(crate) fn defines(self) -> [(&'static str, String); 6] {
+    pub(crate) fn defines(self) -> [(&'static str, String); 5] {
         let [rows, blocks] = self.rows();
         [
             ("X_T", self.format.unwrap_or(DType::F32).to_string()),
@@ -47,7 +52,6 @@ impl Pieces {
             ("VEC", self.vector.to_string()),
             ("ROWS", rows.to_string()),
             ("BLOCKS", blocks.to_string()),
-            ("SIGMOID", if self.narrow() { "brief_sigmoid" } else { "sigmoid" }.into()),
         ]
     }
 
@@ -57,6 +61,15 @@ impl Pieces {
         // no more threads than a row has work for
         let threads = columns.next_multiple_of(32).min(256);
         Grid::plane(columns.div_ceil(threads.max(1)), rows.div_ceil(self.rows()[0].into()), threads as u32)
+    }
+
+    /// The same where rows may be so narrow that a block has several of them; and the threads that a row has.
+    pub(crate) fn grid_of_groups(self, rows: usize, width: usize) -> (Grid, u32) {
+        let columns = width.div_ceil(self.vector.into());
+        let lanes = if columns <= 32 { columns.next_power_of_two() } else { columns.next_multiple_of(32).min(256) };
+        let groups = (128 / lanes).max(1);
+        let blocks = rows.div_ceil(self.rows()[0].into()).div_ceil(groups);
+        (Grid::plane(blocks, columns.div_ceil(lanes), (groups * lanes) as u32), lanes as u32)
     }
 
     /// Those that are compiled in tests.
@@ -94,5 +107,15 @@ mod tests {
         assert_eq!(pieces.grid(65536, 768), Grid::plane(1, 32768, 96));
         assert_eq!(pieces.grid(3, 4096), Grid::plane(2, 2, 256));
         assert_eq!(pieces.grid(0, 768).blocks[1], 0);
+    }
+
+    #[test]
+    fn narrow_rows_share_a_block() {
+        let pieces = Pieces { format: Some(DType::F32), vector: 1 };
+        assert_eq!(pieces.grid_of_groups(65536, 1), (Grid::plane(512, 1, 128), 1));
+        assert_eq!(pieces.grid_of_groups(100, 20), (Grid::plane(25, 1, 128), 32));
+        let pieces = Pieces { format: Some(DType::BF16), vector: 8 };
+        assert_eq!(pieces.grid_of_groups(65536, 768), (Grid::plane(32768, 1, 96), 96));
+        assert_eq!(pieces.grid_of_groups(6, 8192), (Grid::plane(3, 4, 256), 256));
     }
 }
