@@ -154,7 +154,11 @@ pub(super) fn cases(scale: Scale) -> Vec<BackwardCase> {
     sizes.extend([([150, 2, 200, 131, 2], Spread::Even), ([140, 1, 97, 260, 1], Spread::Even)]);
     // whole pieces of 16 bytes in every format, some rows and many an expert
     sizes.extend([([150, 2, 136, 72, 3], Spread::Even), ([210, 1, 72, 200, 1], Spread::Even)]);
+    // more products of a sum than matrix units have on their way at once, and tiles enough to be of every width
+    sizes.extend([([300, 2, 520, 136, 3], Spread::Even), ([450, 2, 24, 2000, 3], Spread::Skewed)]);
+    sizes.push(([1350, 2, 24, 560, 3], Spread::Holes));
     if scale == Scale::Full {
+        sizes.push(([450, 2, 200, 2000, 3], Spread::Even));
         sizes.extend([([200, 4, 256, 192, 16], Spread::Skewed), ([513, 1, 131, 97, 3], Spread::One(1))]);
     }
     let mut cases = Vec::new();
@@ -192,6 +196,15 @@ pub(super) fn cases(scale: Scale) -> Vec<BackwardCase> {
             }
         }
         let (f32, f16, bf16) = (DType::F32, DType::F16, DType::BF16);
+        for (dtype, to) in [(f16, f16), (bf16, bf16), (f16, f32), (bf16, f32)] {
+            for (rows, weights, named) in
+                [(false, true, "weighted"), (true, false, "rows"), (true, true, "rows weighted")]
+            {
+                let (sizes, spread, mode) = ([150, 2, 136, 72, 3], Spread::Even, GradientMode::Assign);
+                let (dtypes, wanted) = ([dtype, dtype, to], [true; 3]);
+                cases.push(case(named, Grouped { stage, sizes, spread, dtypes, rows, weights, mode, wanted }));
+            }
+        }
         for dtypes in [[f32, bf16, f32], [bf16, bf16, f32], [bf16, f32, bf16], [f16, f16, f32]] {
             for (name, wanted) in [
                 ("rows alone", [true, false, false]),

@@ -1,6 +1,7 @@
 use crate::error::Result;
 use crate::launch::{Tensor, launch, params};
-use crate::{Cuda, CudaStream, kernel::Kernel, plan};
+use crate::plan::pieces::Pieces;
+use crate::{Cuda, CudaStream, kernel::Kernel};
 use fused_moe_core::config::Activation;
 use fused_moe_core::operation::{Activate, ActivationOperands};
 use fused_moe_core::problem::Arrangement;
@@ -44,6 +45,7 @@ pub(crate) fn activation(cuda: &Cuda, stream: &CudaStream, operands: Activate<'_
     let (limit, alpha) = constants(problem.activation);
     let (rows, width) = (problem.rows, problem.intermediate);
     let params = ActivationParams { gate, up, out, rows: rows as u64, width: width as u64, step, limit, alpha };
-    let kernel = Kernel::Activation { activation: problem.activation.into() };
-    launch(cuda, stream, kernel, plan::elementwise(rows, width), &params)
+    let pieces = Pieces::of(&[gate, up, out], width, step == 1);
+    let kernel = Kernel::Activation { activation: problem.activation.into(), pieces };
+    launch(cuda, stream, kernel, pieces.grid(rows, width), &params)
 }

@@ -1,7 +1,10 @@
 use crate::activation::constants;
 use crate::error::Result;
+use crate::kernel::Kernel;
+use crate::kernel::backward::BackwardKernel;
 use crate::launch::{Tensor, launch, params};
-use crate::{Cuda, CudaStream, plan};
+use crate::plan::pieces::Pieces;
+use crate::{Cuda, CudaStream};
 use fused_moe_core::View;
 use fused_moe_core::operation::{ActivationBackward, ActivationBackwardOperands};
 use fused_moe_core::problem::Arrangement;
@@ -10,14 +13,6 @@ params! {
     ActivationBackwardParams {
         gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, d_a: Tensor, a: Tensor, weights: Tensor, row_slot: u64,
         rows: u64, width: u64, step: u64, weight_columns: u32, scale: f32, limit: f32, alpha: f32,
-    }
-}
-
-impl ActivationBackwardParams {
-    /// Whether groups of so many elements may be read and written at once.
-    fn aligned(&self, elements: u64) -> bool {
-        let Self { gate, up, d_gate, d_up, d_a, a, .. } = self;
-        self.step == 1 && [gate, up, d_gate, d_up, d_a, a].into_iter().all(|operand| operand.aligned(elements))
     }
 }
 
@@ -70,6 +65,9 @@ pub(crate) fn activation_backward(
         limit,
         alpha,
     };
-    let plan = plan::backward::activation(&problem, |n| params.aligned(n), cuda.numbers());
-    launch(cuda, stream, plan.kernel, plan.grid, &params)
+    let ActivationBackwardParams { d_a, a, .. } = params;
+    let pieces = Pieces::of(&[gate, up, d_gate, d_up, d_a, a], problem.intermediate, step == 1);
+    let kernel = BackwardKernel::Activation { activation: problem.activation.into(), pieces };
+    let grid = pieces.grid(problem.rows, problem.intermediate);
+    launch(cuda, stream, Kernel::Backward(kernel), grid, &params)
 }

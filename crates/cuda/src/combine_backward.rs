@@ -1,6 +1,9 @@
 use crate::backward::Target;
 use crate::error::Result;
+use crate::kernel::Kernel;
+use crate::kernel::backward::BackwardKernel;
 use crate::launch::{Tensor, launch, params};
+use crate::plan::pieces::Pieces;
 use crate::{Cuda, CudaStream, plan};
 use fused_moe_core::operation::{
     CombineBackward, DownBias, RowsGradient, SharedBackward, SlotRows, WeightsFrom, WeightsGradient,
@@ -63,8 +66,8 @@ impl Call<'_> {
             RowsGradient::Permuted { d_y, slot_row } => (Tensor::of(d_y)?, Tensor::of(slot_row)?),
         };
         let CombineBackwardProblem { top_k, hidden, .. } = self.problem;
-        let aligned = |n: u64| self.d_out.aligned(n) && d_rows.aligned(n);
-        let (plan, lanes) = plan::backward::combine_rows(&self.problem, aligned, self.cuda.numbers());
+        let pieces = Pieces::of(&[self.d_out, d_rows], hidden, true);
+        let (grid, lanes) = pieces.grid_of_groups(self.slots(), hidden);
         let params = CombineBackwardRowsParams {
             d_out: self.d_out,
             d_rows,
@@ -76,7 +79,8 @@ impl Call<'_> {
             lanes,
             routed_scale: self.scale,
         };
-        launch(self.cuda, self.stream, plan.kernel, plan.grid, &params)
+        let kernel = Kernel::Backward(BackwardKernel::CombineRows { pieces });
+        launch(self.cuda, self.stream, kernel, grid, &params)
     }
 
     fn weights(&self, weights: &WeightsGradient<'_, Cuda>) -> Result<()> {

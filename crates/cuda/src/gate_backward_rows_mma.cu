@@ -74,6 +74,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gate_backward_rows_mma(
     }
     const u64 first = first_col + warp_n + lane % 4 * 2;
     const bool whole = p.grouped.neighbours && p.grouped.out.dtype == DTYPE_F32 && first_col + TILE_N <= p.inputs;
+    // all that is added to is on its way before the first sum is stored
+    f32 before[4][4][2] = {};
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        const u64 row = first_row + warp_m + i * 8 + lane / 4;
+        if (!whole || !p.accumulate || row >= p.grouped.rows) continue;
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) load<2>(row_of<const f32>(p.grouped.out, row) + first + j * 8, before[i][j]);
+    }
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
         const u64 row = first_row + warp_m + i * 8 + lane / 4;
@@ -82,8 +91,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gate_backward_rows_mma(
 #pragma unroll
         for (u32 j = 0; j < 4; j++) {
             f32 out[2] = {p.scale * sum[i / 2][j][i % 2 * 2], p.scale * sum[i / 2][j][i % 2 * 2 + 1]};
-            if (whole) store_pair(to + j * 8, p.accumulate, out);
-            else store_gradients<2>(p.grouped.out, p.accumulate, p.grouped.neighbours, row, first + j * 8, p.inputs, out);
+            if (whole) {
+                const f32 all[2] = {before[i][j][0] + out[0], before[i][j][1] + out[1]};
+                store<2>(to + j * 8, all);
+            } else {
+                store_gradients<2>(p.grouped.out, p.accumulate, p.grouped.neighbours, row, first + j * 8, p.inputs, out);
+            }
         }
     }
 }

@@ -81,6 +81,13 @@ pub(crate) enum GroupedKernel {
 }
 
 pub(crate) const GROUPED: &str = include_str!("include/grouped.cuh");
+/// What warpgroup tensor cores need of the text, the parameters among it.
+pub(crate) const WGMMA: [&str; 4] = [
+    include_str!("include/mma.cuh"),
+    include_str!("include/wgmma.cuh"),
+    WgmmaParams::DEFINITION,
+    include_str!("include/grouped_wgmma.cuh"),
+];
 pub(crate) const STREAM: &str = include_str!("include/stream.cuh");
 
 impl GroupedKernel {
@@ -119,10 +126,7 @@ impl GroupedKernel {
     pub(crate) fn parts(self) -> Vec<&'static str> {
         let mut parts = vec![GroupedParams::DEFINITION, GROUPED];
         parts.extend(match self {
-            Self::Wgmma { .. } => {
-                let instructions = [include_str!("include/mma.cuh"), include_str!("include/wgmma.cuh")];
-                [&instructions[..], &[WgmmaParams::DEFINITION, include_str!("include/grouped_wgmma.cuh")]].concat()
-            }
+            Self::Wgmma { .. } => WGMMA.to_vec(),
             Self::Mma { .. } => vec![include_str!("include/mma.cuh"), include_str!("include/grouped_mma.cuh")],
             Self::Dot { .. } => vec![STREAM, include_str!("include/grouped_dot.cuh")],
             Self::Tiled { .. } => vec![include_str!("include/tiles.cuh"), include_str!("include/grouped_tiled.cuh")],
@@ -145,7 +149,7 @@ impl GroupedKernel {
         let mut defines = self.product().defines();
         match self {
             Self::Wgmma { format, tile, ends, .. } => {
-                defines.push(("W_T", format.to_string()));
+                defines.extend([("W_T", format.to_string()), ("TRANSPOSED", "false".into())]);
                 defines.extend(tile.defines());
                 defines.extend(ends.defines());
             }

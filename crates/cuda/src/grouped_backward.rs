@@ -2,11 +2,12 @@
 
 use crate::backward::Target;
 use crate::error::Result;
-use crate::grouped::{GroupedParams, MmaTile};
+use crate::grouped::{self, GroupedParams, MmaTile, Product, WGMMA};
 use crate::kernel::Kernel;
 use crate::kernel::backward::BackwardKernel;
-use crate::launch::{Grid, Tensor, launch, params};
+use crate::launch::{Grid, Params, Tensor, launch, params};
 use crate::plan::backward as plan;
+use crate::wgmma::{self, Ends, WgmmaParams, WgmmaTile};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType;
 use fused_moe_core::problem::GroupedBackwardProblem;
@@ -46,6 +47,14 @@ pub(crate) enum GroupedBackwardKernel {
         format: DType,
         tile: MmaTile,
     },
+    RowsWgmma {
+        stage: Stage,
+        /// Whether d is gathered.
+        gather: bool,
+        format: DType,
+        tile: WgmmaTile,
+        ends: Ends,
+    },
     MatricesMma {
         stage: Stage,
         format: DType,
@@ -77,6 +86,10 @@ impl GroupedBackwardKernel {
             Self::Matrices { stage: Gate, .. } => ("gate_backward_matrices", include_str!("gate_backward_matrices.cu")),
             Self::RowsMma { stage: Down, .. } => ("down_backward_rows_mma", include_str!("down_backward_rows_mma.cu")),
             Self::RowsMma { .. } => ("gate_up_backward_rows_mma", include_str!("gate_up_backward_rows_mma.cu")),
+            Self::RowsWgmma { stage: Down, .. } => {
+                ("down_backward_rows_wgmma", include_str!("down_backward_rows_wgmma.cu"))
+            }
+            Self::RowsWgmma { .. } => ("gate_up_backward_rows_wgmma", include_str!("gate_up_backward_rows_wgmma.cu")),
             Self::MatricesMma { stage: Down, .. } => {
                 ("down_backward_matrices_mma", include_str!("down_backward_matrices_mma.cu"))
             }
@@ -93,14 +106,25 @@ impl GroupedBackwardKernel {
         self.file().0
     }
 
-    /// The parts of its text that follow its parameters and those of the grouped product.
+    /// The definition of its parameter.
+    pub(crate) fn params(self) -> &'static str {
+        match self {
+            Self::RowsWgmma { .. } => WgmmaParams::DEFINITION,
+            _ => GroupedBackwardParams::DEFINITION,
+        }
+    }
+
+    /// The parts of its text that follow the grouped product's.
     pub(crate) fn parts(self) -> Vec<&'static str> {
-        let mut parts = vec![SHARED];
+        if let Self::RowsWgmma { .. } = self {
+            return [&WGMMA[..], &[self.file().1]].concat();
+        }
+        let mut parts = vec![GroupedBackwardParams::DEFINITION, SHARED];
         match self {
             Self::Rows { .. } | Self::Matrices { .. } => parts.extend(TILED),
             Self::RowsMma { .. } | Self::MatricesMma { .. } => parts.extend(MMA),
             Self::GateRowsMma | Self::GateMatricesMma => parts.extend([MMA[0], include_str!("include/wide_mma.cuh")]),
-            Self::Bias => {}
+            Self::RowsWgmma { .. } | Self::Bias => {}
         }
         parts.push(self.file().1);
         parts
@@ -108,9 +132,8 @@ impl GroupedBackwardKernel {
 
     /// What its text is specialised by.
     pub(crate) fn defines(self) -> Vec<(&'static str, String)> {
-        let mut defines: Vec<_> =
-            ["GATHER", "GATED", "ACTIVATE"].map(|name| (name, "false".to_string())).into_iter().collect();
-        defines.extend([("FORM", "FORM_PLAIN".to_string()), ("FUNCTION", "FUNCTION_IDENTITY".to_string())]);
+        let (stage, gather) = (grouped::Stage::Down, matches!(self, Self::RowsWgmma { gather: true, .. }));
+        let mut defines = Product { stage, gather, gated: false, activation: None }.defines();
         match self {
             Self::Rows { d, matrix: other, vector, .. } | Self::Matrices { d, x: other, vector, .. } => {
                 defines.extend([("D_T", d.to_string()), ("OTHER_T", other.to_string()), ("VEC", vector.to_string())])
@@ -127,6 +150,11 @@ impl GroupedBackwardKernel {
                     ("STAGES", stages.to_string()),
                     ("BLOCKS", blocks.to_string()),
                 ])
+            }
+            Self::RowsWgmma { format, tile, ends, .. } => {
+                defines.extend([("W_T", format.to_string()), ("TRANSPOSED", "true".into())]);
+                defines.extend(tile.defines());
+                defines.extend(ends.defines());
             }
             Self::GateRowsMma | Self::GateMatricesMma | Self::Bias => {}
         }
@@ -231,11 +259,23 @@ impl GroupedBackward {
             let whole = |width: usize| (width as u64).is_multiple_of(n);
             d.rows.aligned(n) && matrices.aligned(n) && whole(outputs) && whole(inputs)
         };
-        let formats = ([d.format, self.problem.matrices], self.softcap.is_none());
-        let plan = plan::rows(self.stage, &self.problem, formats, aligned, cuda.numbers());
+        let gather = d.top_k.is_some();
+        let within_reach = to.accumulate == 0 && wgmma::is_within_reach_of_rows(&self.problem, d.rows, d.top_k);
+        let operands = plan::Rows {
+            formats: [d.format, self.problem.matrices],
+            plain: self.softcap.is_none(),
+            gather,
+            engine: within_reach.then(|| Ends::without_bias(to.out, d.format, inputs)),
+        };
+        let plan = plan::rows(self.stage, &self.problem, operands, aligned, cuda.numbers());
         let neighbours = plan::neighbours(plan.kernel);
-        let params = self.params(to, [self.d.top_k.is_some(), self.weights_are_ds], neighbours);
-        run(cuda, stream, plan, &params)
+        let params = self.params(to, [gather, self.weights_are_ds], neighbours);
+        match plan.kernel {
+            GroupedBackwardKernel::RowsWgmma { format, .. } => {
+                run(cuda, stream, plan, &wgmma::params_of_rows(cuda, (&params, gather), format)?)
+            }
+            _ => run(cuda, stream, plan, &params),
+        }
     }
 
     fn matrices(&self, cuda: &Cuda, stream: &CudaStream, x: Source, to: Target) -> Result<()> {
@@ -264,12 +304,7 @@ impl GroupedBackward {
     }
 }
 
-fn run(
-    cuda: &Cuda,
-    stream: &CudaStream,
-    plan: plan::GroupedBackwardPlan,
-    params: &GroupedBackwardParams,
-) -> Result<()> {
+fn run<P: Params>(cuda: &Cuda, stream: &CudaStream, plan: plan::GroupedBackwardPlan, params: &P) -> Result<()> {
     if let Some(recorder) = cuda.recorder() {
         recorder.explain(plan.why);
     }

@@ -3,9 +3,11 @@
 pub(crate) mod backward;
 
 use crate::grouped::{self, GroupedKernel};
+use crate::grouped_backward::GroupedBackwardKernel;
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
+use crate::plan::pieces::Pieces;
 use crate::{
     accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, route,
     route_permute,
@@ -30,7 +32,7 @@ pub(crate) enum Kernel {
     PermuteScatter,
     DropOverflow,
     TileSchedule,
-    Activation { activation: ActivationKind },
+    Activation { activation: ActivationKind, pieces: Pieces },
     Combine { y: DType, vector: u8, copies: bool, norm: bool, stash: bool },
     Linear { x: DType, weight: DType, vector: u8 },
     LinearTiled { x: DType, weight: DType, vector: u8 },
@@ -68,6 +70,13 @@ pub(crate) struct ActivationKind {
     pub(crate) function: &'static str,
 }
 
+impl ActivationKind {
+    /// What the text of its kernels is specialised by.
+    fn defines(self) -> [(&'static str, String); 2] {
+        [("FORM", self.form.to_string()), ("FUNCTION", self.function.to_string())]
+    }
+}
+
 impl From<Activation> for ActivationKind {
     fn from(activation: Activation) -> Self {
         let (form, function) = match activation {
@@ -99,6 +108,7 @@ const SPLIT: &str = include_str!("include/split_mma.cuh");
 const GATE: &str = include_str!("include/gate.cuh");
 const ROUTE: &str = include_str!("include/route.cuh");
 const PERMUTE: &str = include_str!("include/permute.cuh");
+const PIECES: &str = include_str!("include/pieces.cuh");
 const ACTIVATION: &str = include_str!("include/activation.cuh");
 
 impl Kernel {
@@ -185,7 +195,7 @@ impl Kernel {
             Self::PermuteScatter => vec![own, PERMUTE, include_str!("permute_scatter.cu")],
             Self::DropOverflow => vec![REDUCE, own, include_str!("drop_overflow.cu")],
             Self::TileSchedule => vec![permute, PERMUTE, own, include_str!("tile_schedule.cu")],
-            Self::Activation { .. } => vec![ACTIVATION, own, include_str!("activation.cu")],
+            Self::Activation { .. } => vec![PIECES, ACTIVATION, own, include_str!("activation.cu")],
             Self::Combine { .. } => vec![REDUCE, own, include_str!("combine.cu")],
             Self::Linear { .. } => vec![REDUCE, DOT, own, include_str!("linear.cu")],
             Self::LinearTiled { .. } => vec![TILES, own, include_str!("linear_tiled.cu")],
@@ -289,8 +299,8 @@ impl Kernel {
                 vec![("LOGITS_T", logits.to_string()), ("LANE_LOGITS", number(lane_logits.into()))]
             }
             Self::GatherWeights { scores } => vec![("SCORES_T", scores.to_string())],
-            Self::Activation { activation } => {
-                vec![("FORM", activation.form.to_string()), ("FUNCTION", activation.function.to_string())]
+            Self::Activation { activation, pieces } => {
+                with([&activation.defines()[..], &pieces.defines()].concat(), "SIGMOID", pieces.sigmoid().to_string())
             }
             Self::Combine { y, vector, copies, norm, stash } => vec![
                 ("Y_T", y.to_string()),
@@ -328,7 +338,12 @@ impl Kernel {
 
     /// Whether it has instructions of this architecture alone, where that is another.
     pub(crate) fn is_for(self, architecture: &str) -> bool {
-        !matches!(self, Self::Grouped(GroupedKernel::Wgmma { .. })) || architecture == "sm_90a"
+        let warpgroups = matches!(
+            self,
+            Self::Grouped(GroupedKernel::Wgmma { .. })
+                | Self::Backward(BackwardKernel::Grouped(GroupedBackwardKernel::RowsWgmma { .. }))
+        );
+        !warpgroups || architecture == "sm_90a"
     }
 
     /// Every kernel of every plan.
@@ -382,7 +397,9 @@ impl Kernel {
                 }
             }
         }
-        all.extend(activations().map(|activation| Self::Activation { activation: activation.into() }));
+        for pieces in Pieces::all() {
+            all.extend(activations().map(|activation| Self::Activation { activation: activation.into(), pieces }));
+        }
         all
     }
 }

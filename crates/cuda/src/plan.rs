@@ -3,6 +3,7 @@
 pub(crate) mod backward;
 pub(crate) mod down_combine;
 pub(crate) mod grouped;
+pub(crate) mod pieces;
 mod wgmma;
 
 use crate::device::DeviceNumbers;

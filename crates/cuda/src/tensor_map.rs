@@ -34,34 +34,59 @@ impl TensorMap {
         box_rows: u32,
         during: &'static str,
     ) -> Result<Self> {
-        let format = match dtype {
-            DType::F16 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            _ => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        };
-        let (sizes, strides) = ([columns, rows], [matrix.stride * 2]);
-        let (part, steps) = ([BOX_COLUMNS, box_rows], [1, 1]);
-        let mut map = Self::default();
-        // SAFETY: writes 128 bytes to a place aligned to 64, from arrays of the lengths that a rank of 2 calls for; the
-        // address is noted, not read.
-        let code = unsafe {
-            cuTensorMapEncodeTiled(
-                (&raw mut map).cast::<CUtensorMap>(),
-                format,
-                2,
-                matrix.data as *mut c_void,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                part.as_ptr(),
-                steps.as_ptr(),
-                Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                Outside::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        };
-        match code {
-            CUresult::CUDA_SUCCESS => Ok(map),
-            code => Err(driver_error(during, DriverError(code))),
-        }
+        let (sizes, distances) = ([columns, rows], [matrix.stride]);
+        encode(matrix.data, dtype, (sizes, distances, [BOX_COLUMNS, box_rows]), during)
+    }
+
+    /// So many matrices of so many rows and columns, `distance` elements from one to the next; a box is of one of them alone.
+    ///
+    /// Address, row stride and distance are multiples of 16 bytes. Errors: `Driver`.
+    pub(crate) fn of_stack(
+        (matrix, distance): (Tensor, u64),
+        dtype: DType,
+        [matrices, rows, columns]: [u64; 3],
+        box_rows: u32,
+        during: &'static str,
+    ) -> Result<Self> {
+        let (sizes, distances) = ([columns, rows, matrices], [matrix.stride, distance]);
+        encode(matrix.data, dtype, (sizes, distances, [BOX_COLUMNS, box_rows, 1]), during)
+    }
+}
+
+/// N sizes, the innermost first; from the second on, the distance in elements of what lies side by side; a box.
+fn encode<const N: usize, const M: usize>(
+    address: u64,
+    dtype: DType,
+    (sizes, distances, part): ([u64; N], [u64; M], [u32; N]),
+    during: &'static str,
+) -> Result<TensorMap> {
+    const { assert!(M + 1 == N) }
+    let format = match dtype {
+        DType::F16 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        _ => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    };
+    let (distances, steps) = (distances.map(|elements| elements * 2), [1; N]);
+    let mut map = TensorMap::default();
+    // SAFETY: writes 128 bytes to a place aligned to 64, from arrays of the lengths that this rank calls for; the address is
+    // noted, not read.
+    let code = unsafe {
+        cuTensorMapEncodeTiled(
+            (&raw mut map).cast::<CUtensorMap>(),
+            format,
+            N as u32,
+            address as *mut c_void,
+            sizes.as_ptr(),
+            distances.as_ptr(),
+            part.as_ptr(),
+            steps.as_ptr(),
+            Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            Outside::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    match code {
+        CUresult::CUDA_SUCCESS => Ok(map),
+        code => Err(driver_error(during, DriverError(code))),
     }
 }

@@ -3,12 +3,14 @@
 use crate::Cuda;
 use crate::error::Result;
 use crate::grouped::{Grouped, GroupedParams};
-use crate::launch::{dtype_code, dtype_of, params};
+use crate::grouped_backward::GroupedBackwardParams;
+use crate::launch::{Tensor, dtype_code, dtype_of, params};
 use crate::tensor_map::TensorMap;
 use fused_moe_core::DType;
+use fused_moe_core::problem::GroupedBackwardProblem;
 
 params! {
-    WgmmaParams { weights: TensorMap, x: TensorMap, product: GroupedParams }
+    WgmmaParams { weights: TensorMap, x: TensorMap, product: GroupedParams, scale: f32 }
 }
 
 /// A tile, and the stages of the ring that feeds it.
@@ -19,7 +21,7 @@ pub(crate) struct WgmmaTile {
     pub(crate) stages: u8,
 }
 
-/// Rows of x that the copy engine brings at once.
+/// Rows of x that the copy engine brings at once, and of weights where sums run over these.
 const BOX_ROWS: u32 = 64;
 
 impl WgmmaTile {
@@ -53,9 +55,13 @@ pub(crate) struct Ends {
 impl Ends {
     pub(crate) fn of(operands: &Grouped) -> Self {
         let Grouped { table, out, x: (_, x), .. } = operands;
-        let whole = out.dtype == dtype_code(*x) && out.aligned(8) && table.outputs.is_multiple_of(8);
-        let pieces = whole && table.bias.aligned(2);
+        let pieces = Self::without_bias(*out, *x, table.outputs).pieces && table.bias.aligned(2);
         Self { pieces, bias: (pieces && table.bias.data != 0).then(|| dtype_of(table.bias.dtype)) }
+    }
+
+    /// Of so many outputs a row, which a product of operands in `x` has.
+    pub(crate) fn without_bias(out: Tensor, x: DType, outputs: usize) -> Self {
+        Self { pieces: out.dtype == dtype_code(x) && out.aligned(8) && outputs.is_multiple_of(8), bias: None }
     }
 
     pub(crate) fn defines(self) -> [(&'static str, String); 4] {
@@ -73,15 +79,28 @@ impl Ends {
 pub(crate) fn is_within_reach(operands: &Grouped) -> bool {
     let &Grouped { product, rows, x: (x, _), top_k, table, .. } = operands;
     let weight_rows = table.here.saturating_mul(table.outputs).saturating_mul(product.halves());
-    let tokens = rows.div_ceil(top_k.max(1)) as u64;
-    let fits = |n: usize| (1..=i32::MAX as usize).contains(&n);
-    fits(rows) && fits(weight_rows) && fits(table.inner) && tokens.saturating_mul(x.stride / 8) <= u64::from(u32::MAX)
+    [rows, weight_rows, table.inner].into_iter().all(fits) && are_found(x, rows.div_ceil(top_k.max(1)))
+}
+
+/// The same of the gradient of rows, which reads `d`, K of its rows from one of d where K is given.
+pub(crate) fn is_within_reach_of_rows(problem: &GroupedBackwardProblem, d: Tensor, top_k: Option<usize>) -> bool {
+    let &GroupedBackwardProblem { rows, experts, outputs, inputs, .. } = problem;
+    [rows, experts, outputs, inputs].into_iter().all(fits) && are_found(d, rows.div_ceil(top_k.unwrap_or(1).max(1)))
+}
+
+fn fits(n: usize) -> bool {
+    (1..=i32::MAX as usize).contains(&n)
+}
+
+/// Whether 32 bits count the pieces of so many rows.
+fn are_found(x: Tensor, rows: usize) -> bool {
+    (rows as u64).saturating_mul(x.stride / 8) <= u64::from(u32::MAX)
 }
 
 /// The parameters of a launch; maps of operands that are not there are left empty.
 pub(crate) fn params(cuda: &Cuda, operands: &Grouped, tile: WgmmaTile, product: GroupedParams) -> Result<WgmmaParams> {
     let Grouped { product: kind, x: (x, format), table, rows, .. } = *operands;
-    let mut params = WgmmaParams { product, ..WgmmaParams::default() };
+    let mut params = WgmmaParams { product, scale: 1.0, ..WgmmaParams::default() };
     // the matrices are reckoned from the stack
     params.product.table = 0;
     if cuda.recorder().is_some() {
@@ -95,6 +114,29 @@ pub(crate) fn params(cuda: &Cuda, operands: &Grouped, tile: WgmmaTile, product: 
     params.weights = TensorMap::of_rows(table.weights(), format, [weight_rows, inner], outputs, during)?;
     if !kind.gather {
         params.x = TensorMap::of_rows(x, format, [rows as u64, inner], BOX_ROWS, during)?;
+    }
+    Ok(params)
+}
+
+/// The same of the gradient of rows, in a format; `gather`: whether d is gathered.
+pub(crate) fn params_of_rows(
+    cuda: &Cuda,
+    (backward, gather): (&GroupedBackwardParams, bool),
+    format: DType,
+) -> Result<WgmmaParams> {
+    let GroupedBackwardParams { grouped, d, scale, .. } = *backward;
+    let mut params = WgmmaParams { product: GroupedParams { x: d, ..grouped }, scale, ..WgmmaParams::default() };
+    if cuda.recorder().is_some() {
+        return Ok(params);
+    }
+    let during = "gradient of rows";
+    let _current = cuda.device().bind(during)?;
+    let GroupedParams { experts, inner, outputs, expert_stride, .. } = grouped;
+    let stack = Tensor { data: grouped.weights, stride: grouped.row_stride, ..Tensor::default() };
+    let sizes = [experts.into(), inner, outputs];
+    params.weights = TensorMap::of_stack((stack, expert_stride), format, sizes, BOX_ROWS, during)?;
+    if !gather {
+        params.x = TensorMap::of_rows(d, format, [grouped.rows, inner], BOX_ROWS, during)?;
     }
     Ok(params)
 }

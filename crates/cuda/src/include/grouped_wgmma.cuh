@@ -8,6 +8,9 @@
 //     wait for stages, multiply, free them; sums of gate and up of an output meet in one thread;
 //     epilogue from registers, if PIECES through shared memory, so that pieces of 16 bytes are stored
 //
+// TRANSPOSED: sums run over the weights' rows, x . W in place of x . W^T, so that a tile has TILE_N of their columns: for each
+// 64 rows a box for each 64 columns. What is beyond a matrix is zero, the next expert's too.
+//
 // Blocks of 64 rows that are empty are not multiplied, and rows that are not there neither read nor stored.
 #define STEP 64
 #define THREADS 384
@@ -123,7 +126,14 @@ struct Producer {
         return place < p.here ? place * rows + tile.column * TILE_OUTPUTS : p.here * rows;
     }
 
-    __device__ __forceinline__ void copy_weights(u32 row, u32 column, u32 stage, u32 full) const {
+    // Of a tile whose first weight row is `row`, the weights of the products from `column` on.
+    __device__ __forceinline__ void copy_weights(const Tile& tile, u32 row, u32 column, u32 stage, u32 full) const {
+        if (TRANSPOSED) {
+#pragma unroll
+            for (u32 c = 0; c < TILE_N; c += 64)
+                copy_box(stage + X_BYTES + c * STEP * 2, q.weights, full, tile.column * TILE_N + c, column, tile.expert);
+            return;
+        }
         copy_box(stage + X_BYTES, q.weights, full, column, row);
         if (GATED) copy_box(stage + X_BYTES + TILE_OUTPUTS * STEP * 2, q.weights, full, column, row + (u32)q.product.outputs);
     }
@@ -134,7 +144,7 @@ struct Producer {
             const u32 stage = ring.stages + at.stage * STAGE_BYTES, full = ring.full + at.stage * 8;
             barrier_wait(ring.empty + at.stage * 8, at.parity);
             barrier_expect(full, TILE_N * STEP * 2 + blocks * BLOCK_BYTES);
-            copy_weights(row, step * STEP, stage, full);
+            copy_weights(tile, row, step * STEP, stage, full);
 #pragma unroll
             for (u32 b = 0; b < TILE_M / 64; b++)
                 if (b < blocks) copy_box(stage + b * BLOCK_BYTES, q.x, full, step * STEP, tile.first_row + b * 64);
@@ -156,7 +166,7 @@ struct Producer {
             barrier_wait(ring.empty + at.stage * 8, at.parity);
             if (first && elected()) {
                 barrier_expect(full, TILE_N * STEP * 2);
-                copy_weights(row, step * STEP, ring.stages + stage, full);
+                copy_weights(tile, row, step * STEP, ring.stages + stage, full);
             }
             const bool within = column < inner;
 #pragma unroll
@@ -171,6 +181,7 @@ struct Producer {
 
 struct Consumer {
     const GroupedParams& p;
+    const f32 scale;
     const Ring ring;
     // of two
     const u32 group;
@@ -187,14 +198,14 @@ struct Consumer {
 #pragma unroll 1
         for (u32 step = 0; step < steps; step++) {
             const u32 stage = ring.stages + at.stage * STAGE_BYTES;
-            const u64 x = operand_at(stage), w = operand_at(stage + X_BYTES);
+            const u64 x = operand_at(stage), w = TRANSPOSED ? transposed_at(stage + X_BYTES) : operand_at(stage + X_BYTES);
             barrier_wait(ring.full + at.stage * 8, at.parity);
             if (GATHER) fence_async();
             begin_products();
 #pragma unroll
             for (u32 k = 0; k < STEP / 16; k++)
 #pragma unroll
-                for (int b = 0; b < N; b++) multiply(W_T(), sum[b], x + b * (BLOCK_BYTES / 16) + k * 2, w + k * 2, step | k);
+                for (int b = 0; b < N; b++) multiply<TRANSPOSED>(W_T(), sum[b], x + b * (BLOCK_BYTES / 16) + k * 2, w + k * (TRANSPOSED ? 128 : 2), step | k);
             commit_products();
             wait_products<1>();
             if (step > 0) free_stage(last);
@@ -212,7 +223,7 @@ struct Consumer {
         free_stage(last);
     }
 
-    // Which of the warp's 16 rows of each block are stored, a bit each, and the input weights of the thread's two.
+    // Which of the warp's 16 rows of each block are stored, a bit each, and the factors of the thread's two.
     struct Rows {
         u32 present[ROW_BLOCKS];
         f32 weight[ROW_BLOCKS][2];
@@ -230,7 +241,7 @@ struct Consumer {
             const u32 row = first_row_of(b) + lane % 16;
             const u32 slot = here && row < tile.rows ? slot_of(p, tile.first_row + row) : NO_ROW;
             rows.present[b] = __ballot_sync(0xffffffffu, slot != NO_ROW) & 0xffff;
-            const f32 own = slot == NO_ROW ? 1.0f : input_weight(p, slot);
+            const f32 own = slot == NO_ROW ? 1.0f : scale * input_weight(p, slot);
             rows.weight[b][0] = __shfl_sync(0xffffffffu, own, lane / 4);
             rows.weight[b][1] = __shfl_sync(0xffffffffu, own, lane / 4 + 8);
         }
@@ -364,7 +375,7 @@ __device__ __forceinline__ void grouped_wgmma(const WgmmaParams& q, u8* memory) 
         if (GATHER || (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0 && elected())) producer.copy_tiles(steps);
     } else {
         more_registers<CONSUMER_REGISTERS>();
-        const Consumer consumer = {p, ring, group - 1};
+        const Consumer consumer = {p, q.scale, ring, group - 1};
         consumer.multiply_tiles(tiles, steps, store + (threadIdx.x / 32 - 4) * STORE_BYTES);
     }
 }

@@ -36,6 +36,12 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barri
                  "l"(&map), "r"(barrier), "r"(column), "r"(row)
                  : "memory");
 }
+// The same of one of many matrices.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row, u32 matrix) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+                 "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(matrix)
+                 : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -87,6 +93,8 @@ __device__ __forceinline__ u32 pair_of(f16, f32 first, f32 second) {
 
 // A matrix in shared memory whose rows of 128 bytes lie as `copy_box` leaves them; it begins at a multiple of 1024.
 __device__ __forceinline__ u64 operand_at(u32 address) { return (u64)(address >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+// The transpose of such a matrix of 64 rows; 64 columns after 64 columns, each a matrix as above.
+__device__ __forceinline__ u64 transposed_at(u32 address) { return operand_at(address) & ~(0x3fffull << 16) | 512ull << 16; }
 
 // Sums in registers are the products' from begin to wait.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -126,19 +134,19 @@ template <int N> __device__ __forceinline__ void hold(f32 (&sum)[N]) {
 #define SUMS_OF_256 SUMS_OF_240, SUMS_8(120)
 
 // sum (+)= x . w^T, x [64, 16], w [N, 16]; thread t of the warpgroup has rows t / 32 * 16 + t % 32 / 4 (+ 8) and, of each 8
-// columns, t % 4 * 2 (+ 1). Without `keep` the sums begin at 0.
-#define WARPGROUP_PRODUCT(N, T, FORMAT, X, W, KEEP)                                                                       \
-    __device__ __forceinline__ void multiply(T, f32(&sum)[N / 2], u64 x, u64 w, u32 keep) {                               \
+// columns, t % 4 * 2 (+ 1). ACROSS: w is there by its transpose. Without `keep` the sums begin at 0.
+#define WARPGROUP_PRODUCT(N, T, FORMAT, X, W, KEEP, W_ACROSS)                                                              \
+    template <bool ACROSS> __device__ __forceinline__ void multiply(T, f32(&sum)[N / 2], u64 x, u64 w, u32 keep) {         \
         asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, " KEEP ", 0;\n"                                              \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FORMAT "." FORMAT " {" NAMES_OF_##N "}, " X ", " W \
-                     ", keep, 1, 1, 0, 0;\n}\n"                                                                           \
+                     ", keep, 1, 1, 0, " W_ACROSS ";\n}\n"                                                                \
                      : SUMS_OF_##N                                                                                        \
-                     : "l"(x), "l"(w), "r"(keep));                                                                        \
+                     : "l"(x), "l"(w), "r"(keep), "n"(ACROSS));                                                           \
     }
-#define WARPGROUP_PRODUCTS(N, X, W, KEEP)                                                                                 \
-    WARPGROUP_PRODUCT(N, bf16, "bf16", X, W, KEEP)                                                                        \
-    WARPGROUP_PRODUCT(N, f16, "f16", X, W, KEEP)
-WARPGROUP_PRODUCTS(128, "%64", "%65", "%66")
-WARPGROUP_PRODUCTS(192, "%96", "%97", "%98")
-WARPGROUP_PRODUCTS(240, "%120", "%121", "%122")
-WARPGROUP_PRODUCTS(256, "%128", "%129", "%130")
+#define WARPGROUP_PRODUCTS(N, X, W, KEEP, W_ACROSS)                                                                       \
+    WARPGROUP_PRODUCT(N, bf16, "bf16", X, W, KEEP, W_ACROSS)                                                              \
+    WARPGROUP_PRODUCT(N, f16, "f16", X, W, KEEP, W_ACROSS)
+WARPGROUP_PRODUCTS(128, "%64", "%65", "%66", "%67")
+WARPGROUP_PRODUCTS(192, "%96", "%97", "%98", "%99")
+WARPGROUP_PRODUCTS(240, "%120", "%121", "%122", "%123")
+WARPGROUP_PRODUCTS(256, "%128", "%129", "%130", "%131")

@@ -1,9 +1,10 @@
 //! The kernels of the gradients.
 
-use super::{ACTIVATION, ActivationKind, FLOATS, REDUCE, activations};
+use super::{ACTIVATION, ActivationKind, FLOATS, PIECES, REDUCE, activations};
 use crate::grouped::{GROUPED, GroupedParams};
-use crate::grouped_backward::{GroupedBackwardKernel, GroupedBackwardParams};
+use crate::grouped_backward::GroupedBackwardKernel;
 use crate::launch::Params;
+use crate::plan::pieces::Pieces;
 use crate::{activation_backward, combine_backward, gate_backward, losses, plan, route_backward};
 use fused_moe_core::DType;
 
@@ -11,8 +12,8 @@ use fused_moe_core::DType;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum BackwardKernel {
     Grouped(GroupedBackwardKernel),
-    Activation { activation: ActivationKind, vector: u8 },
-    CombineRows { vector: u8 },
+    Activation { activation: ActivationKind, pieces: Pieces },
+    CombineRows { pieces: Pieces },
     CombineWeights { vector: u8 },
     CombineShared { vector: u8 },
     Route { logits: DType, threads: u16 },
@@ -56,7 +57,7 @@ impl BackwardKernel {
 
     pub(crate) fn params(self) -> &'static str {
         match self {
-            Self::Grouped(_) => GroupedBackwardParams::DEFINITION,
+            Self::Grouped(kernel) => kernel.params(),
             Self::Activation { .. } => activation_backward::ActivationBackwardParams::DEFINITION,
             Self::CombineRows { .. } => combine_backward::CombineBackwardRowsParams::DEFINITION,
             Self::CombineWeights { .. } => combine_backward::CombineBackwardWeightsParams::DEFINITION,
@@ -75,13 +76,13 @@ impl BackwardKernel {
         let own = self.params();
         match self {
             Self::Grouped(kernel) => {
-                let shared = vec![REDUCE, GRADIENT, ACTIVATION, GroupedParams::DEFINITION, own, GROUPED];
+                let shared = vec![REDUCE, GRADIENT, ACTIVATION, GroupedParams::DEFINITION, GROUPED];
                 [shared, kernel.parts()].concat()
             }
             Self::Activation { .. } => {
-                vec![ACTIVATION, SLOPES, own, include_str!("../activation_backward.cu")]
+                vec![PIECES, ACTIVATION, SLOPES, own, include_str!("../activation_backward.cu")]
             }
-            Self::CombineRows { .. } => vec![own, include_str!("../combine_backward_rows.cu")],
+            Self::CombineRows { .. } => vec![PIECES, own, include_str!("../combine_backward_rows.cu")],
             Self::CombineWeights { .. } => vec![REDUCE, GRADIENT, own, include_str!("../combine_backward_weights.cu")],
             Self::CombineShared { .. } => vec![REDUCE, GRADIENT, own, include_str!("../combine_backward_shared.cu")],
             Self::Route { .. } => {
@@ -113,12 +114,12 @@ impl BackwardKernel {
             |logits: DType, threads: u32| vec![("LOGITS_T", logits.to_string()), ("THREADS", threads.to_string())];
         match self {
             Self::Grouped(kernel) => kernel.defines(),
-            Self::Activation { activation: ActivationKind { form, function }, vector } => {
-                vec![("FORM", form.to_string()), ("FUNCTION", function.to_string()), ("VEC", vector.to_string())]
+            Self::Activation { activation, pieces } => {
+                let own = [("SIGMOID", pieces.sigmoid().to_string()), ("BRIEF", pieces.is_narrow().to_string())];
+                [&activation.defines()[..], &pieces.defines(), &own].concat()
             }
-            Self::CombineRows { vector: n }
-            | Self::CombineWeights { vector: n }
-            | Self::CombineShared { vector: n } => vector(n),
+            Self::CombineRows { pieces } => pieces.defines().to_vec(),
+            Self::CombineWeights { vector: n } | Self::CombineShared { vector: n } => vector(n),
             Self::NormWeight { vector: n } => vector(n),
             Self::Route { logits, threads } => token(logits, threads.into()),
             Self::LoadBalanceLoss { logits } => token(logits, ONE_BLOCK),
@@ -134,10 +135,12 @@ impl BackwardKernel {
     pub(super) fn all() -> Vec<Self> {
         let mut all: Vec<_> = plan::backward::all().into_iter().map(Self::Grouped).collect();
         all.push(Self::Norm);
+        for pieces in Pieces::all() {
+            all.extend(activations().map(|activation| Self::Activation { activation: activation.into(), pieces }));
+            all.push(Self::CombineRows { pieces });
+        }
         for vector in [1, plan::backward::VECTOR] {
-            all.extend(activations().map(|activation| Self::Activation { activation: activation.into(), vector }));
-            all.extend([Self::CombineRows { vector }, Self::CombineWeights { vector }]);
-            all.extend([Self::CombineShared { vector }, Self::NormWeight { vector }]);
+            all.extend([Self::CombineWeights { vector }, Self::CombineShared { vector }, Self::NormWeight { vector }]);
         }
         for logits in FLOATS {
             all.extend([32, 256].map(|threads| Self::Route { logits, threads }));

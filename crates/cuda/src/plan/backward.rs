@@ -1,17 +1,17 @@
 //! How a gradient is carried out.
 
 use super::grouped::row_tiles;
-use super::{Plan, vector};
+use super::{Plan, vector, wgmma};
 use crate::device::DeviceNumbers;
 use crate::grouped::MmaTile;
 use crate::grouped_backward::{GroupedBackwardKernel, Stage};
 use crate::kernel::Kernel;
 use crate::kernel::backward::{BackwardKernel, ONE_BLOCK};
 use crate::launch::Grid;
+use crate::wgmma::Ends;
 use fused_moe_core::DType;
 use fused_moe_core::problem::{
-    ActivationBackwardProblem, CombineBackwardProblem, GroupedBackwardProblem, LossProblem, NormBackwardProblem,
-    RouteBackwardProblem,
+    CombineBackwardProblem, GroupedBackwardProblem, LossProblem, NormBackwardProblem, RouteBackwardProblem,
 };
 
 /// A kernel of a grouped product's gradients, its grid, and why.
@@ -47,12 +47,24 @@ fn fast([a, b]: [DType; 2], aligned: &impl Fn(u64) -> bool) -> bool {
 const GATE_SHARED: [usize; 2] = [2 * (64 * 40 * 4 + 32 * 128 * 2), 8 * 3 * (16 * 68 * 4 + 16 * 40 * 2)];
 const WIDE: &str = "router: tensor cores, each f32 of the logits' gradient in three terms";
 
-/// The gradient of the rows; `formats` of d and the matrices; `plain`: d is as it lies; `aligned` says whether groups of so
-/// many elements of both may be read at once.
+/// What the gradient of the rows follows from besides its sizes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    /// Of d and the matrices.
+    pub(crate) formats: [DType; 2],
+    /// Whether d is as it lies.
+    pub(crate) plain: bool,
+    /// Whether it is gathered.
+    pub(crate) gather: bool,
+    /// How outputs may be stored, where the tensor copy engine reaches the operands.
+    pub(crate) engine: Option<Ends>,
+}
+
+/// The gradient of the rows; `aligned` says whether groups of so many elements of d and the matrices may be read at once.
 pub(crate) fn rows(
     stage: Stage,
     problem: &GroupedBackwardProblem,
-    (formats, plain): ([DType; 2], bool),
+    Rows { formats, plain, gather, engine }: Rows,
     aligned: impl Fn(u64) -> bool,
     device: &DeviceNumbers,
 ) -> GroupedBackwardPlan {
@@ -62,7 +74,14 @@ pub(crate) fn rows(
         let grid = Grid::plane(rows.div_ceil(64), inputs.div_ceil(128), 256).with_shared(GATE_SHARED[0]);
         return GroupedBackwardPlan { kernel: GroupedBackwardKernel::GateRowsMma, grid, why: WIDE };
     }
-    if stage != Stage::Gate && fast(formats, &aligned) {
+    let cores = stage != Stage::Gate && fast(formats, &aligned);
+    let engine = engine.filter(|_| cores).zip(wgmma::backward_rows(problem, gather, device));
+    if let Some((ends, (tile, grid))) = engine {
+        let kernel = GroupedBackwardKernel::RowsWgmma { stage, gather, format: d, tile, ends };
+        let why = "gradient of many rows: warpgroup tensor cores, matrices read as they lie";
+        return GroupedBackwardPlan { kernel, grid, why };
+    }
+    if cores {
         let mean = rows / experts.min(rows).max(1);
         let tile = ROWS.iter().find(|(most, _)| mean <= *most).unwrap_or(&ROWS[3]).1.fit(schedule, device);
         let tiles = row_tiles(rows, experts, tile.rows.into()).saturating_mul(inputs.div_ceil(tile.columns.into()));
@@ -116,14 +135,14 @@ pub(crate) fn neighbours(kernel: GroupedBackwardKernel) -> u64 {
     use GroupedBackwardKernel::*;
     match kernel {
         Rows { .. } | Matrices { .. } => 4,
-        RowsMma { .. } | MatricesMma { .. } | GateRowsMma | GateMatricesMma => 2,
+        RowsMma { .. } | RowsWgmma { .. } | MatricesMma { .. } | GateRowsMma | GateMatricesMma => 2,
         Bias => 1,
     }
 }
 
 /// Every kernel of a grouped product's gradients: formats and tiles, combined as far as they meet in one text.
 pub(crate) fn all() -> Vec<GroupedBackwardKernel> {
-    use GroupedBackwardKernel::{Bias, Matrices, MatricesMma, Rows, RowsMma};
+    use GroupedBackwardKernel::{Bias, Matrices, MatricesMma, Rows, RowsMma, RowsWgmma};
     let floats = [DType::F32, DType::F16, DType::BF16];
     let mut all = vec![Bias, GroupedBackwardKernel::GateRowsMma, GroupedBackwardKernel::GateMatricesMma];
     for (d, other) in floats.into_iter().flat_map(|d| floats.map(|other| (d, other))) {
@@ -141,45 +160,18 @@ pub(crate) fn all() -> Vec<GroupedBackwardKernel> {
         all.extend(ROWS.map(|(_, tile)| RowsMma { stage, format, tile }));
         all.push(MatricesMma { stage, format, tile: MATRICES });
     }
+    for (format, stage) in [DType::F16, DType::BF16].into_iter().zip([Stage::Down, Stage::GateUp]) {
+        let (gather, pieces, bias) = (stage == Stage::Down, stage == Stage::GateUp, None);
+        let ends = Ends { pieces, bias };
+        let kernel = |tile, gather, ends| RowsWgmma { stage, gather, format, tile, ends };
+        all.extend(
+            wgmma::backward_tiles()
+                .flat_map(|tile| [kernel(tile, gather, ends), kernel(tile, !gather, Ends { pieces: !pieces, ..ends })]),
+        );
+    }
     let (stage, format, tile) = (Stage::GateUp, DType::BF16, MATRICES);
     all.extend([RowsMma { stage, format, tile }, MatricesMma { stage, format, tile }]);
     all
-}
-
-/// Blocks of an element-wise kernel that a multiprocessor holds; they go round, since to start one takes longer than a row.
-const BLOCKS: usize = 16;
-
-pub(crate) fn activation(
-    problem: &ActivationBackwardProblem,
-    aligned: impl Fn(u64) -> bool,
-    device: &DeviceNumbers,
-) -> Plan {
-    let each = whole(problem.intermediate, aligned);
-    let kernel = BackwardKernel::Activation { activation: problem.activation.into(), vector: each };
-    let columns = problem.intermediate.div_ceil(each.into());
-    // no more threads than a row has work for
-    let threads = columns.next_multiple_of(32).min(256);
-    let across = columns.div_ceil(threads.max(1));
-    let rows = problem.rows.min((device.multiprocessors as usize * BLOCKS).div_ceil(across.max(1)));
-    let grid = Grid::plane(across, rows, threads as u32);
-    Plan { kernel: Kernel::Backward(kernel), grid, why: "elements in parallel" }
-}
-
-/// And the threads that a slot has.
-pub(crate) fn combine_rows(
-    problem: &CombineBackwardProblem,
-    aligned: impl Fn(u64) -> bool,
-    device: &DeviceNumbers,
-) -> (Plan, u32) {
-    let each = whole(problem.hidden, aligned);
-    let columns = problem.hidden.div_ceil(each.into());
-    let lanes = columns.next_power_of_two().min(128);
-    let blocks = (problem.tokens * problem.top_k).div_ceil(128 / lanes);
-    let across = columns.div_ceil(lanes);
-    let blocks = blocks.min((device.multiprocessors as usize * BLOCKS).div_ceil(across.max(1)));
-    let grid = Grid::plane(blocks, across, 128);
-    let kernel = Kernel::Backward(BackwardKernel::CombineRows { vector: each });
-    (Plan { kernel, grid, why: "slots and pieces of them in parallel" }, lanes as u32)
 }
 
 pub(crate) fn combine_weights(slots: usize, aligned: impl Fn(u64) -> bool) -> Plan {
@@ -262,8 +254,14 @@ mod tests {
         GroupedBackwardProblem { rows, experts: 128, outputs: 2048, inputs: 768, matrices: DType::BF16 }
     }
 
+    fn operands(formats: [DType; 2]) -> Rows {
+        let engine = Some(Ends { pieces: true, bias: None });
+        Rows { formats, plain: true, gather: true, engine }
+    }
+
     fn plan_rows(rows_of_all: usize, formats: [DType; 2], aligned: bool) -> GroupedBackwardPlan {
-        rows(Stage::Down, &problem(rows_of_all), (formats, true), |_| aligned, &device())
+        let device = DeviceNumbers { compute_capability: (8, 0), ..device() };
+        rows(Stage::Down, &problem(rows_of_all), operands(formats), |_| aligned, &device)
     }
 
     #[test]
@@ -273,6 +271,22 @@ mod tests {
             _ => 0,
         };
         assert_eq!([256, 4096, 16384, 65536].map(tile), [16, 32, 64, 128]);
+    }
+
+    #[test]
+    fn many_rows_take_warpgroup_tensor_cores_where_the_engine_reaches_them() {
+        let formats = [DType::BF16; 2];
+        let tile = |rows_of_all, rows_of| {
+            let problem = problem(rows_of_all);
+            match rows(Stage::Down, &problem, rows_of, |_| true, &device()).kernel {
+                GroupedBackwardKernel::RowsWgmma { tile, .. } => (tile.rows, tile.columns),
+                _ => (0, 0),
+            }
+        };
+        assert_eq!(tile(65536, operands(formats)), (64, 256));
+        assert_eq!(tile(1536, operands(formats)), (0, 0), "few rows an expert");
+        assert_eq!(tile(65536, Rows { engine: None, ..operands(formats) }), (0, 0));
+        assert_eq!(tile(65536, operands([DType::F32, DType::BF16])), (0, 0));
     }
 
     #[test]
@@ -294,7 +308,7 @@ mod tests {
                 let device = DeviceNumbers { shared_per_block: shared, ..device() };
                 for rows_of_all in [0, 49, 50_000, 1 << 24] {
                     let problem = GroupedBackwardProblem { experts, ..problem(rows_of_all) };
-                    let plan = rows(Stage::Down, &problem, ([DType::BF16; 2], true), |_| true, &device);
+                    let plan = rows(Stage::Down, &problem, operands([DType::BF16; 2]), |_| true, &device);
                     assert!(plan.grid.shared as usize <= shared, "{plan:?}");
                     let plan = matrices(Stage::Down, &problem, ([DType::BF16; 2], true), |_| true, &device);
                     assert!(plan.grid.shared as usize <= shared && plan.grid.blocks[0] > 0, "{plan:?}");

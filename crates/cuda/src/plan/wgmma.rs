@@ -5,6 +5,7 @@ use crate::device::DeviceNumbers;
 use crate::grouped::{GroupedKernel, Stage};
 use crate::launch::Grid;
 use crate::wgmma::WgmmaTile;
+use fused_moe_core::problem::GroupedBackwardProblem;
 
 /// Rows of an expert on average from which even a tile of 64 rows is no slower than a narrower one on `mma`.
 const SOME_ROWS: usize = 13;
@@ -14,6 +15,8 @@ const MANY_ROWS: usize = 385;
 const FEW_EXPERTS: usize = 48;
 /// Weight rows of a tile: what there is a product for.
 const WIDTHS: [u16; 4] = [128, 192, 240, 256];
+/// Those that are whole boxes of 64.
+const BOXES: [u16; 3] = [128, 192, 256];
 /// Stages beyond which more do not help, and below which copies are not hidden.
 const STAGES: [usize; 2] = [8, 3];
 
@@ -40,27 +43,60 @@ pub(super) fn wgmma(sizes: &Sizes, device: &DeviceNumbers) -> Option<GroupedPlan
     };
     let multiprocessors = device.multiprocessors as usize;
     let widest = if tiles(widest) < multiprocessors { WIDTHS[0] } else { widest };
-    let columns = width(outputs, product.halves(), widest);
-    let tile = WgmmaTile { rows: tile_rows, columns, stages: STAGES[0] as u8 };
-    let other = tile.other_bytes(product.gather, experts);
-    let stages = (device.shared_per_block.saturating_sub(other) / tile.stage_bytes()).min(STAGES[0]);
+    let columns = width(outputs, product.halves(), &WIDTHS, widest);
+    let (tile, grid) = ring([tile_rows, columns], tiles(columns), (product.gather, experts), device)?;
+    Some(GroupedPlan { kernel: GroupedKernel::Wgmma { product, format: x, tile, ends }, grid, why })
+}
+
+/// The tile and grid of a gradient of rows, whose weights come in whole boxes of columns; `gather`: whether d is gathered.
+pub(super) fn backward_rows(
+    problem: &GroupedBackwardProblem,
+    gather: bool,
+    device: &DeviceNumbers,
+) -> Option<(WgmmaTile, Grid)> {
+    let &GroupedBackwardProblem { rows, experts, inputs, .. } = problem;
+    if device.compute_capability != (9, 0) || rows / experts.min(rows).max(1) < SOME_ROWS {
+        return None;
+    }
+    let tiles = |columns: u16| row_tiles(rows, experts, 64).saturating_mul(inputs.div_ceil(columns.into()));
+    let [narrow, .., wide] = BOXES;
+    let widest = if tiles(wide) < device.multiprocessors as usize { narrow } else { wide };
+    let columns = width(inputs, 1, &BOXES, widest);
+    ring([64, columns], tiles(columns), (gather, experts), device)
+}
+
+/// A tile with as many stages as there is room for, and a grid for so many; None where stages would be too few.
+fn ring(
+    [rows, columns]: [u16; 2],
+    tiles: usize,
+    (gather, experts): (bool, usize),
+    device: &DeviceNumbers,
+) -> Option<(WgmmaTile, Grid)> {
+    let tile = WgmmaTile { rows, columns, stages: STAGES[0] as u8 };
+    let room = device.shared_per_block.saturating_sub(tile.other_bytes(gather, experts));
+    let stages = (room / tile.stage_bytes()).min(STAGES[0]);
     if stages < STAGES[1] {
         return None;
     }
     let tile = WgmmaTile { stages: stages as u8, ..tile };
-    let shared = stages * tile.stage_bytes() + tile.other_bytes(product.gather, experts);
-    let grid = Grid::line(tiles(columns).min(multiprocessors), WgmmaTile::THREADS).with_shared(shared);
-    Some(GroupedPlan { kernel: GroupedKernel::Wgmma { product, format: x, tile, ends }, grid, why })
+    let shared = stages * tile.stage_bytes() + tile.other_bytes(gather, experts);
+    let blocks = tiles.min(device.multiprocessors as usize);
+    Some((tile, Grid::line(blocks, WgmmaTile::THREADS).with_shared(shared)))
 }
 
 /// The narrowest tile that needs no more columns of tiles than the widest one does.
-fn width(outputs: usize, halves: usize, widest: u16) -> u16 {
+fn width(outputs: usize, halves: usize, widths: &[u16], widest: u16) -> u16 {
     let tiles = outputs.div_ceil(usize::from(widest) / halves).max(1);
     let needed = outputs.div_ceil(tiles) * halves;
-    WIDTHS.into_iter().find(|&width| usize::from(width) >= needed).unwrap_or(widest)
+    widths.iter().copied().find(|&width| usize::from(width) >= needed).unwrap_or(widest)
 }
 
-/// Every tile of every plan.
+/// Every tile of every plan of a gradient of rows.
+pub(super) fn backward_tiles() -> impl Iterator<Item = WgmmaTile> {
+    BOXES.into_iter().map(|columns| WgmmaTile { rows: 64, columns, stages: 4 })
+}
+
+/// Every tile of every plan of a product.
 pub(super) fn tiles() -> Vec<WgmmaTile> {
     let tile = |rows, columns, stages| WgmmaTile { rows, columns, stages };
     let small = WIDTHS.map(|columns| tile(64, columns, 4));
