@@ -120,8 +120,8 @@ impl GroupedKernel {
         let mut parts = vec![GroupedParams::DEFINITION, GROUPED];
         parts.extend(match self {
             Self::Wgmma { .. } => {
-                let instructions = [include_str!("include/mma.cuh"), include_str!("include/wgmma.cuh")];
-                [&instructions[..], &[WgmmaParams::DEFINITION, include_str!("include/grouped_wgmma.cuh")]].concat()
+                [&wgmma::INSTRUCTIONS[..], &[WgmmaParams::DEFINITION, include_str!("include/grouped_wgmma.cuh")]]
+                    .concat()
             }
             Self::Mma { .. } => vec![include_str!("include/mma.cuh"), include_str!("include/grouped_mma.cuh")],
             Self::Dot { .. } => vec![STREAM, include_str!("include/grouped_dot.cuh")],

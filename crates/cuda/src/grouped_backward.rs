@@ -3,10 +3,12 @@
 use crate::backward::Target;
 use crate::error::Result;
 use crate::grouped::{GroupedParams, MmaTile};
+use crate::grouped_backward_wgmma::{self as wgmma, MatricesTile, MatricesWgmmaParams};
 use crate::kernel::Kernel;
 use crate::kernel::backward::BackwardKernel;
-use crate::launch::{Grid, Tensor, launch, params};
+use crate::launch::{Grid, Params, Tensor, launch, params};
 use crate::plan::backward as plan;
+use crate::wgmma::INSTRUCTIONS;
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType;
 use fused_moe_core::problem::GroupedBackwardProblem;
@@ -51,6 +53,11 @@ pub(crate) enum GroupedBackwardKernel {
         format: DType,
         tile: MmaTile,
     },
+    MatricesWgmma {
+        stage: Stage,
+        format: DType,
+        tile: MatricesTile,
+    },
     /// Of the router, f32 times bf16.
     GateRowsMma,
     GateMatricesMma,
@@ -83,6 +90,12 @@ impl GroupedBackwardKernel {
             Self::MatricesMma { .. } => {
                 ("gate_up_backward_matrices_mma", include_str!("gate_up_backward_matrices_mma.cu"))
             }
+            Self::MatricesWgmma { stage: Down, .. } => {
+                ("down_backward_matrices_wgmma", include_str!("down_backward_matrices_wgmma.cu"))
+            }
+            Self::MatricesWgmma { .. } => {
+                ("gate_up_backward_matrices_wgmma", include_str!("gate_up_backward_matrices_wgmma.cu"))
+            }
             Self::GateRowsMma => ("gate_backward_rows_mma", include_str!("gate_backward_rows_mma.cu")),
             Self::GateMatricesMma => ("gate_backward_matrices_mma", include_str!("gate_backward_matrices_mma.cu")),
             Self::Bias => ("bias_backward", include_str!("bias_backward.cu")),
@@ -93,12 +106,24 @@ impl GroupedBackwardKernel {
         self.file().0
     }
 
-    /// The parts of its text that follow its parameters and those of the grouped product.
+    /// The definition of its parameter.
+    pub(crate) fn params(self) -> &'static str {
+        match self {
+            Self::MatricesWgmma { .. } => MatricesWgmmaParams::DEFINITION,
+            _ => GroupedBackwardParams::DEFINITION,
+        }
+    }
+
+    /// The parts of its text that follow the common parameters and those of the grouped product.
     pub(crate) fn parts(self) -> Vec<&'static str> {
         let mut parts = vec![SHARED];
         match self {
             Self::Rows { .. } | Self::Matrices { .. } => parts.extend(TILED),
             Self::RowsMma { .. } | Self::MatricesMma { .. } => parts.extend(MMA),
+            Self::MatricesWgmma { .. } => {
+                parts.extend(INSTRUCTIONS);
+                parts.extend([MatricesWgmmaParams::DEFINITION, include_str!("include/grouped_backward_wgmma.cuh")]);
+            }
             Self::GateRowsMma | Self::GateMatricesMma => parts.extend([MMA[0], include_str!("include/wide_mma.cuh")]),
             Self::Bias => {}
         }
@@ -127,6 +152,11 @@ impl GroupedBackwardKernel {
                     ("STAGES", stages.to_string()),
                     ("BLOCKS", blocks.to_string()),
                 ])
+            }
+            Self::MatricesWgmma { stage, format, tile } => {
+                defines.push(("A_IS_X", (stage == Stage::GateUp).to_string()));
+                defines.push(("W_T", format.to_string()));
+                defines.extend(tile.defines());
             }
             Self::GateRowsMma | Self::GateMatricesMma | Self::Bias => {}
         }
@@ -246,14 +276,21 @@ impl GroupedBackward {
             d.rows.aligned(n) && x.rows.aligned(n) && whole(outputs) && whole(inputs)
         };
         let plain = self.weights.0.data == 0 && self.softcap.is_none();
-        let plan = plan::matrices(self.stage, &self.problem, ([d.format, x.format], plain), aligned, cuda.numbers());
+        let formats = ([d.format, x.format], plain);
+        let gathers = wgmma::gathers(self, &x, to.out);
+        let plan = plan::matrices(self.stage, &self.problem, formats, aligned, gathers, cuda.numbers());
         let slots = d.top_k.is_some() || x.top_k.is_some();
         let params = GroupedBackwardParams {
             x: x.rows,
             x_gathered: x.top_k.is_some().into(),
             ..self.params(to, [slots, true], plan::neighbours(plan.kernel))
         };
-        run(cuda, stream, plan, &params)
+        match plan.kernel {
+            GroupedBackwardKernel::MatricesWgmma { .. } => {
+                run(cuda, stream, plan, &wgmma::params(cuda, self, &x, &params)?)
+            }
+            _ => run(cuda, stream, plan, &params),
+        }
     }
 
     fn bias(&self, cuda: &Cuda, stream: &CudaStream, to: Target) -> Result<()> {
@@ -264,12 +301,7 @@ impl GroupedBackward {
     }
 }
 
-fn run(
-    cuda: &Cuda,
-    stream: &CudaStream,
-    plan: plan::GroupedBackwardPlan,
-    params: &GroupedBackwardParams,
-) -> Result<()> {
+fn run<P: Params>(cuda: &Cuda, stream: &CudaStream, plan: plan::GroupedBackwardPlan, params: &P) -> Result<()> {
     if let Some(recorder) = cuda.recorder() {
         recorder.explain(plan.why);
     }

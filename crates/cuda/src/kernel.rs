@@ -328,7 +328,12 @@ impl Kernel {
 
     /// Whether it has instructions of this architecture alone, where that is another.
     pub(crate) fn is_for(self, architecture: &str) -> bool {
-        !matches!(self, Self::Grouped(GroupedKernel::Wgmma { .. })) || architecture == "sm_90a"
+        let warpgroups = match self {
+            Self::Grouped(kernel) => matches!(kernel, GroupedKernel::Wgmma { .. }),
+            Self::Backward(kernel) => kernel.has_warpgroups(),
+            _ => false,
+        };
+        !warpgroups || architecture == "sm_90a"
     }
 
     /// Every kernel of every plan.

@@ -56,7 +56,7 @@ impl BackwardKernel {
 
     pub(crate) fn params(self) -> &'static str {
         match self {
-            Self::Grouped(_) => GroupedBackwardParams::DEFINITION,
+            Self::Grouped(kernel) => kernel.params(),
             Self::Activation { .. } => activation_backward::ActivationBackwardParams::DEFINITION,
             Self::CombineRows { .. } => combine_backward::CombineBackwardRowsParams::DEFINITION,
             Self::CombineWeights { .. } => combine_backward::CombineBackwardWeightsParams::DEFINITION,
@@ -75,8 +75,8 @@ impl BackwardKernel {
         let own = self.params();
         match self {
             Self::Grouped(kernel) => {
-                let shared = vec![REDUCE, GRADIENT, ACTIVATION, GroupedParams::DEFINITION, own, GROUPED];
-                [shared, kernel.parts()].concat()
+                let params = [GroupedParams::DEFINITION, GroupedBackwardParams::DEFINITION];
+                [vec![REDUCE, GRADIENT, ACTIVATION, params[0], params[1], GROUPED], kernel.parts()].concat()
             }
             Self::Activation { .. } => {
                 vec![ACTIVATION, SLOPES, own, include_str!("../activation_backward.cu")]
@@ -104,6 +104,11 @@ impl BackwardKernel {
     /// Whether it may use more shared memory than a launch gives unasked.
     pub(super) fn asks_for_shared(self) -> bool {
         matches!(self, Self::Grouped(_) | Self::Route { .. })
+    }
+
+    /// Whether it multiplies on warpgroup tensor cores.
+    pub(super) fn has_warpgroups(self) -> bool {
+        matches!(self, Self::Grouped(GroupedBackwardKernel::MatricesWgmma { .. }))
     }
 
     /// What the text is specialised by.
