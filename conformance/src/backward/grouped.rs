@@ -58,6 +58,16 @@ impl Grouped {
     }
 }
 
+/// Rows that no expert has are not numbers, where `rows` are what it holds.
+fn unread(tensor: Tensor, rows: bool, written: usize) -> Tensor {
+    if !rows {
+        return tensor;
+    }
+    let first = written * tensor.shape().cols();
+    let values = tensor.as_floats().iter().enumerate().map(|(i, &v)| if i < first { v } else { f64::NAN });
+    Tensor::floats(tensor.dtype(), tensor.shape(), values)
+}
+
 impl CheckBackward for Grouped {
     fn prepare(&self) -> Prepared {
         let [tokens, top_k, outputs, inputs, experts] = self.sizes;
@@ -67,8 +77,9 @@ impl CheckBackward for Grouped {
         let source = if self.rows { rows } else { tokens };
         let d_rows = if self.is_down() { source } else { rows };
         let x_rows = if self.is_down() { rows } else { source };
-        let d = data.of("d").normal(self.dtypes[0], [d_rows, outputs], 0.5);
-        let x = data.of("x").normal(self.dtypes[0], [x_rows, inputs], 0.7);
+        let (down, given) = (self.is_down(), self.rows);
+        let d = unread(data.of("d").normal(self.dtypes[0], [d_rows, outputs], 0.5), !down || given, written);
+        let x = unread(data.of("x").normal(self.dtypes[0], [x_rows, inputs], 0.7), down || given, written);
         let deviation = 1.3 / (inputs as f64).sqrt();
         let matrices = data.of("matrices").normal(self.dtypes[1], [experts, outputs, inputs], deviation);
         let weights = self.weights.then(|| data.of("weights").between(DType::F32, [tokens, top_k], 0.05, 1.0));
@@ -157,6 +168,8 @@ pub(super) fn cases(scale: Scale) -> Vec<BackwardCase> {
     // more products of a sum than matrix units have on their way at once, and tiles enough to be of every width
     sizes.extend([([300, 2, 520, 136, 3], Spread::Even), ([450, 2, 24, 2000, 3], Spread::Skewed)]);
     sizes.push(([1350, 2, 24, 560, 3], Spread::Holes));
+    // tiles beside each other, and more experts than a device has blocks
+    sizes.extend([([150, 2, 264, 392, 2], Spread::Even), ([600, 4, 24, 16, 500], Spread::Skewed)]);
     if scale == Scale::Full {
         sizes.push(([450, 2, 200, 2000, 3], Spread::Even));
         sizes.extend([([200, 4, 256, 192, 16], Spread::Skewed), ([513, 1, 131, 97, 3], Spread::One(1))]);

@@ -82,12 +82,10 @@ pub(crate) enum GroupedKernel {
 
 pub(crate) const GROUPED: &str = include_str!("include/grouped.cuh");
 /// What warpgroup tensor cores need of the text, the parameters among it.
-pub(crate) const WGMMA: [&str; 4] = [
-    include_str!("include/mma.cuh"),
-    include_str!("include/wgmma.cuh"),
-    WgmmaParams::DEFINITION,
-    include_str!("include/grouped_wgmma.cuh"),
-];
+pub(crate) const WGMMA: [&str; 5] = {
+    let [products, warpgroups, ring] = wgmma::INSTRUCTIONS;
+    [products, warpgroups, ring, WgmmaParams::DEFINITION, include_str!("include/grouped_wgmma.cuh")]
+};
 pub(crate) const STREAM: &str = include_str!("include/stream.cuh");
 
 impl GroupedKernel {

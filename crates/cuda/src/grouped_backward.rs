@@ -3,11 +3,12 @@
 use crate::backward::Target;
 use crate::error::Result;
 use crate::grouped::{self, GroupedParams, MmaTile, Product, WGMMA};
+use crate::grouped_backward_wgmma::{self as matrices_wgmma, MatricesTile, MatricesWgmmaParams};
 use crate::kernel::Kernel;
 use crate::kernel::backward::BackwardKernel;
 use crate::launch::{Grid, Params, Tensor, launch, params};
 use crate::plan::backward as plan;
-use crate::wgmma::{self, Ends, WgmmaParams, WgmmaTile};
+use crate::wgmma::{self, Ends, INSTRUCTIONS, WgmmaParams, WgmmaTile};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType;
 use fused_moe_core::problem::GroupedBackwardProblem;
@@ -60,6 +61,11 @@ pub(crate) enum GroupedBackwardKernel {
         format: DType,
         tile: MmaTile,
     },
+    MatricesWgmma {
+        stage: Stage,
+        format: DType,
+        tile: MatricesTile,
+    },
     /// Of the router, f32 times bf16.
     GateRowsMma,
     GateMatricesMma,
@@ -96,6 +102,12 @@ impl GroupedBackwardKernel {
             Self::MatricesMma { .. } => {
                 ("gate_up_backward_matrices_mma", include_str!("gate_up_backward_matrices_mma.cu"))
             }
+            Self::MatricesWgmma { stage: Down, .. } => {
+                ("down_backward_matrices_wgmma", include_str!("down_backward_matrices_wgmma.cu"))
+            }
+            Self::MatricesWgmma { .. } => {
+                ("gate_up_backward_matrices_wgmma", include_str!("gate_up_backward_matrices_wgmma.cu"))
+            }
             Self::GateRowsMma => ("gate_backward_rows_mma", include_str!("gate_backward_rows_mma.cu")),
             Self::GateMatricesMma => ("gate_backward_matrices_mma", include_str!("gate_backward_matrices_mma.cu")),
             Self::Bias => ("bias_backward", include_str!("bias_backward.cu")),
@@ -110,11 +122,12 @@ impl GroupedBackwardKernel {
     pub(crate) fn params(self) -> &'static str {
         match self {
             Self::RowsWgmma { .. } => WgmmaParams::DEFINITION,
+            Self::MatricesWgmma { .. } => MatricesWgmmaParams::DEFINITION,
             _ => GroupedBackwardParams::DEFINITION,
         }
     }
 
-    /// The parts of its text that follow the grouped product's.
+    /// The parts of its text that follow the common parameters and those of the grouped product.
     pub(crate) fn parts(self) -> Vec<&'static str> {
         if let Self::RowsWgmma { .. } = self {
             return [&WGMMA[..], &[self.file().1]].concat();
@@ -123,6 +136,10 @@ impl GroupedBackwardKernel {
         match self {
             Self::Rows { .. } | Self::Matrices { .. } => parts.extend(TILED),
             Self::RowsMma { .. } | Self::MatricesMma { .. } => parts.extend(MMA),
+            Self::MatricesWgmma { .. } => {
+                parts.extend(INSTRUCTIONS);
+                parts.extend([MatricesWgmmaParams::DEFINITION, include_str!("include/grouped_backward_wgmma.cuh")]);
+            }
             Self::GateRowsMma | Self::GateMatricesMma => parts.extend([MMA[0], include_str!("include/wide_mma.cuh")]),
             Self::RowsWgmma { .. } | Self::Bias => {}
         }
@@ -155,6 +172,11 @@ impl GroupedBackwardKernel {
                 defines.extend([("W_T", format.to_string()), ("TRANSPOSED", "true".into())]);
                 defines.extend(tile.defines());
                 defines.extend(ends.defines());
+            }
+            Self::MatricesWgmma { stage, format, tile } => {
+                defines.push(("A_IS_X", (stage == Stage::GateUp).to_string()));
+                defines.push(("W_T", format.to_string()));
+                defines.extend(tile.defines());
             }
             Self::GateRowsMma | Self::GateMatricesMma | Self::Bias => {}
         }
@@ -286,14 +308,21 @@ impl GroupedBackward {
             d.rows.aligned(n) && x.rows.aligned(n) && whole(outputs) && whole(inputs)
         };
         let plain = self.weights.0.data == 0 && self.softcap.is_none();
-        let plan = plan::matrices(self.stage, &self.problem, ([d.format, x.format], plain), aligned, cuda.numbers());
+        let formats = ([d.format, x.format], plain);
+        let gathers = matrices_wgmma::gathers(self, &x, to.out);
+        let plan = plan::matrices(self.stage, &self.problem, formats, aligned, gathers, cuda.numbers());
         let slots = d.top_k.is_some() || x.top_k.is_some();
         let params = GroupedBackwardParams {
             x: x.rows,
             x_gathered: x.top_k.is_some().into(),
             ..self.params(to, [slots, true], plan::neighbours(plan.kernel))
         };
-        run(cuda, stream, plan, &params)
+        match plan.kernel {
+            GroupedBackwardKernel::MatricesWgmma { .. } => {
+                run(cuda, stream, plan, &matrices_wgmma::params(cuda, self, &x, &params)?)
+            }
+            _ => run(cuda, stream, plan, &params),
+        }
     }
 
     fn bias(&self, cuda: &Cuda, stream: &CudaStream, to: Target) -> Result<()> {

@@ -3,7 +3,6 @@
 pub(crate) mod backward;
 
 use crate::grouped::{self, GroupedKernel};
-use crate::grouped_backward::GroupedBackwardKernel;
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
@@ -338,11 +337,11 @@ impl Kernel {
 
     /// Whether it has instructions of this architecture alone, where that is another.
     pub(crate) fn is_for(self, architecture: &str) -> bool {
-        let warpgroups = matches!(
-            self,
-            Self::Grouped(GroupedKernel::Wgmma { .. })
-                | Self::Backward(BackwardKernel::Grouped(GroupedBackwardKernel::RowsWgmma { .. }))
-        );
+        let warpgroups = match self {
+            Self::Grouped(kernel) => matches!(kernel, GroupedKernel::Wgmma { .. }),
+            Self::Backward(kernel) => kernel.has_warpgroups(),
+            _ => false,
+        };
         !warpgroups || architecture == "sm_90a"
     }
 

@@ -90,6 +90,7 @@ mod gate_up;
 mod gate_up_backward;
 mod grouped;
 mod grouped_backward;
+mod grouped_backward_wgmma;
 #[allow(unsafe_code)]
 mod jit;
 mod kernel;

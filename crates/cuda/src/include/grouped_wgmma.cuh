@@ -30,24 +30,6 @@
 // 16 rows of 128 bytes a warp
 #define STORE_BYTES 2048
 
-struct Ring {
-    u32 stages, full, empty;
-};
-
-// A stage of the ring and the parity of its use.
-struct Place {
-    u32 stage, parity;
-
-    __device__ __forceinline__ void skip(u32 n) {
-        const u32 to = stage + n;
-        parity ^= to / STAGES & 1;
-        stage = to % STAGES;
-    }
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
-
 // The schedule with the experts' first rows beside it in shared memory: tiles are found without a look at global memory.
 struct Tiles {
     Schedule schedule;

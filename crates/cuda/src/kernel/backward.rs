@@ -107,6 +107,14 @@ impl BackwardKernel {
         matches!(self, Self::Grouped(_) | Self::Route { .. })
     }
 
+    /// Whether it multiplies on warpgroup tensor cores.
+    pub(super) fn has_warpgroups(self) -> bool {
+        matches!(
+            self,
+            Self::Grouped(GroupedBackwardKernel::MatricesWgmma { .. } | GroupedBackwardKernel::RowsWgmma { .. })
+        )
+    }
+
     /// What the text is specialised by.
     pub(super) fn defines(self) -> Vec<(&'static str, String)> {
         let vector = |vector: u8| vec![("VEC", vector.to_string())];

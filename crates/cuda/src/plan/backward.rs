@@ -5,6 +5,7 @@ use super::{Plan, vector, wgmma};
 use crate::device::DeviceNumbers;
 use crate::grouped::MmaTile;
 use crate::grouped_backward::{GroupedBackwardKernel, Stage};
+use crate::grouped_backward_wgmma::MatricesTile;
 use crate::kernel::Kernel;
 use crate::kernel::backward::{BackwardKernel, ONE_BLOCK};
 use crate::launch::Grid;
@@ -35,6 +36,9 @@ const ROWS: [(usize, MmaTile); 4] = [
     (usize::MAX, MmaTile { rows: 128, columns: 128, warps: [2, 4], stages: 3, blocks: 2 }),
 ];
 const MATRICES: MmaTile = MmaTile { rows: 128, columns: 128, warps: [2, 4], stages: 3, blocks: 2 };
+
+/// On warpgroup tensor cores: columns of a tile, and the most stages of its ring.
+const WGMMA_WIDTHS: [(u16, u8); 2] = [(256, 4), (384, 3)];
 
 const GENERAL: &str = "f32, mixed formats, weighted sums or odd sizes: multiply-adds in f32";
 
@@ -95,12 +99,14 @@ pub(crate) fn rows(
     GroupedBackwardPlan { kernel, grid, why: GENERAL }
 }
 
-/// The gradient of the matrices; `plain`: no row has a factor.
+/// The gradient of the matrices; `plain`: no row has a factor; `gathers`: whether one operand's rows are found through slots,
+/// none where warpgroup tensor cores do not take the operands.
 pub(crate) fn matrices(
     stage: Stage,
     problem: &GroupedBackwardProblem,
     (formats, plain): ([DType; 2], bool),
     aligned: impl Fn(u64) -> bool,
+    gathers: Option<bool>,
     device: &DeviceNumbers,
 ) -> GroupedBackwardPlan {
     let &GroupedBackwardProblem { experts, outputs, inputs, .. } = problem;
@@ -112,6 +118,10 @@ pub(crate) fn matrices(
     }
     let tiles = |[m, n]: [usize; 2]| experts.saturating_mul(super::tiles(outputs, inputs, [m, n]));
     if stage != Stage::Gate && plain && fast(formats, &aligned) {
+        let warpgroups = gathers.and_then(|gathered| matrices_wgmma((stage, d, gathered), problem, device));
+        if let Some(plan) = warpgroups {
+            return plan;
+        }
         let tile = MATRICES.fit(0, device);
         let kernel = GroupedBackwardKernel::MatricesMma { stage, format: d, tile };
         let grid = persistent(tiles([tile.rows.into(), tile.columns.into()]), tile, 0, device);
@@ -121,6 +131,34 @@ pub(crate) fn matrices(
     let grid = Grid::line(tiles([TILE; 2]).min(device.multiprocessors as usize * TILED_BLOCKS), 256);
     let kernel = GroupedBackwardKernel::Matrices { stage, d, x, vector: vector(4, aligned) };
     GroupedBackwardPlan { kernel, grid, why: GENERAL }
+}
+
+/// The same on warpgroup tensor cores; none where the device has none.
+fn matrices_wgmma(
+    (stage, format, gathered): (Stage, DType, bool),
+    problem: &GroupedBackwardProblem,
+    device: &DeviceNumbers,
+) -> Option<GroupedBackwardPlan> {
+    let &GroupedBackwardProblem { experts, outputs, inputs, .. } = problem;
+    if device.compute_capability != (9, 0) {
+        return None;
+    }
+    let [a, b] = if stage == Stage::GateUp { [inputs, outputs] } else { [outputs, inputs] };
+    let across = |columns: u16| b.div_ceil(columns.into());
+    let [narrow, wide] = WGMMA_WIDTHS;
+    // the narrower tile where as many of them do
+    let (columns, stages) = if across(narrow.0) == across(wide.0) { narrow } else { wide };
+    let tile = MatricesTile { columns, gathered, stages };
+    let shared = usize::from(stages) * tile.stage_bytes() + tile.other_bytes(experts);
+    if shared > device.shared_per_block {
+        return None;
+    }
+    let each = a.div_ceil(MatricesTile::ROWS.into()) * across(columns);
+    let blocks = experts.saturating_mul(each).min(device.multiprocessors as usize);
+    let kernel = GroupedBackwardKernel::MatricesWgmma { stage, format, tile };
+    let grid = Grid::line(blocks, MatricesTile::THREADS).with_shared(shared);
+    let why = "gradient of matrices: warpgroup tensor cores, sums over an expert's rows, read as they lie";
+    Some(GroupedBackwardPlan { kernel, grid, why })
 }
 
 /// As many blocks as the device holds, which take turns.
@@ -134,6 +172,7 @@ fn persistent(tiles: usize, tile: MmaTile, schedule: usize, device: &DeviceNumbe
 pub(crate) fn neighbours(kernel: GroupedBackwardKernel) -> u64 {
     use GroupedBackwardKernel::*;
     match kernel {
+        MatricesWgmma { .. } => 8,
         Rows { .. } | Matrices { .. } => 4,
         RowsMma { .. } | RowsWgmma { .. } | MatricesMma { .. } | GateRowsMma | GateMatricesMma => 2,
         Bias => 1,
@@ -142,7 +181,7 @@ pub(crate) fn neighbours(kernel: GroupedBackwardKernel) -> u64 {
 
 /// Every kernel of a grouped product's gradients: formats and tiles, combined as far as they meet in one text.
 pub(crate) fn all() -> Vec<GroupedBackwardKernel> {
-    use GroupedBackwardKernel::{Bias, Matrices, MatricesMma, Rows, RowsMma, RowsWgmma};
+    use GroupedBackwardKernel::{Bias, Matrices, MatricesMma, MatricesWgmma, Rows, RowsMma, RowsWgmma};
     let floats = [DType::F32, DType::F16, DType::BF16];
     let mut all = vec![Bias, GroupedBackwardKernel::GateRowsMma, GroupedBackwardKernel::GateMatricesMma];
     for (d, other) in floats.into_iter().flat_map(|d| floats.map(|other| (d, other))) {
@@ -171,6 +210,12 @@ pub(crate) fn all() -> Vec<GroupedBackwardKernel> {
     }
     let (stage, format, tile) = (Stage::GateUp, DType::BF16, MATRICES);
     all.extend([RowsMma { stage, format, tile }, MatricesMma { stage, format, tile }]);
+    for stage in [Stage::Down, Stage::GateUp] {
+        for (format, gathered) in [(DType::F16, true), (DType::BF16, true), (DType::BF16, false)] {
+            let tile = |(columns, stages)| MatricesTile { columns, gathered, stages };
+            all.extend(WGMMA_WIDTHS.map(|width| MatricesWgmma { stage, format, tile: tile(width) }));
+        }
+    }
     all
 }
 
@@ -296,9 +341,33 @@ mod tests {
         for plan in [mixed, odd] {
             assert!(matches!(plan.kernel, GroupedBackwardKernel::Rows { .. }), "{plan:?}");
         }
-        let of = |plain| matrices(Stage::Down, &problem(4096), ([DType::BF16; 2], plain), |_| true, &device()).kernel;
+        let of =
+            |plain| matrices(Stage::Down, &problem(4096), ([DType::BF16; 2], plain), |_| true, None, &device()).kernel;
         assert!(matches!(of(true), GroupedBackwardKernel::MatricesMma { .. }));
         assert!(matches!(of(false), GroupedBackwardKernel::Matrices { vector: 4, .. }), "factors inside a sum");
+    }
+
+    #[test]
+    fn matrices_take_warpgroups_where_there_are_some() {
+        let of = |stage, problem: &GroupedBackwardProblem, gathers, device: &DeviceNumbers| {
+            let kernel = matrices(stage, problem, ([DType::BF16; 2], true), |_| true, gathers, device).kernel;
+            match kernel {
+                GroupedBackwardKernel::MatricesWgmma { tile, .. } => Some((tile.columns, tile.gathered)),
+                _ => None,
+            }
+        };
+        let (down, device) = (problem(65536), device());
+        let gate_up = GroupedBackwardProblem { outputs: 1536, inputs: 2048, ..down };
+        assert_eq!(of(Stage::Down, &down, Some(true), &device), Some((384, true)));
+        assert_eq!(of(Stage::GateUp, &gate_up, Some(false), &device), Some((384, false)));
+        // 512 columns: two tiles of either width
+        let narrow = GroupedBackwardProblem { inputs: 512, ..down };
+        assert_eq!(of(Stage::Down, &narrow, Some(true), &device), Some((256, true)));
+        assert_eq!(of(Stage::Down, &down, None, &device), None);
+        for compute_capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
+            let device = DeviceNumbers { compute_capability, ..device.clone() };
+            assert_eq!(of(Stage::Down, &down, Some(true), &device), None);
+        }
     }
 
     #[test]
@@ -310,7 +379,7 @@ mod tests {
                     let problem = GroupedBackwardProblem { experts, ..problem(rows_of_all) };
                     let plan = rows(Stage::Down, &problem, operands([DType::BF16; 2]), |_| true, &device);
                     assert!(plan.grid.shared as usize <= shared, "{plan:?}");
-                    let plan = matrices(Stage::Down, &problem, ([DType::BF16; 2], true), |_| true, &device);
+                    let plan = matrices(Stage::Down, &problem, ([DType::BF16; 2], true), |_| true, Some(true), &device);
                     assert!(plan.grid.shared as usize <= shared && plan.grid.blocks[0] > 0, "{plan:?}");
                 }
             }
