@@ -1,14 +1,20 @@
 //! The gradients, as methods of [`Cpu`].
 
 use crate::error::Result;
+use crate::plan::operand;
 use crate::{Cpu, CpuStream};
 use crate::{
     activation_backward, combine_backward, down_backward, gate_backward, gate_up_backward, losses, route_backward,
 };
 use fused_moe_core::BackendBackward;
+use fused_moe_core::DType;
 use fused_moe_core::operation::*;
 
 impl BackendBackward for Cpu {
+    fn between(&self, x: DType, matrices: DType) -> DType {
+        operand(x, matrices, self.isa())
+    }
+
     fn combine_backward(&self, _stream: &CpuStream, operands: CombineBackward<'_, Self>) -> Result<()> {
         combine_backward::combine_backward(self, operands)
     }

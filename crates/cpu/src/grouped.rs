@@ -244,7 +244,7 @@ impl<'a, W: Float, X: Float> Product<'a, W, X> {
         let (width, count) = (block.outputs, tile.len);
         let mut sums = [0.0; MAX_SUMS];
         let sums = &mut sums[..block.weights.len() * count];
-        self.kernels.dot_tile(block.weights, &tile.x[..count], sums);
+        self.kernels.pair_dot_tile(block.weights, &tile.x[..count], sums);
         let value = |row: usize, n: usize| tile.weights[n] * sums[row * count + n] + block.bias[row];
         if self.table.order() == RowOrder::Single {
             let mut values = [0.0; MAX_SUMS];

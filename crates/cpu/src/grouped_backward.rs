@@ -6,23 +6,30 @@
 //! d_bias[e]     = sum_r d[r]                  for each expert, part of its columns
 //! ```
 //!
-//! The first two are one loop over blocks of sums that lie on the stack: what is multiplied is loaded in f32, weighted and
-//! without gaps, some products deep at a time, and the sums go on from pass to pass. Each sum is one chain of
-//! multiply-adds in ascending order.
+//! The first two are one loop over blocks of sums that lie on the stack: what is multiplied is loaded there without gaps,
+//! some products deep at a time, and the sums go on from pass to pass. Operands are loaded in f32, weighted; or, where both
+//! are bf16 without factors and the instruction set forms products of such numbers, in pairs that follow each other in the
+//! sum. Each sum is one chain of multiply-adds in ascending order.
+
+mod block;
+mod source;
+
+pub(crate) use source::Source;
 
 use crate::Cpu;
-use crate::arch::{Kernels, OUTER_COLUMNS};
+use crate::arch::{Kernels, OUTER_COLUMNS, Outer};
 use crate::error::Result;
 use crate::grouped::{Busy, Gather, Groups};
 use crate::plan::backward::{
-    BIAS_COLUMNS, BLOCK_COLUMNS, MATRICES_DEPTH, MATRICES_STRIDE, OUTER_PANELS, OUTER_ROWS, OuterPlan, ROWS_DEPTH,
-    ROWS_STRIDE,
+    BIAS_COLUMNS, BLOCK_COLUMNS, MATRICES_DEPTH, MATRICES_STRIDE, OUTER_ROWS, OuterPlan, ROWS_DEPTH, ROWS_STRIDE,
+    streams,
 };
-use crate::rows::Floats;
 use crate::table::OutRows;
+use block::{Block, Pass, each_block};
+use bytemuck::cast_slice_mut;
+use fused_moe_core::HostView;
 use fused_moe_core::operation::{Gradient, GradientMode};
 use fused_moe_core::problem::GroupedBackwardProblem;
-use fused_moe_core::{HostView, Rows};
 use std::ops::Range;
 
 /// Operands of [`grouped_backward`].
@@ -44,77 +51,32 @@ pub(crate) struct GroupedBackward<'a> {
     pub(crate) d_bias: Option<Gradient<'a, Cpu>>,
 }
 
-/// Rows, found through a gather and multiplied by factors.
-#[derive(Clone, Copy)]
-pub(crate) struct Source<'a> {
-    pub(crate) rows: Floats<'a>,
-    pub(crate) gather: Gather<'a>,
-    /// R, above every slot.
-    pub(crate) slots: usize,
-    /// One for each slot, in row-major order.
-    pub(crate) weights: Option<Rows<'a, f32>>,
-    pub(crate) scale: f32,
-    /// What a soft-cap gave, and its limit: `d * (1 - (y / limit)^2)`.
-    pub(crate) softcap: Option<(Rows<'a, f32>, f32)>,
-}
-
-impl<'a> Source<'a> {
-    /// The rows as they are.
-    pub(crate) fn new(view: &HostView<'a>, gather: Gather<'a>, slots: usize) -> Result<Self> {
-        Ok(Self { rows: Floats::new(view)?, gather, slots, weights: None, scale: 1.0, softcap: None })
-    }
-
-    /// Row r from column `col` on; zeros where its slot does not exist.
-    fn load(&self, kernels: Kernels, [r, col]: [usize; 2], to: &mut [f32]) {
-        let Some((source, weight)) = self.find(r) else { return to.fill(0.0) };
-        if weight == 1.0 {
-            self.rows.load(kernels, source, col, to);
-        } else {
-            self.rows.scale(kernels, [source, col], weight, None, to);
-        }
-        if let Some((capped, limit)) = self.softcap {
-            for (d, y) in to.iter_mut().zip(capped.row(source).get(col..).unwrap_or_default()) {
-                let y = y / limit;
-                *d *= 1.0 - y * y;
-            }
-        }
-    }
-
-    fn find(&self, r: usize) -> Option<(usize, f32)> {
-        let (source, slot) = match self.gather {
-            Gather::Rows => (r, r),
-            Gather::Tokens { row_slot, top_k } => {
-                let slot = *row_slot.get(r)? as usize;
-                (slot.checked_div(top_k)?, slot)
-            }
-        };
-        if slot >= self.slots {
-            return None;
-        }
-        let weight = match self.weights {
-            None => 1.0,
-            Some(weights) => {
-                let (row, col) = (slot.checked_div(weights.cols())?, slot.checked_rem(weights.cols())?);
-                *weights.row(row).get(col)?
-            }
-        };
-        Some((source, self.scale * weight))
-    }
-}
-
 /// Where a gradient is stored, by several threads.
 pub(crate) struct Target<'a> {
     out: OutRows<'a>,
     mode: GradientMode,
+    /// Whether it is so large that it goes past the caches.
+    stream: bool,
 }
 
 impl<'a> Target<'a> {
     pub(crate) fn new(gradient: Gradient<'a, Cpu>) -> Result<Self> {
-        Ok(Self { out: OutRows::new(gradient.view)?, mode: gradient.mode })
+        let stream = streams(gradient.view.extent());
+        Ok(Self { out: OutRows::new(gradient.view)?, mode: gradient.mode, stream })
     }
 
     pub(crate) fn accumulates(&self) -> bool {
         self.mode == GradientMode::Accumulate
+    }
+
+    /// Whether so many columns of a panel of sums go here as they are.
+    fn is_direct(&self, columns: usize) -> bool {
+        columns >= OUTER_COLUMNS && !self.accumulates()
+    }
+
+    /// Carries out an [`Outer`] whose sums end at rows from `at` on.
+    fn outer(&self, kernels: (Kernels, bool), at: [usize; 2], outer: Outer<'_, f32>) {
+        self.out.outer(kernels, at, self.stream, outer);
     }
 
     /// Stores a part of a row; `values` may be changed.
@@ -134,7 +96,7 @@ pub(crate) fn grouped_backward(cpu: &Cpu, operands: GroupedBackward<'_>) -> Resu
         d_matrices.map(Target::new).transpose()?,
         d_bias.map(Target::new).transpose()?,
     );
-    let matrices = Floats::new(&matrices)?;
+    let matrices = Source::new(&matrices, Gather::Rows, problem.experts.saturating_mul(problem.outputs))?;
     let product = Product { kernels: cpu.kernels, problem, groups, busy: Busy::new(groups, problem.rows), d };
     cpu.pool.install(|| {
         if let Some(to) = targets.0 {
@@ -159,63 +121,13 @@ struct Product<'a> {
     d: Source<'a>,
 }
 
-/// Some columns of some rows.
-type Panel<const ROWS: usize> = [[f32; OUTER_COLUMNS]; ROWS];
-
-const _: () = assert!(ROWS_DEPTH <= MATRICES_DEPTH && ROWS_STRIDE * OUTER_ROWS <= MATRICES_STRIDE * MATRICES_DEPTH);
-
-/// Operands and sums of a block, the columns in panels; between blocks, the sums are zero.
-struct Block {
-    a: [f32; MATRICES_STRIDE * MATRICES_DEPTH],
-    b: [Panel<MATRICES_DEPTH>; OUTER_PANELS],
-    c: [Panel<OUTER_ROWS>; OUTER_PANELS],
-}
-
-impl Block {
-    const ZERO: Self = Self {
-        a: [0.0; MATRICES_STRIDE * MATRICES_DEPTH],
-        b: [[[0.0; OUTER_COLUMNS]; MATRICES_DEPTH]; OUTER_PANELS],
-        c: [[[0.0; OUTER_COLUMNS]; OUTER_ROWS]; OUTER_PANELS],
-    };
-
-    /// Row k of b, from what loads columns.
-    fn load_b(&mut self, k: usize, columns: &Range<usize>, load: impl Fn(usize, &mut [f32])) {
-        let mut row = [0.0; BLOCK_COLUMNS];
-        load(columns.start, &mut row[..columns.len()]);
-        for (panel, part) in self.b.iter_mut().zip(row.as_chunks::<OUTER_COLUMNS>().0) {
-            panel[k] = *part;
-        }
-    }
-
-    /// `c += a * b` for so many rows, products and columns, while what comes next is fetched.
-    fn multiply(&mut self, kernels: Kernels, steps: [usize; 2], [rows, depth, width]: [usize; 3], ahead: &[&[u8]]) {
-        let mut ahead = ahead.chunks(ahead.len().div_ceil(width.div_ceil(OUTER_COLUMNS)).max(1));
-        for ((b, c), first) in self.b.iter().zip(&mut self.c).zip((0..width).step_by(OUTER_COLUMNS)) {
-            let ahead = ahead.next().unwrap_or_default();
-            kernels.outer((&self.a, steps), &b[..depth], &mut c[..rows], width - first, ahead);
-        }
-    }
-
-    /// Stores so many rows of sums from `[row, column]` on, and clears them.
-    fn flush(&mut self, kernels: Kernels, to: &Target<'_>, [row, rows]: [usize; 2], columns: &Range<usize>) {
-        // Row by row, since a row of the target is a page of its own.
-        for m in 0..rows {
-            for (c, first) in self.c.iter_mut().zip(columns.clone().step_by(OUTER_COLUMNS)) {
-                let width = OUTER_COLUMNS.min(columns.end - first);
-                to.put(kernels, [row + m, first], &mut c[m][..width]);
-                c[m].fill(0.0);
-            }
-        }
-    }
-}
-
-/// `work(block, i)` for every i below `count`, `grain` successive ones with one block.
-fn each_block(cpu: &Cpu, count: usize, grain: usize, work: impl Fn(&mut Block, usize) + Sync) {
-    let grain = grain.max(1);
-    cpu.pool.for_each(count.div_ceil(grain), 1, |part| {
-        let mut block = Block::ZERO;
-        (part * grain..count.min((part + 1) * grain)).for_each(|i| work(&mut block, i));
-    });
+/// Some rows of an expert's matrix.
+struct Outputs {
+    /// The first row of the matrix.
+    matrix: usize,
+    range: Range<usize>,
+    /// Whether the block has not met these columns of x yet.
+    fresh: bool,
 }
 
 /// Some columns of a matrix, at most `BLOCK_COLUMNS`.
@@ -225,7 +137,12 @@ fn columns(block: usize, inputs: usize) -> Range<usize> {
 }
 
 impl Product<'_> {
-    fn rows(&self, cpu: &Cpu, matrices: Floats<'_>, to: &Target<'_>) {
+    /// Whether d and what it meets are multiplied as pairs of bf16.
+    fn pairs(&self, other: &Source<'_>) -> bool {
+        self.kernels.isa().has_bf16_products() && self.d.plain_bf16() && other.plain_bf16()
+    }
+
+    fn rows(&self, cpu: &Cpu, matrices: Source<'_>, to: &Target<'_>) {
         let GroupedBackwardProblem { rows, outputs, inputs, .. } = self.problem;
         let count = self.busy.experts().len();
         let OuterPlan { blocks, chunks, grain } = OuterPlan::rows(rows, count, [outputs, inputs], cpu.threads());
@@ -236,34 +153,62 @@ impl Product<'_> {
             let cut = |i: usize| range.start + range.len() * i / chunks;
             for first in (cut(chunk)..cut(chunk + 1)).step_by(OUTER_ROWS) {
                 let rows = first..cut(chunk + 1).min(first + OUTER_ROWS);
-                self.block_of_rows((usize::from(e), matrices), &columns, rows.clone(), block);
-                block.flush(self.kernels, to, [first, rows.len()], &columns);
+                self.block_of_rows((usize::from(e), matrices), (rows, &columns), block, to);
             }
         });
     }
 
-    /// `c[m][n] = sum_k d[rows[m]][k] * W[e][k][columns[n]]`.
+    /// `to[m][n] = sum_k d[rows[m]][k] * W[e][k][columns[n]]`.
     fn block_of_rows(
         &self,
-        (e, matrices): (usize, Floats<'_>),
-        columns: &Range<usize>,
-        rows: Range<usize>,
+        (e, matrices): (usize, Source<'_>),
+        (rows, columns): (Range<usize>, &Range<usize>),
         block: &mut Block,
+        to: &Target<'_>,
     ) {
-        let (kernels, outputs) = (self.kernels, self.problem.outputs);
-        for k in (0..outputs).step_by(ROWS_DEPTH) {
-            let depth = ROWS_DEPTH.min(outputs - k);
+        let (kernels, outputs, pairs) = (self.kernels, self.problem.outputs, self.pairs(&matrices));
+        let (at, each) = ([rows.start, columns.start], if pairs { 2 } else { 1 });
+        let step = each * ROWS_DEPTH;
+        if outputs == 0 {
+            return block.zeros(kernels, to, at, [rows.len(), columns.len()]);
+        }
+        for k in (0..outputs).step_by(step) {
+            let end = outputs.min(k + step);
+            let depth = (end - k).div_ceil(each);
             for (row, a) in rows.clone().zip(block.a.chunks_exact_mut(ROWS_STRIDE)) {
-                self.d.load(kernels, [row, k], &mut a[..depth]);
+                match pairs {
+                    true => self.d.pairs([row, k], &mut a[..depth]),
+                    false => self.d.load(kernels, [row, k], cast_slice_mut(&mut a[..depth])),
+                }
             }
-            for n in 0..depth {
-                block.load_b(n, columns, |column, to| matrices.load(kernels, e * outputs + k + n, column, to));
+            self.load_b(pairs, &matrices, e * outputs + k..e * outputs + end, columns, block);
+            let mut ahead: [&[u8]; 2 * ROWS_DEPTH] = [&[]; _];
+            for (n, row) in ahead.iter_mut().enumerate().take(step.min(outputs - end)) {
+                *row = matrices.rows.bytes(e * outputs + end + n, columns.start, columns.len());
             }
-            let mut ahead: [&[u8]; ROWS_DEPTH] = [&[]; ROWS_DEPTH];
-            for (n, row) in ahead.iter_mut().enumerate().take(outputs.saturating_sub(k + depth)) {
-                *row = matrices.bytes(e * outputs + k + depth + n, columns.start, columns.len());
+            block.multiply(Pass {
+                kernels,
+                pairs,
+                steps: [ROWS_STRIDE, 1],
+                sizes: [rows.len(), depth, columns.len()],
+                first: k == 0,
+                to: (end == outputs).then_some((to, at)),
+                ahead: &ahead,
+            });
+        }
+    }
+
+    /// b from successive rows of a source, one a line, or two that are paired.
+    fn load_b(&self, pairs: bool, x: &Source<'_>, rows: Range<usize>, columns: &Range<usize>, block: &mut Block) {
+        let kernels = self.kernels;
+        if pairs {
+            for (n, row) in rows.clone().step_by(2).enumerate() {
+                block.load_b(n, columns, |column, to| x.pairs_of_rows(kernels, row..rows.end, column, to));
             }
-            block.multiply(kernels, [ROWS_STRIDE, 1], [rows.len(), depth, columns.len()], &ahead);
+        } else {
+            for (n, row) in rows.enumerate() {
+                block.load_b(n, columns, |column, to| x.load(kernels, [row, column], cast_slice_mut(to)));
+            }
         }
     }
 
@@ -279,35 +224,48 @@ impl Product<'_> {
             }
             let end = outputs.min((chunk + 1) * height);
             for (n, first) in (chunk * height..end).step_by(OUTER_ROWS).enumerate() {
-                let outputs_here = first..end.min(first + OUTER_ROWS);
-                let count = outputs_here.len();
-                self.block_of_matrix((x, n == 0), (outputs_here, &columns), rows.clone(), block);
-                block.flush(self.kernels, to, [e * outputs + first, count], &columns);
+                let here = Outputs { matrix: e * outputs, range: first..end.min(first + OUTER_ROWS), fresh: n == 0 };
+                self.block_of_matrix(x, (here, &columns, rows.clone()), block, to);
             }
         });
     }
 
-    /// `c[m][n] = sum_r d[r][outputs[m]] * x[r][columns[n]]`, r over the rows of one expert. What x has of these columns
+    /// `to[m][n] = sum_r d[r][outputs[m]] * x[r][columns[n]]`, r over the rows of one expert. What x has of these columns
     /// stays in the block from one call to the next where all rows fit.
     fn block_of_matrix(
         &self,
-        (x, fresh): (Source<'_>, bool),
-        (outputs, columns): (Range<usize>, &Range<usize>),
-        rows: Range<usize>,
+        x: Source<'_>,
+        (outputs, columns, rows): (Outputs, &Range<usize>, Range<usize>),
         block: &mut Block,
+        to: &Target<'_>,
     ) {
-        let kernels = self.kernels;
-        for start in rows.clone().step_by(MATRICES_DEPTH) {
-            let depth = MATRICES_DEPTH.min(rows.end - start);
-            for (n, a) in block.a.chunks_exact_mut(MATRICES_STRIDE).take(depth).enumerate() {
-                self.d.load(kernels, [start + n, outputs.start], &mut a[..outputs.len()]);
-            }
-            if fresh || rows.len() > MATRICES_DEPTH {
-                for n in 0..depth {
-                    block.load_b(n, columns, |column, to| x.load(kernels, [start + n, column], to));
+        let (kernels, pairs, count) = (self.kernels, self.pairs(&x), outputs.range.len());
+        let (at, each) = ([outputs.matrix + outputs.range.start, columns.start], if pairs { 2 } else { 1 });
+        let step = each * MATRICES_DEPTH;
+        if rows.is_empty() {
+            return block.zeros(kernels, to, at, [count, columns.len()]);
+        }
+        for start in rows.clone().step_by(step) {
+            let part = start..rows.end.min(start + step);
+            for (row, a) in part.clone().step_by(each).zip(block.a.chunks_exact_mut(MATRICES_STRIDE)) {
+                let (a, column) = (&mut a[..count], outputs.range.start);
+                match pairs {
+                    true => self.d.pairs_of_rows(kernels, row..part.end, column, a),
+                    false => self.d.load(kernels, [row, column], cast_slice_mut(a)),
                 }
             }
-            block.multiply(kernels, [1, MATRICES_STRIDE], [outputs.len(), depth, columns.len()], &[]);
+            if outputs.fresh || rows.len() > step {
+                self.load_b(pairs, &x, part.clone(), columns, block);
+            }
+            block.multiply(Pass {
+                kernels,
+                pairs,
+                steps: [1, MATRICES_STRIDE],
+                sizes: [count, part.len().div_ceil(each), columns.len()],
+                first: start == rows.start,
+                to: (part.end == rows.end).then_some((to, at)),
+                ahead: &[],
+            });
         }
     }
 

@@ -5,6 +5,7 @@
 //!
 //! Operations and layers allocate nothing when they run. Work that comes from a thread outside the pool goes through
 //! rayon's queue, which allocates a block now and then: call from inside the pool (`ThreadPool::install`) for none.
+//! What an operation works on lies on the stack of its threads: half a MiB in a gradient, less in all others.
 #![deny(unsafe_code)]
 
 mod activation;

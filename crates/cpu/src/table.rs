@@ -1,6 +1,6 @@
 //! Where weights that are read in place lie and where results go, as the grouped product sees them.
 
-use crate::arch::{Kernels, SharedSlice};
+use crate::arch::{Kernels, Outer, Place, SharedSlice};
 use crate::error::Result;
 use crate::rows::Floats;
 use fused_moe_core::dtype::Float;
@@ -136,6 +136,22 @@ impl<'a> OutRows<'a> {
         }
     }
 
+    /// Carries out an [`Outer`] whose sums end here: they go to rows from `[row, column]` on.
+    pub(crate) fn outer(
+        &self,
+        (kernels, pairs): (Kernels, bool),
+        [row, col]: [usize; 2],
+        stream: bool,
+        op: Outer<'_, f32>,
+    ) {
+        let (start, stride) = (row * self.stride + col, self.stride);
+        match self.cells {
+            Cells::F32(cells) => outer(kernels, pairs, Place { cells, start, stride, stream }, op),
+            Cells::F16(cells) => outer(kernels, pairs, Place { cells, start, stride, stream }, op),
+            Cells::BF16(cells) => outer(kernels, pairs, Place { cells, start, stride, stream }, op),
+        }
+    }
+
     /// Writes elements of a row, from column `col` on.
     pub(crate) fn store(&self, kernels: Kernels, [row, col]: [usize; 2], values: &[f32]) {
         let start = row * self.stride + col;
@@ -145,6 +161,12 @@ impl<'a> OutRows<'a> {
             Cells::BF16(cells) => store_narrow(kernels, cells, start, values),
         }
     }
+}
+
+fn outer<'a, Y: Float>(kernels: Kernels, pairs: bool, to: Place<'a, Y>, op: Outer<'a, f32>) {
+    let Outer { a, steps, b, c, fresh, columns, ahead, .. } = op;
+    let op = Outer { a, steps, b, c, fresh, to: Some(to), columns, ahead };
+    if pairs { kernels.pair_outer(op) } else { kernels.outer(op) }
 }
 
 fn add_narrow<Y: Float>(kernels: Kernels, cells: SharedSlice<'_, Y>, start: usize, values: &mut [f32]) {

@@ -3,6 +3,7 @@
 use super::simd::{Simd, Task};
 use fused_moe_core::dtype::{DType, Float};
 use half::bf16;
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2, FMA and F16C.
@@ -37,6 +38,15 @@ impl Avx2 {
             let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
             _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper))
         })
+    }
+
+    /// The lanes as 16-bit numbers of the format.
+    #[inline(always)]
+    fn narrow(self, dtype: DType, v: __m256) -> __m128i {
+        match dtype {
+            DType::F16 => isa!(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)),
+            _ => self.round_to_bf16(v),
+        }
     }
 }
 
@@ -104,11 +114,29 @@ impl Simd for Avx2 {
         // SAFETY: the caller vouches for 8 elements, of the size that DTYPE says; self proves the instructions.
         unsafe {
             match Y::DTYPE {
-                DType::F16 => _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)),
-                DType::BF16 => _mm_storeu_si128(to.cast(), self.round_to_bf16(v)),
+                DType::F16 | DType::BF16 => _mm_storeu_si128(to.cast(), self.narrow(Y::DTYPE, v)),
                 _ => _mm256_storeu_ps(to.cast(), v),
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn store_shared<Y: Float, const STREAM: bool>(self, v: __m256, to: *mut Y) {
+        // SAFETY: the caller vouches for the elements, of the size that DTYPE says, and their alignment; self proves the
+        // instructions.
+        unsafe {
+            match (Y::DTYPE, STREAM) {
+                (DType::F16 | DType::BF16, false) => store_half(self.narrow(Y::DTYPE, v), to.cast()),
+                (DType::F16 | DType::BF16, true) => stream_half(self.narrow(Y::DTYPE, v), to.cast()),
+                (_, false) => store_whole(v, to.cast()),
+                (_, true) => stream_whole(v, to.cast()),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn settle(self) {
+        isa!(_mm_sfence());
     }
 
     #[inline(always)]
@@ -178,4 +206,51 @@ impl Simd for Avx2 {
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         })
     }
+}
+
+// A vector store writes each of its elements, aligned to its size, whole, so to other threads it is a relaxed store of each;
+// a compiler knows no such store, hence asm.
+
+/// Stores a vector of f32.
+///
+/// # Safety
+/// `to` is writable for a vector; others may reach the elements meanwhile, as atomics.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn store_whole(v: __m256, to: *mut __m256) {
+    // SAFETY: as the caller vouches.
+    unsafe { asm!("vmovups [{to}], {v}", to = in(reg) to, v = in(ymm_reg) v, options(nostack, preserves_flags)) }
+}
+
+/// Stores a vector of 16-bit numbers.
+///
+/// # Safety
+/// `to` is writable for a vector; others may reach the elements meanwhile, as atomics.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn store_half(v: __m128i, to: *mut __m128i) {
+    // SAFETY: as the caller vouches.
+    unsafe { asm!("vmovdqu [{to}], {v}", to = in(reg) to, v = in(xmm_reg) v, options(nostack, preserves_flags)) }
+}
+
+/// Stores a vector of f32 past the caches.
+///
+/// # Safety
+/// `to` is writable for a vector and aligned for it; others may reach the elements meanwhile, as atomics.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn stream_whole(v: __m256, to: *mut __m256) {
+    // SAFETY: as the caller vouches.
+    unsafe { asm!("vmovntps [{to}], {v}", to = in(reg) to, v = in(ymm_reg) v, options(nostack, preserves_flags)) }
+}
+
+/// Stores a vector of 16-bit numbers past the caches.
+///
+/// # Safety
+/// `to` is writable for a vector and aligned for it; others may reach the elements meanwhile, as atomics.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn stream_half(v: __m128i, to: *mut __m128i) {
+    // SAFETY: as the caller vouches.
+    unsafe { asm!("vmovntdq [{to}], {v}", to = in(reg) to, v = in(xmm_reg) v, options(nostack, preserves_flags)) }
 }

@@ -3,6 +3,7 @@
 use super::simd::{Simd, Task};
 use fused_moe_core::dtype::{DType, Float};
 use half::bf16;
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F, BW, VL and DQ, with AVX2, FMA and F16C; and AVX-512 BF16 where `BF16` says so.
@@ -166,6 +167,25 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
+    unsafe fn store_shared<Y: Float, const STREAM: bool>(self, v: __m512, to: *mut Y) {
+        // SAFETY: the caller vouches for the elements, of the size that DTYPE says, and their alignment; self proves the
+        // instructions.
+        unsafe {
+            match (Y::DTYPE, STREAM) {
+                (DType::F16 | DType::BF16, false) => store_half(self.narrow(Y::DTYPE, v), to.cast()),
+                (DType::F16 | DType::BF16, true) => stream_half(self.narrow(Y::DTYPE, v), to.cast()),
+                (_, false) => store_whole(v, to.cast()),
+                (_, true) => stream_whole(v, to.cast()),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn settle(self) {
+        isa!(_mm_sfence());
+    }
+
+    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         isa!(_mm512_add_ps(a, b))
     }
@@ -242,4 +262,51 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             std::mem::transmute::<__m128, [f32; 4]>(sums)
         })
     }
+}
+
+// A vector store writes each of its elements, aligned to its size, whole, so to other threads it is a relaxed store of each;
+// a compiler knows no such store, hence asm.
+
+/// Stores a vector of f32.
+///
+/// # Safety
+/// `to` is writable for a vector; others may reach the elements meanwhile, as atomics.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store_whole(v: __m512, to: *mut __m512) {
+    // SAFETY: as the caller vouches.
+    unsafe { asm!("vmovups [{to}], {v}", to = in(reg) to, v = in(zmm_reg) v, options(nostack, preserves_flags)) }
+}
+
+/// Stores a vector of 16-bit numbers.
+///
+/// # Safety
+/// `to` is writable for a vector; others may reach the elements meanwhile, as atomics.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn store_half(v: __m256i, to: *mut __m256i) {
+    // SAFETY: as the caller vouches.
+    unsafe { asm!("vmovdqu [{to}], {v}", to = in(reg) to, v = in(ymm_reg) v, options(nostack, preserves_flags)) }
+}
+
+/// Stores a vector of f32 past the caches.
+///
+/// # Safety
+/// `to` is writable for a vector and aligned for it; others may reach the elements meanwhile, as atomics.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn stream_whole(v: __m512, to: *mut __m512) {
+    // SAFETY: as the caller vouches.
+    unsafe { asm!("vmovntps [{to}], {v}", to = in(reg) to, v = in(zmm_reg) v, options(nostack, preserves_flags)) }
+}
+
+/// Stores a vector of 16-bit numbers past the caches.
+///
+/// # Safety
+/// `to` is writable for a vector and aligned for it; others may reach the elements meanwhile, as atomics.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn stream_half(v: __m256i, to: *mut __m256i) {
+    // SAFETY: as the caller vouches.
+    unsafe { asm!("vmovntdq [{to}], {v}", to = in(reg) to, v = in(ymm_reg) v, options(nostack, preserves_flags)) }
 }

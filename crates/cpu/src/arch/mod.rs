@@ -27,19 +27,19 @@ mod simd;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use outer::OUTER_COLUMNS;
+pub(crate) use outer::{OUTER_COLUMNS, Outer, Place};
 pub(crate) use panel::{PANEL, PANEL_BLOCK, PANEL_WORDS, Panel, PanelRow, PanelSums, group};
 pub(crate) use shared::SharedSlice;
 
 use activation::{Activate, Buffers};
 use activation_backward::ActivateBackward;
-use dot::Dot;
+use dot::{Dot, PairDot};
 use elementwise::{Axpy, Convert, ExpSum, Scale, ScaleBy, SumSquares};
 use fused_moe_core::DType;
 use fused_moe_core::config::Activation;
 use fused_moe_core::dtype::Float;
 use half::bf16;
-use outer::Outer;
+use outer::{Interleave, PairOuter, Settle};
 use peak::Peak;
 use simd::Task;
 use std::fmt;
@@ -174,6 +174,21 @@ impl Kernels {
         self.run(Dot { weights, tokens, out });
     }
 
+    /// The same where both formats are bf16, by the instruction set's own products of pairs where it has them; else
+    /// [`dot_tile`](Self::dot_tile).
+    pub(crate) fn pair_dot_tile<W: Float, X: Float>(self, weights: &[&[W]], tokens: &[&[X]], out: &mut [f32]) {
+        match (self.isa, W::DTYPE, X::DTYPE) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is private and only set to what is_available() confirmed.
+            (Isa::Avx512Bf16, DType::BF16, DType::BF16) => unsafe {
+                avx512::run_bf16(PairDot(Dot { weights, tokens, out }));
+            },
+            #[cfg(not(target_arch = "x86_64"))]
+            (Isa::Avx512Bf16, DType::BF16, DType::BF16) => scalar::run(PairDot(Dot { weights, tokens, out })),
+            _ => self.dot_tile(weights, tokens, out),
+        }
+    }
+
     /// A part of a panel times rows of f32, added to sums; see [`Panel`].
     pub(crate) fn panel<W: Float>(self, panel: Panel<'_, W>) {
         self.run(panel);
@@ -257,20 +272,35 @@ impl Kernels {
         self.run(ActivateBackward { activation, gate, up, d_a, weight });
     }
 
-    /// `c[m][n] += sum_k a[m * steps[0] + k * steps[1]] * b[k][n]` for the first `columns` columns, ascending in k; nothing
-    /// where `a` is too short for the rows of c and b.
+    /// `c[m][n] += sum_k a[m * steps[0] + k * steps[1]] * b[k][n]` for the first `columns` columns, ascending in k, where
+    /// words are f32; nothing where `a` is too short for the rows of c and b, or `to` has no room for them.
     ///
     /// The bits of an element depend on its row, its column and the instruction set only, and not on how k is cut into
-    /// calls. Meanwhile `ahead` is fetched from memory.
-    pub(crate) fn outer(
-        self,
-        (a, steps): (&[f32], [usize; 2]),
-        b: &[[f32; OUTER_COLUMNS]],
-        c: &mut [[f32; OUTER_COLUMNS]],
-        columns: usize,
-        ahead: &[&[u8]],
-    ) {
-        self.run(Outer { a, steps, b, c, columns, ahead });
+    /// calls. Results that are to go past the caches are there for other threads after [`settle`](Self::settle).
+    pub(crate) fn outer<Y: Float>(self, outer: Outer<'_, Y>) {
+        self.run(outer);
+    }
+
+    /// The same where words are pairs of bf16; nothing where the instruction set does not form products of such numbers.
+    pub(crate) fn pair_outer<Y: Float>(self, outer: Outer<'_, Y>) {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is private and only set to what is_available() confirmed.
+            Isa::Avx512Bf16 => unsafe { avx512::run_bf16(PairOuter(outer)) },
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx512Bf16 => scalar::run(PairOuter(outer)),
+            _ => {}
+        }
+    }
+
+    /// Waits until what [`outer`](Self::outer) sent past the caches is there for other threads.
+    pub(crate) fn settle(self) {
+        self.run(Settle);
+    }
+
+    /// `to[n]` = the pair `first[n], second[n]`.
+    pub(crate) fn interleave(self, first: &[bf16], second: &[bf16], to: &mut [u32]) {
+        self.run(Interleave { first, second, to });
     }
 
     /// `x = exp(x - max)`; returns the sum of the new x.

@@ -44,6 +44,16 @@ impl<'a, T: Element> SharedSlice<'a, T> {
         Self { cells, element: PhantomData }
     }
 
+    /// Where `rows` rows of `columns` elements lie, `stride` apart, the first from `start` on; none where they do not fit.
+    pub(super) fn place(self, start: usize, [rows, columns, stride]: [usize; 3]) -> Option<*mut T> {
+        let (from, len): (*const T, usize) = match self.cells {
+            Cells::Two(cells) => (cells.as_ptr().cast(), cells.len()),
+            Cells::Four(cells) => (cells.as_ptr().cast(), cells.len()),
+        };
+        let last = rows.saturating_sub(1).checked_mul(stride)?.checked_add(columns)?.checked_add(start)?;
+        (last <= len).then(|| from.wrapping_add(start).cast_mut())
+    }
+
     /// `slice[index] = value`; nothing where the index is out of range.
     pub(crate) fn store(self, index: usize, value: T) {
         self.store_slice(index, &[value]);

@@ -2,9 +2,10 @@
 
 use fused_moe_core::dtype::Float;
 use half::bf16;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
 
 /// The most lanes any instruction set has.
-const MAX_LANES: usize = 16;
+pub(super) const MAX_LANES: usize = 16;
 
 /// An instruction set. A value of the type proves that the CPU has it, so every method but `load_raw` and `store_raw`
 /// is safe; only the `run` function of the instruction set's file makes one.
@@ -59,6 +60,32 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `LANES` elements are writable at `to`, which is aligned for Y.
     unsafe fn store_raw<Y: Float>(self, v: Self::Vector, to: *mut Y);
+    /// [`store_raw`](Self::store_raw) to elements that other threads may look at meanwhile: each is stored whole. Where
+    /// `STREAM` says so they go past the caches, and count as stored after [`settle`](Self::settle).
+    ///
+    /// # Safety
+    /// As for `store_raw`; and all elements but this call's may be reached by others at the same time, as atomics. With
+    /// `STREAM`, `to` is aligned for a vector of them.
+    #[inline(always)]
+    unsafe fn store_shared<Y: Float, const STREAM: bool>(self, v: Self::Vector, to: *mut Y) {
+        let mut lanes = [Y::zeroed(); MAX_LANES];
+        // SAFETY: `lanes` has MAX_LANES >= LANES elements; an atomic integer has the size and the alignment of the element,
+        // of which LANES are writable as the caller vouches.
+        unsafe {
+            self.store_raw(v, lanes.as_mut_ptr());
+            for (i, lane) in lanes.iter().enumerate().take(Self::LANES) {
+                match size_of::<Y>() {
+                    2 => (*to.add(i).cast::<AtomicU16>()).store(bytemuck::cast(*lane), Relaxed),
+                    _ => (*to.add(i).cast::<AtomicU32>()).store(bytemuck::cast(*lane), Relaxed),
+                }
+            }
+        }
+    }
+
+    /// Waits until what was stored past the caches is there for other threads.
+    #[inline(always)]
+    fn settle(self) {}
+
     /// a + b.
     fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// a - b.

@@ -9,21 +9,32 @@ pub(crate) const OUTER_ROWS: usize = 128;
 pub(crate) const OUTER_PANELS: usize = 4;
 /// Columns of a block.
 pub(crate) const BLOCK_COLUMNS: usize = OUTER_PANELS * OUTER_COLUMNS;
-/// Products that are added in one pass over the loaded operands. For rows, a panel is as large as a first-level cache; for
-/// matrices, it has the rows that an expert of many usually has in a batch, so that they are loaded once.
+/// Words that are loaded at a time, numbers or pairs of bf16: for matrices, the rows that an expert of many usually has in
+/// a batch, so that they are loaded once.
 pub(crate) const ROWS_DEPTH: usize = 128;
 pub(crate) const MATRICES_DEPTH: usize = 192;
+/// Products that are added in one call: what a panel has of them leaves room in a first-level cache for the rest.
+pub(crate) const CALL_DEPTH: usize = 64;
 /// Distances of the rows of what is broadcast: a line more than they need, so that rows do not share the sets of a cache.
 pub(crate) const ROWS_STRIDE: usize = ROWS_DEPTH + 16;
 pub(crate) const MATRICES_STRIDE: usize = OUTER_ROWS + 16;
 /// So many products take long compared to handing work to a thread and to clearing a block.
 const OUTER_GRAIN: usize = 1 << 21;
+/// A gradient of so many bytes is out of the caches before anybody reads it.
+const STREAMED_BYTES: usize = 64 << 20;
+/// So many parts of the work even out what experts differ in.
+const GRAINS_PER_THREAD: usize = 16;
 /// Columns of a bias that are added up at a time: enough that reading a row in parts costs nothing.
 pub(crate) const BIAS_COLUMNS: usize = 512;
 /// Columns of a norm's weight that a thread adds up; each part looks at all rows for their lengths.
 pub(crate) const NORM_COLUMNS: usize = 1024;
 /// Rows whose lengths such a part keeps.
 pub(crate) const NORM_ROWS: usize = 256;
+
+/// Whether a gradient of so many bytes is written past the caches: each line is written whole, and need not be read first.
+pub(crate) fn streams(bytes: usize) -> bool {
+    bytes >= STREAMED_BYTES
+}
 
 /// The sizes of a grouped product with many outputs a weight row: `[rows, outer]` from `[rows, inner]`, for each expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +55,7 @@ impl OuterPlan {
         let items = busy.saturating_mul(blocks).max(1);
         let chunks = (PARTS_PER_THREAD * threads).div_ceil(items).min(each / OUTER_ROWS).max(1);
         let products = each.div_ceil(chunks).saturating_mul(outputs).saturating_mul(BLOCK_COLUMNS);
-        Self { blocks, chunks, grain: OUTER_GRAIN.div_ceil(products.max(1)) }
+        Self { blocks, chunks, grain: grain(items.saturating_mul(chunks), products, threads) }
     }
 
     /// The matrices' gradient: `outputs x rows` times `rows x inputs` for each of E experts; a chunk is a part of the
@@ -55,6 +66,13 @@ impl OuterPlan {
         let chunks = (PARTS_PER_THREAD * threads).div_ceil(items).min(outputs.div_ceil(OUTER_ROWS)).max(1);
         let depth = rows.div_ceil(experts.max(1)).max(OUTER_ROWS / 8);
         let products = depth.saturating_mul(outputs.div_ceil(chunks)).saturating_mul(BLOCK_COLUMNS);
-        Self { blocks, chunks, grain: OUTER_GRAIN.div_ceil(products.max(1)) }
+        Self { blocks, chunks, grain: grain(items.saturating_mul(chunks), products, threads) }
     }
+}
+
+/// Blocks of so many products each that a thread takes at a time: enough for a grain, and more as long as the threads have
+/// `GRAINS_PER_THREAD` parts each, since the memory of a block is cleared for every part.
+fn grain(blocks: usize, products: usize, threads: usize) -> usize {
+    let few = OUTER_GRAIN.div_ceil(products.max(1));
+    few.max(blocks / GRAINS_PER_THREAD.saturating_mul(threads).max(1))
 }

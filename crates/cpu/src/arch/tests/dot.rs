@@ -11,11 +11,14 @@ fn slices<X>(rows: &[Vec<X>]) -> Vec<&[X]> {
     rows.iter().map(Vec::as_slice).collect()
 }
 
-fn close<W: Float, X: Float>(kernels: Kernels, length: usize) {
+fn close<W: Float, X: Float>((kernels, pairs): (Kernels, bool), length: usize) {
     let mut numbers = Numbers(length as u64);
     let (weights, tokens) = (rows::<W>(&mut numbers, 5, length), rows::<X>(&mut numbers, 9, length));
     let mut out = vec![f32::NAN; 5 * 9];
-    kernels.dot_tile(&slices(&weights), &slices(&tokens), &mut out);
+    match pairs {
+        true => kernels.pair_dot_tile(&slices(&weights), &slices(&tokens), &mut out),
+        false => kernels.dot_tile(&slices(&weights), &slices(&tokens), &mut out),
+    }
     for (m, w) in weights.iter().enumerate() {
         for (n, x) in tokens.iter().enumerate() {
             let products = w.iter().zip(x).map(|(w, x)| f64::from(w.to_f32()) * f64::from(x.to_f32()));
@@ -29,22 +32,26 @@ fn close<W: Float, X: Float>(kernels: Kernels, length: usize) {
 
 #[test]
 fn dot_is_close_to_f64() {
-    for kernels in all() {
+    for each in all().into_iter().flat_map(|kernels| [(kernels, false), (kernels, true)]) {
         for length in (0..=67).chain([127, 1000, 1009]) {
-            close::<f32, f32>(kernels, length);
-            close::<bf16, f32>(kernels, length);
-            close::<f16, f32>(kernels, length);
-            close::<f32, bf16>(kernels, length);
-            close::<bf16, bf16>(kernels, length);
-            close::<f16, f16>(kernels, length);
-            close::<f32, f16>(kernels, length);
-            close::<bf16, f16>(kernels, length);
-            close::<f16, bf16>(kernels, length);
+            close::<f32, f32>(each, length);
+            close::<bf16, f32>(each, length);
+            close::<f16, f32>(each, length);
+            close::<f32, bf16>(each, length);
+            close::<bf16, bf16>(each, length);
+            close::<f16, f16>(each, length);
+            close::<f32, f16>(each, length);
+            close::<bf16, f16>(each, length);
+            close::<f16, bf16>(each, length);
         }
     }
 }
 
-fn same_bits<W: Float, X: Float>(kernels: Kernels, length: usize) {
+fn same_bits<W: Float, X: Float>(kernels: Kernels, pairs: bool, length: usize) {
+    let dot = |weights: &[&[W]], tokens: &[&[X]], out: &mut [f32]| match pairs {
+        true => kernels.pair_dot_tile(weights, tokens, out),
+        false => kernels.dot_tile(weights, tokens, out),
+    };
     let mut numbers = Numbers(7);
     let (weights, tokens) = (rows::<W>(&mut numbers, 9, length), rows::<X>(&mut numbers, 14, length));
     let (weights, tokens) = (slices(&weights), slices(&tokens));
@@ -52,14 +59,14 @@ fn same_bits<W: Float, X: Float>(kernels: Kernels, length: usize) {
     for (m, w) in weights.iter().enumerate() {
         for (n, x) in tokens.iter().enumerate() {
             let mut out = [0.0];
-            kernels.dot_tile(&[*w], &[*x], &mut out);
+            dot(&[*w], &[*x], &mut out);
             alone[m][n] = out[0].to_bits();
         }
     }
     for m in 1..=9 {
         for n in 1..=14 {
             let mut out = vec![f32::NAN; m * n];
-            kernels.dot_tile(&weights[9 - m..], &tokens[14 - n..], &mut out);
+            dot(&weights[9 - m..], &tokens[14 - n..], &mut out);
             let expected: Vec<u32> = alone[9 - m..].iter().flat_map(|line| line[14 - n..].to_vec()).collect();
             assert_eq!(bits(&out), expected, "{kernels:?} length {length}, {m} rows, {n} tokens");
         }
@@ -70,9 +77,10 @@ fn same_bits<W: Float, X: Float>(kernels: Kernels, length: usize) {
 fn dot_has_the_same_bits_in_every_tile() {
     for kernels in all() {
         for length in [1, 5, 16, 61, 160, 509, 2051] {
-            same_bits::<f32, f32>(kernels, length);
-            same_bits::<bf16, f32>(kernels, length);
-            same_bits::<f16, bf16>(kernels, length);
+            same_bits::<f32, f32>(kernels, false, length);
+            same_bits::<bf16, f32>(kernels, false, length);
+            same_bits::<f16, bf16>(kernels, false, length);
+            same_bits::<bf16, bf16>(kernels, true, length);
         }
     }
 }
