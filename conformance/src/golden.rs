@@ -3,25 +3,28 @@
 //! A folder holds `config.json`, `model.safetensors` and `golden.safetensors`, which has for each input i `input.i` and
 //! `output_f64.i`. Compared where they are there: `topk_ids.i` with `topk_weights_f64.i`; `experts_output_f64.i`, the sum
 //! over the routed experts before its scale, made of `experts_input.i` or, without that, of `input.i`. `input_ids.i` has
-//! the token ids where experts are chosen by them. A name without `_f64` will do too. `meta.json` may say which layer it
-//! is; otherwise it is the first one that is stored.
+//! the token ids where experts are chosen by them; `router_state.i` what the router of the layer before hands on, where
+//! routers do that: without it the layer is as the first of its model. A name without `_f64` will do too. `meta.json` may
+//! say which layer it is; otherwise it is the first one that is stored.
 //!
 //! An input `[N, L, H]` is N sequences, where experts have a capacity. Of experts that every token goes to the golden routes
 //! say nothing. Where `meta.json` notes that the output is that of a whole decoder layer, it is `(x + y) * layer_scalar`.
+
+mod file;
 
 use crate::compare::{self, Comparison};
 use crate::data::{Tensor, Values, decode};
 use crate::image::{Placement, Window};
 use crate::operands::Buffer;
 use crate::tolerance;
+use file::{Meta, layer_scalar, meta, needed, numbers, sequences};
 use fused_moe::checkpoint::{Checkpoint, CheckpointLayer};
-use fused_moe_core::config::{GateConfig, LayerConfig, RoutingRule, Selection};
+use fused_moe_core::config::{GateConfig, LayerConfig, RouterMlp, RoutingRule, Selection};
 use fused_moe_core::operation::{Forward, RoutesOut, Source};
 use fused_moe_core::weights::{LayerWeights, NormWeights};
 use fused_moe_core::{Backend, DType, Error as ContractError, Layer, NO_EXPERT, Options, Routing, Status, Stream};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::SafeTensors;
 use serde::Serialize;
-use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// What a golden folder says of a backend.
@@ -155,41 +158,6 @@ fn open_part(
     Ok(first)
 }
 
-/// What meta.json says.
-#[derive(Default)]
-struct Meta {
-    layer: Option<usize>,
-    note: Option<String>,
-    module_path: Option<String>,
-}
-
-/// An absent file says nothing.
-fn meta(folder: &Path) -> std::result::Result<Meta, String> {
-    let Ok(text) = std::fs::read(folder.join("meta.json")) else { return Ok(Meta::default()) };
-    let meta: Value = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
-    let layer = match meta.get("layer") {
-        None | Some(Value::Null) => None,
-        Some(number) => {
-            let layer = number.as_u64().and_then(|layer| usize::try_from(layer).ok());
-            Some(layer.ok_or_else(|| format!("\"layer\" is {number}, expected a number"))?)
-        }
-    };
-    let text = |field: &str| meta.get(field).and_then(Value::as_str).map(str::to_owned);
-    Ok(Meta { layer, note: text("note"), module_path: text("module_path") })
-}
-
-/// What a decoder layer's output is multiplied by, if anything.
-fn layer_scalar(folder: &Path, layer: &CheckpointLayer<'_>) -> std::result::Result<f64, String> {
-    let bytes = std::fs::read(folder.join("model.safetensors")).map_err(|error| error.to_string())?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| error.to_string())?;
-    let name = format!("{}.layer_scalar", layer.name);
-    let Ok(tensor) = file.tensor(&name) else { return Ok(1.0) };
-    match (tensor.dtype(), tensor.data()) {
-        (Dtype::F32, &[a, b, c, d]) => Ok(f64::from(f32::from_le_bytes([a, b, c, d]))),
-        (dtype, _) => Err(format!("{name} is {dtype:?} {:?}, expected F32 [1]", tensor.shape())),
-    }
-}
-
 /// One input and what the model's own code makes of it.
 struct Golden {
     input: usize,
@@ -198,6 +166,8 @@ struct Golden {
     token_ids: Option<Vec<u32>>,
     /// Where sequences begin and end.
     sequences: Option<Vec<u32>>,
+    /// What the router of the layer before hands on.
+    router_state: Option<Vec<f64>>,
     routes: Option<Routes>,
     routed: Option<Routed>,
     output: Vec<f64>,
@@ -319,7 +289,11 @@ impl Golden {
         };
         let output = needed(file, "output", input, count)?;
         let sequences = layer.by_sequence.then(|| sequences(file, input)).flatten();
-        Ok(Self { input, tokens, x, token_ids, sequences, routes, routed, output })
+        let router_state = match layer.config.router_mlp {
+            Some(RouterMlp { width, .. }) => numbers(file, "router_state", input, Some(tokens * width))?,
+            None => None,
+        };
+        Ok(Self { input, tokens, x, token_ids, sequences, router_state, routes, routed, output })
     }
 
     fn check<B: Backend>(
@@ -406,12 +380,19 @@ impl Golden {
             Some(ends) if given.is_none() => Some(input("sequences", Tensor::ids([ends.len()], ends.clone()))?),
             _ => None,
         };
+        let router_state = match (&self.router_state, layer.config.router_mlp) {
+            (Some(state), Some(RouterMlp { width, .. })) if given.is_none() => {
+                Some(input("router_state", Tensor::floats(DType::F32, [tokens, width], state.iter().copied()))?)
+            }
+            _ => None,
+        };
         let mut y = output("y", dtype, [tokens, hidden])?;
         let mut experts = output("experts", DType::U32, [tokens, top_k])?;
         let mut weights = output("weights", DType::F32, [tokens, top_k])?;
         let mut call = Forward::new(x.read()?, y.write()?);
         call.token_ids = token_ids.as_ref().map(Buffer::read).transpose()?;
         call.sequences = sequences.as_ref().map(Buffer::read).transpose()?;
+        call.router_state.previous = router_state.as_ref().map(Buffer::read).transpose()?;
         call.routes = Some(RoutesOut { experts: experts.write()?, weights: weights.write()? });
         if let Some([experts, weights]) = &given {
             call.source = Source::Routes(Routing { experts: experts.read()?, weights: weights.read()? });
@@ -439,45 +420,4 @@ impl Golden {
 fn relative(name: &str, golden: &[f64], found: &[f64], tolerance: f64) -> Comparison {
     let largest = golden.iter().fold(f64::MIN_POSITIVE, |m, y| m.max(y.abs()));
     compare::floats(name, [golden.len()].into(), [golden, &vec![tolerance * largest; golden.len()], found])
-}
-
-/// Where the sequences of an input `[N, L, H]` begin and end.
-fn sequences(file: &SafeTensors<'_>, input: usize) -> Option<Vec<u32>> {
-    let tensor = file.tensor(&format!("input.{input}")).ok()?;
-    let &[count, length, _] = tensor.shape() else { return None };
-    (0..=count).map(|n| u32::try_from(n * length).ok()).collect()
-}
-
-fn needed(
-    file: &SafeTensors<'_>,
-    name: &str,
-    input: usize,
-    count: Option<usize>,
-) -> std::result::Result<Vec<f64>, String> {
-    numbers(file, name, input, count)?.ok_or_else(|| format!("no {name}.{input}"))
-}
-
-/// The numbers of `NAME_f64.i` or `NAME.i`, whatever their format, if there is one of them.
-fn numbers(
-    file: &SafeTensors<'_>,
-    name: &str,
-    input: usize,
-    count: Option<usize>,
-) -> std::result::Result<Option<Vec<f64>>, String> {
-    let names = [format!("{name}_f64.{input}"), format!("{name}.{input}")];
-    let found = names.into_iter().find_map(|name| Some((file.tensor(&name).ok()?, name)));
-    let Some((tensor, name)) = found else { return Ok(None) };
-    let data = tensor.data();
-    let values: Vec<f64> = match tensor.dtype() {
-        Dtype::F64 => data.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect(),
-        Dtype::F32 => data.as_chunks().0.iter().map(|&b| f64::from(f32::from_le_bytes(b))).collect(),
-        Dtype::I32 => data.as_chunks().0.iter().map(|&b| f64::from(i32::from_le_bytes(b))).collect(),
-        Dtype::U32 => data.as_chunks().0.iter().map(|&b| f64::from(u32::from_le_bytes(b))).collect(),
-        Dtype::I64 => data.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b) as f64).collect(),
-        other => return Err(format!("{name} is {other:?}, expected F32, F64, I32, U32 or I64")),
-    };
-    match count {
-        Some(count) if values.len() != count => Err(format!("{name} has {} elements, expected {count}", values.len())),
-        _ => Ok(Some(values)),
-    }
 }

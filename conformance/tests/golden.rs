@@ -88,3 +88,56 @@ fn folders_that_are_none() {
     let error = check_golden(&cpu, copy("mixtral", &["golden.safetensors"]).path()).unwrap_err();
     assert!(matches!(error, GoldenError::File { .. }), "{error}");
 }
+
+/// A router that reads nothing but the state it is handed: a positive one chooses expert 0, else it is expert 1 with weight
+/// 1/3.
+#[test]
+fn the_state_of_the_router_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = r#"{ "model_type": "zaya", "num_hidden_layers": 1, "hidden_size": 2, "moe_intermediate_size": 1,
+                      "num_experts": 2, "num_experts_per_tok": 1, "router_hidden_size": 1, "rms_norm_eps": 1e-6 }"#;
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    let write = |name: &str, prefix: &str, tensors: &[(&str, &[usize], &[f32])]| {
+        let named: Vec<String> = tensors.iter().map(|(name, ..)| format!("{prefix}{name}")).collect();
+        let views = named.iter().zip(tensors).map(|(name, (_, shape, numbers))| {
+            let view = match **shape {
+                [a] => HostView::of(numbers, [a]),
+                [a, b] => HostView::of(numbers, [a, b]),
+                _ => HostView::of(numbers, [shape[0], shape[1], shape[2]]),
+            };
+            (&**name, view.unwrap())
+        });
+        write_safetensors(folder.path().join(name), views).unwrap();
+    };
+    let identity: &[f32] = &[1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0];
+    write(
+        "model.safetensors",
+        "model.layers.0.mlp.",
+        &[
+            ("gate.down_proj.weight", &[1, 2], &[0.0; 2]),
+            ("gate.down_proj.bias", &[1], &[0.0]),
+            ("gate.router_states_scale", &[1], &[1.0]),
+            ("gate.router_mlp.norm.weight", &[1], &[1.0]),
+            ("gate.router_mlp.fc1.weight", &[1, 1], &[100.0]),
+            ("gate.router_mlp.fc1.bias", &[1], &[0.0]),
+            ("gate.router_mlp.fc2.weight", &[1, 1], &[1.0]),
+            ("gate.router_mlp.fc2.bias", &[1], &[0.0]),
+            ("gate.router_mlp.out_proj.weight", &[3, 1], &[1.0, 0.0, -1.0]),
+            ("gate.balancing_biases", &[3], &[0.0, 0.1, -1.0]),
+            ("experts.gate_up_proj", &[2, 2, 2], identity),
+            ("experts.down_proj", &[2, 2, 1], &[1.0, 0.0, 0.0, 3.0]),
+        ],
+    );
+    // silu(1) * 2
+    let y = 2.0 / (1.0 + (-1f32).exp());
+    let golden: [(&str, &[usize], &[f32]); 3] = [
+        ("input.0", &[2, 2], &[1.0, 2.0, 1.0, 2.0]),
+        ("output.0", &[2, 2], &[y, 0.0, 0.0, y]),
+        ("router_state.0", &[2, 1], &[1.0, -1.0]),
+    ];
+    write("golden.safetensors", "", &golden);
+    let report = check_golden(&Cpu::new().unwrap(), folder.path()).unwrap();
+    assert!(report.passed(), "{report:?}");
+    write("golden.safetensors", "", &golden[..2]);
+    assert!(!check_golden(&Cpu::new().unwrap(), folder.path()).unwrap().passed());
+}

@@ -119,7 +119,8 @@ Examples:
   FMOE_CPU_ISA=avx2 fmoe check
 
 --golden compares with folders of config.json, model.safetensors and golden.safetensors (input.i, output_f64.i;
-if they are there: topk_ids.i, topk_weights_f64.i, experts_input.i, experts_output_f64.i; names without _f64 will do).")]
+if they are there: topk_ids.i, topk_weights_f64.i, experts_input.i, experts_output_f64.i, and input_ids.i and
+router_state.i as with `fmoe run`; names without _f64 will do).")]
 pub(crate) struct Check {
     /// Only cases whose name contains this
     #[arg(long, value_name = "TEXT", conflicts_with = "golden")]

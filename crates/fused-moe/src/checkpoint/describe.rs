@@ -1,7 +1,7 @@
 //! A layer in plain English: one sentence on where a token goes, and a phrase for each other part.
 
 use super::error::Result;
-use super::family::Family;
+use super::family::{Family, Zero};
 use super::inspect::{LayerKind, sizes};
 use super::layer::CheckpointLayer;
 use super::model_config::ModelConfig;
@@ -194,15 +194,19 @@ fn weights(config: &LayerConfig, family: &Family) -> String {
         Normalize::Lp { p: 1.0 } => format!(" divided by the sum of {whose} magnitudes"),
         Normalize::Lp { p } => format!(" divided by {whose} L{p} norm"),
     };
-    let own = match rule.expert_scale {
-        None => "",
-        Some(_) => " times a factor of each expert",
+    let own = match (rule.expert_scale, family.zero_experts) {
+        (None, _) => "",
+        (Some(_), Some(Zero { weighted: false, .. })) => " or, where that returns zero, by 0",
+        (Some(_), _) => " times a factor of each expert",
     };
     let factor = rule.scale * config.routed_scale;
     let scale = if factor == 1.0 { String::new() } else { format!(" times {factor}") };
     let of_layer = match family.scale {
         [] => String::new(),
-        names => format!(" times a factor of the layer, {}", names.join(" or ")),
+        names => {
+            let optional = if family.scale_optional { ", if it has one" } else { "" };
+            format!(" times a factor of the layer, {}{optional}", names.join(" or "))
+        }
     };
     format!("{place} {value}{normalize}{own}{scale}{of_layer}")
 }

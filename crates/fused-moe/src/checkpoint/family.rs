@@ -77,6 +77,8 @@ pub(super) struct Family {
     pub(super) expert_scale: Names,
     /// `[1]`: what all weights are multiplied by. Empty: nothing.
     pub(super) scale: Names,
+    /// Whether it may be absent, which is 1.
+    pub(super) scale_optional: bool,
     pub(super) table: Option<ByTable>,
     pub(super) routing: Cases<Routing>,
     pub(super) capacity: Option<Slots>,
@@ -113,6 +115,8 @@ pub(super) struct Zero {
     /// 0 and absent: none.
     pub(super) count: Size,
     pub(super) output: ZeroOutput,
+    /// Whether a slot that goes there has its weight in the routes, or 0; for families without `expert_scale`.
+    pub(super) weighted: bool,
 }
 
 /// Experts that every token goes to besides the chosen ones, scored by the same router: its last rows.
@@ -248,7 +252,7 @@ pub(super) enum Sparse {
     From {
         first: Field,
     },
-    /// `l >= n`.
+    /// `l >= n`, and those before that have a router in the files: config.json says nothing.
     Behind(usize),
     /// `l < n`.
     Before {

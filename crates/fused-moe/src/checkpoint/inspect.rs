@@ -1,6 +1,7 @@
 //! What a checkpoint holds, from its headers.
 
 use super::describe::kind;
+use super::family::Family;
 use super::layer::{CheckpointLayer, stored_router};
 use super::{Checkpoint, Error, TensorProblem};
 use fused_moe_core::config::LayerConfig;
@@ -141,7 +142,7 @@ pub(super) fn summary(checkpoint: &Checkpoint) -> Summary {
     for index in (0..checkpoint.count).filter(|index| !dense(index) || routed(index)) {
         let layer = checkpoint.layer(index);
         match layer.and_then(|layer| Ok((kind(&layer, &checkpoint.config, checkpoint.family)?, layer))) {
-            Ok((kind, layer)) => summary.add(&layer, kind),
+            Ok((kind, layer)) => summary.add(&layer, kind, checkpoint.family),
             Err(error) => summary.layers.push(LayerSummary {
                 index,
                 name: None,
@@ -156,14 +157,14 @@ pub(super) fn summary(checkpoint: &Checkpoint) -> Summary {
 }
 
 impl Summary {
-    fn add(&mut self, layer: &CheckpointLayer<'_>, kind: LayerKind) {
+    fn add(&mut self, layer: &CheckpointLayer<'_>, kind: LayerKind, family: &Family) {
         match self.kinds.iter_mut().find(|known| known.is_like(&kind)) {
             Some(known) => known.layers.push(layer.index),
             None => self.kinds.push(kind),
         }
         let mut total = Tally::default();
         let weights = &layer.weights;
-        for view in views(weights) {
+        for view in views(weights, family) {
             total.view(&view);
         }
         let mut expert_bytes = 0;
@@ -196,15 +197,15 @@ impl Summary {
     }
 }
 
-/// Everything but the matrices of experts.
-fn views<'a>(weights: &LayerWeights<'a>) -> impl Iterator<Item = HostView<'a>> {
+/// Everything in the files but the matrices of experts.
+fn views<'a>(weights: &LayerWeights<'a>, family: &Family) -> impl Iterator<Item = HostView<'a>> {
     let norms = &weights.norms;
     let vectors = [
         weights.router,
         weights.router_bias,
         weights.router_norm,
         weights.correction_bias,
-        weights.expert_scale,
+        weights.expert_scale.filter(|_| !family.expert_scale.is_empty()),
         norms.experts_in,
         norms.expert_out,
         norms.routed_out,

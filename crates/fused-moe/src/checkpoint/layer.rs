@@ -49,11 +49,12 @@ impl CheckpointLayer<'_> {
     }
 }
 
-/// Copies of what lies or reads otherwise than a layer takes it, made when it is first asked for.
+/// What the files do not hold as a layer takes it: copies of what lies or reads otherwise, made when it is first asked for.
 #[derive(Debug, Default)]
 pub(super) struct Copies {
     router: OnceLock<Vec<u8>>,
     correction: OnceLock<Vec<u8>>,
+    expert_scale: OnceLock<Vec<u8>>,
 }
 
 /// The description of a layer, and its tensors.
@@ -66,7 +67,7 @@ pub(super) fn load(checkpoint: &Checkpoint, index: usize) -> Result<CheckpointLa
         let path = checkpoint.path.clone();
         Error::Layer { path, layer: index, source: source.into() }
     };
-    if let Some(factor) = tensors.factor(family.scale) {
+    if let Some(factor) = tensors.factor(family) {
         config.routing.weights.scale *= factor;
     }
     let first = checkpoint.moe.first() == Some(&index);
@@ -82,7 +83,7 @@ pub(super) fn load(checkpoint: &Checkpoint, index: usize) -> Result<CheckpointLa
         router_bias: tensors.vector(bias, [1, config.choices()]),
         router_norm: tensors.router_norm(family, &config),
         correction_bias: tensors.correction(family, &config, copies),
-        expert_scale: tensors.vector(family.expert_scale, [1, config.choices()]),
+        expert_scale: tensors.expert_scale(family, &config, copies),
         table: tensors.table(family, &config, vocabulary),
         latent: tensors.latent(&family.around, &config),
         experts: tensors.experts(family, &config).map_err(invalid)?,

@@ -79,9 +79,11 @@ impl Checkpoint {
         let files = Files::open(path)?;
         let mut models = ModelConfig::open(&files.config)?;
         let parts: Vec<&'static str> = models.iter().map(|(_, family)| family.name).collect();
+        let has_router = |family: &Family, index: usize| layer::stored_router(&files, family, index).is_some();
+        let layers =
+            |config: &ModelConfig, family: &Family| resolve::layers(config, family, |index| has_router(family, index));
         let stored = |(config, family): &(ModelConfig, &'static Family)| {
-            let layers = resolve::layers(config, family);
-            layers.is_ok_and(|(_, moe)| moe.iter().any(|&index| layer::stored_router(&files, family, index).is_some()))
+            layers(config, family).is_ok_and(|(_, moe)| moe.iter().any(|&index| has_router(family, index)))
         };
         let chosen = match part {
             None if models.len() == 1 => 0,
@@ -96,7 +98,7 @@ impl Checkpoint {
             }
         };
         let (config, family) = models.swap_remove(chosen);
-        let (count, moe) = resolve::layers(&config, family)?;
+        let (count, moe) = layers(&config, family)?;
         let copies = moe.iter().map(|_| Copies::default()).collect();
         Ok(Self { path: path.into(), files, config, family, count, moe, parts, copies })
     }

@@ -35,6 +35,7 @@ pub(super) const BASE: Family = Family {
     correction_end: None,
     expert_scale: &[],
     scale: &[],
+    scale_optional: false,
     table: None,
     routing: &[always(SOFTMAX)],
     capacity: None,
@@ -123,19 +124,21 @@ pub(super) const GRANITE: Family = Family {
     ..BASE
 };
 
-/// With the shared expert beside the block.
-pub(super) const GRANITE_SHARED: Family = Family { shared: Some(SHARED_BESIDE), ..GRANITE };
-
-pub(super) const SHARED_BESIDE: Shared = Shared {
-    matrices: &[Layout::Joint {
-        gate_up: "../shared_mlp.input_linear.weight",
-        down: "../shared_mlp.output_linear.weight",
-        layout: OUT_IN,
-        biases: None,
-    }],
-    width: &["shared_intermediate_size"],
-    times: None,
-    ..SHARED_EXPERTS
+/// With a shared expert beside the block, if config.json has a width for it.
+pub(super) const GRANITE_SHARED: Family = Family {
+    shared: Some(Shared {
+        matrices: &[Layout::Joint {
+            gate_up: "../shared_mlp.input_linear.weight",
+            down: "../shared_mlp.output_linear.weight",
+            layout: OUT_IN,
+            biases: None,
+        }],
+        width: &["shared_intermediate_size"],
+        optional: true,
+        times: None,
+        ..SHARED_EXPERTS
+    }),
+    ..GRANITE
 };
 
 /// Logits with a bias, activation and biases in the experts, `x W`.
@@ -182,6 +185,9 @@ pub(super) const ONE_DENSE: &[Sparse] = &[MLP_LAYER_TYPES, FIRST_K_DENSE, Sparse
 
 pub(super) const HIDDEN_ACT: Act =
     Act::Gated { named: &["hidden_act", "hidden_activation", "activation_function"], default: Function::Silu };
+
+/// Whatever the activation of other layers.
+pub(super) const SILU: Act = Act::Gated { named: &[], default: Function::Silu };
 
 pub(super) const SWIGLU_OAI: Act =
     Act::ClampedSwish { alpha: field(&["swiglu_alpha"], Some(1.702)), limit: field(&["swiglu_limit"], Some(7.0)) };

@@ -29,10 +29,14 @@ pub(super) fn dense_by(config: &ModelConfig, family: &Family, layer: usize) -> R
     Ok(if named.is_empty() { unsaid() } else { named })
 }
 
-/// How many layers the model has, and which of them have experts.
-pub(super) fn layers(config: &ModelConfig, family: &Family) -> Result<(usize, Vec<usize>)> {
+/// How many layers the model has, and which of them have experts; `is_stored` is asked for a layer's router.
+pub(super) fn layers(
+    config: &ModelConfig,
+    family: &Family,
+    is_stored: impl Fn(usize) -> bool,
+) -> Result<(usize, Vec<usize>)> {
     let count = layer_count(config, family)?;
-    Ok((count, moe_layers(config, family, count)?))
+    Ok((count, moe_layers(config, family, count, is_stored)?))
 }
 
 fn layer_count(config: &ModelConfig, family: &Family) -> Result<usize> {
@@ -48,13 +52,19 @@ fn layer_count(config: &ModelConfig, family: &Family) -> Result<usize> {
 }
 
 /// Which of `count` layers have experts. A layer whose number of experts is 0 has none.
-fn moe_layers(config: &ModelConfig, family: &Family, count: usize) -> Result<Vec<usize>> {
+fn moe_layers(
+    config: &ModelConfig,
+    family: &Family,
+    count: usize,
+    is_stored: impl Fn(usize) -> bool,
+) -> Result<Vec<usize>> {
     let rule = Rule::new(config, family.sparse)?;
     // a number that is none is the layer's error, not the model's
     let empty = |layer| matches!(config.optional_size(family.experts, layer), Ok(Some(0)));
+    let assumed = matches!(rule.sparse, Some(Sparse::Behind(_)));
     let mut layers = Vec::new();
     for layer in 0..count {
-        if rule.holds(config, layer)? && !empty(layer) {
+        if (rule.holds(config, layer)? || assumed && is_stored(layer)) && !empty(layer) {
             layers.push(layer);
         }
     }
@@ -170,7 +180,8 @@ pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) 
         None => 0,
     };
     routing.always = always;
-    if !family.expert_scale.is_empty() {
+    let unweighted = family.zero_experts.is_some_and(|zero| !zero.weighted);
+    if !family.expert_scale.is_empty() || unweighted {
         routing.weights.expert_scale = Some(ExpertScale::AfterNormalize);
     }
     let top_k = match family.top_k {
@@ -192,7 +203,7 @@ pub(super) fn layer_config(config: &ModelConfig, family: &Family, layer: usize) 
         routed_scale: both * config.number(*config.case(family.routed_scale, layer)?, Within::Positive, layer)?,
         shared,
         zero_experts: match family.zero_experts {
-            Some(Zero { count, output }) => {
+            Some(Zero { count, output, .. }) => {
                 Some(ZeroExperts { count: config.count(count, layer)?, output }).filter(|zero| zero.count > 0)
             }
             None => None,

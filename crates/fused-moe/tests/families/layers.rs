@@ -1,16 +1,17 @@
 //! Which layers have experts, and how wide they are, as config.json says it.
 
 use crate::block::{Row, with};
-use crate::common::model::{Model, file, tensors};
+use crate::common::model::{Model, file};
 use crate::common::path;
 use crate::parts::{block_of, rows_of};
 use fused_moe::checkpoint::Checkpoint;
+use fused_moe::config::Normalize;
 use serde_json::{Value, json};
 
-/// The layers with experts of six, or the error.
+/// The layers with experts of six, none of which is stored, or the error.
 fn layers(family: &str, part: &str, more: Value) -> Result<Vec<usize>, String> {
     let base = json!({ "model_type": family, "num_hidden_layers": 6, "hidden_size": 4, "num_experts": 2 });
-    let model = Model::new(&with(base, more), &file(&tensors()));
+    let model = Model::new(&with(base, more), &file(&[("embed_tokens.weight".into(), vec![2, 4])]));
     let checkpoint =
         if part.is_empty() { Checkpoint::open(model.path()) } else { Checkpoint::open_part(model.path(), part) };
     checkpoint.map(|checkpoint| checkpoint.layers().to_vec()).map_err(|error| error.to_string())
@@ -47,6 +48,23 @@ fn which_layers_have_experts() {
     ] {
         assert_eq!(layers(family, "", more.clone()).unwrap(), wanted, "{family} {more}");
     }
+}
+
+/// Where config.json says nothing, a layer that is mostly dense has experts if they are there.
+#[test]
+fn a_first_layer_with_a_router() {
+    let mut row = rows_of("hy_v3").remove(0);
+    row.config["mlp_layer_types"] = json!(null);
+    (row.block, row.moe) = ("model.layers.0.mlp", &[0]);
+    row.correction = Some(("model.layers.0.mlp.expert_bias", 1));
+    let model = Model::new(&row.config, &Row::file_of(&[&row]));
+    let checkpoint = Checkpoint::open(model.path()).unwrap();
+    assert_eq!(checkpoint.layers(), [0, 1]);
+    assert_eq!(checkpoint.layer(0).unwrap().name, "model.layers.0.mlp");
+    std::fs::write(model.join("config.json"), with(row.config, json!({ "first_k_dense_replace": 1 })).to_string())
+        .unwrap();
+    let error = Checkpoint::open(model.path()).unwrap().layer(0).unwrap_err().to_string();
+    assert!(error.contains("layer 0 has no experts by first_k_dense_replace = 1, and the tensor"), "{error}");
 }
 
 /// A step of 0 is a stack without experts where a model is trained so, and an error elsewhere.
@@ -153,4 +171,18 @@ fn other_names_of_fields() {
     let config = with(row.config.clone(), json!({ "moe_shared_expert_intermediate_size": 99 }));
     let checkpoint = Checkpoint::open(Model::new(&config, &Row::file_of(&[&row])).path()).unwrap();
     assert_eq!(checkpoint.layer(1).unwrap().config.shared.unwrap().intermediate, 10);
+}
+
+/// The exponent of dbrx's norm of weights.
+#[test]
+fn norms_of_weights() {
+    let text = std::fs::read(path("dbrx").join("config.json")).unwrap();
+    let bytes = std::fs::read(path("dbrx").join("model.safetensors")).unwrap();
+    for (p, normalize) in [(json!(2.0), Normalize::Lp { p: 2.0 }), (json!(null), Normalize::None)] {
+        let mut config: Value = serde_json::from_slice(&text).unwrap();
+        config["ffn_config"]["moe_normalize_expert_weights"] = p;
+        let model = Model::new(&config, &bytes);
+        let checkpoint = Checkpoint::open(model.path()).unwrap();
+        assert_eq!(checkpoint.layer(1).unwrap().config.routing.weights.normalize, normalize);
+    }
 }

@@ -1,6 +1,6 @@
 //! A score for each expert by itself.
 
-use crate::block::{FUSED, Lies, PER_EXPERT, Row, SHARED_EXPERT, SHARED_EXPERTS, row, with};
+use crate::block::{FUSED, Lies, PER_EXPERT, Row, SHARED_EXPERT, SHARED_EXPERTS, W123, row, with};
 use crate::rules::*;
 use crate::softmax::{inside, nested};
 use serde_json::json;
@@ -49,6 +49,11 @@ fn kolibri(l: &[f64], bias: &[f64]) -> Routes {
     of(&top(&plus(l, bias), 3), &sigmoids(l))
 }
 
+fn normalized_by_millionth(l: &[f64], bias: &[f64]) -> Routes {
+    let s = sigmoids(l);
+    times(normalized(of(&top(&plus(&s, bias), 3), &s), 1e-6), 1.5)
+}
+
 pub(crate) fn rows() -> Vec<Row> {
     let mut all: Vec<Row> =
         ["deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "axk2", "glm4v_moe", "dots3_note", "solar_open"]
@@ -86,6 +91,8 @@ pub(crate) fn rows() -> Vec<Row> {
             json!({ "first_k_dense_replace": null, "routed_scaling_factor": null, "n_group": 1 }),
         )
     });
+    // kimi_k2 by itself, and as the text of kimi_k2.5
+    all.push(configured(deepseek("deepseek_v3"), json!({ "model_type": "kimi_k2" })));
     all.push(Row {
         block: "language_model.model.layers.1.mlp",
         correction: Some(("language_model.model.layers.1.mlp.gate.e_score_correction_bias", 1)),
@@ -202,6 +209,53 @@ pub(crate) fn rows() -> Vec<Row> {
                     "moe_layer_freq": [0, 1] }),
         )
     });
+    // a shared expert clamped like the routed ones
+    for (score, route) in [
+        ("sigmoid", (|l, bias| ds3(l, bias, 3, 1.5)) as fn(&[f64], &[f64]) -> Routes),
+        ("softmax", |l, bias| {
+            let p = softmax(l);
+            times(normalized(of(&top(&plus(&p, bias), 3), &p), 1e-20), 1.5)
+        }),
+    ] {
+        all.push(Row {
+            block: "layers.1.ffn",
+            sizes: [12, 6, 8, 3, 6],
+            correction: Some(("layers.1.ffn.gate.bias", 1)),
+            experts: W123,
+            shared: Some(["shared_experts.w1.weight", "shared_experts.w3.weight", "shared_experts.w2.weight"]),
+            activation: clamped_at_half,
+            shared_activation: clamped_at_half,
+            route,
+            fields: [FIELDS[0], FIELDS[1], FIELDS[2], "", ""],
+            ..row(
+                "deepseek_v4",
+                json!({ "n_routed_experts": 8, "moe_intermediate_size": 6, "scoring_func": score, "swiglu_limit": 0.5,
+                        "routed_scaling_factor": 1.5, "n_shared_experts": 1,
+                        "mlp_layer_types": ["hash_moe", "moe"] }),
+            )
+        });
+    }
+    for (biased, norm, route) in [
+        (false, true, (|l, _| normalized_by_millionth(l, &[0.0; 8])) as fn(&[f64], &[f64]) -> Routes),
+        (true, true, normalized_by_millionth),
+        (true, false, |l, bias| {
+            let s = sigmoids(l);
+            times(of(&top(&plus(&s, bias), 3), &s), 1.5)
+        }),
+    ] {
+        all.push(Row {
+            moe: &[1],
+            block: "model.layers.1.feed_forward",
+            correction: biased.then_some(("model.layers.1.feed_forward.expert_bias", 1)),
+            experts: W123,
+            route,
+            ..row(
+                "lfm2_moe",
+                json!({ "num_experts": 8, "moe_intermediate_size": 6, "num_dense_layers": 1, "use_expert_bias": biased,
+                        "norm_topk_prob": norm, "routed_scaling_factor": 1.5 }),
+            )
+        });
+    }
     let own = json!({ "num_experts": 8, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 10 });
     let own_fields = ["/hidden_size", "/moe_intermediate_size", "/num_experts", "", "/shared_expert_intermediate_size"];
     let shared = |family: &'static str, more| Row {

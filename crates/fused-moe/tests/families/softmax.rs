@@ -126,6 +126,14 @@ pub(crate) fn rows() -> Vec<Row> {
     }
     all.push(Row {
         moe: &[1],
+        sizes: [12, 6, 8, 3, 12],
+        shared: Some(SHARED_EXPERTS),
+        route: |l, _| times(softmax_as_is(l, &[]), 4.0),
+        fields: ROUTED,
+        ..row("deepseek_v2", with(ocr, json!({ "topk_method": "greedy", "n_group": 1, "topk_group": 1 })))
+    });
+    all.push(Row {
+        moe: &[1],
         block: "layers.1",
         sizes: [12, 6, 8, 3, 12],
         experts: W123,
@@ -140,7 +148,7 @@ pub(crate) fn rows() -> Vec<Row> {
         )
     });
 
-    let ernie_vl = Row {
+    let ernie_vl = || Row {
         moe: &[1],
         block: "model.language_model.layers.1.mlp",
         sizes: [12, 6, 8, 3, 12],
@@ -156,9 +164,27 @@ pub(crate) fn rows() -> Vec<Row> {
         )
     };
     all.push(Row {
-        config: nested("ernie4_5_vl_moe_text", "ernie4_5_vl_moe", &ernie_vl),
+        config: nested("ernie4_5_vl_moe_text", "ernie4_5_vl_moe", &ernie_vl()),
         fields: inside(["/hidden_size", "/moe_intermediate_size/0", "/moe_num_experts", "", "/moe_num_shared_experts"]),
-        ..ernie_vl
+        ..ernie_vl()
+    });
+
+    let range = json!({ "mlp_layer_types": null, "moe_num_experts": [8, 8], "moe_layer_interval": 1,
+                        "moe_layer_start_index": [1, 1], "moe_layer_end_index": [1, 1] });
+    all.push(Row {
+        config: nested(
+            "ernie4_5_vl_moe_text",
+            "ernie4_5_vl_moe",
+            &Row { config: with(ernie_vl().config, range), ..ernie_vl() },
+        ),
+        fields: inside([
+            "/hidden_size",
+            "/moe_intermediate_size/0",
+            "/moe_num_experts/0",
+            "",
+            "/moe_num_shared_experts",
+        ]),
+        ..ernie_vl()
     });
 
     // the thinker and the talker are also in `parts`, both in one file

@@ -108,6 +108,8 @@ fn where_a_token_goes() {
             made("zaya"),
             "the one of 9 (8 experts and 1 that returns zero) with the largest softmax score plus a correction bias, weighted",
         ),
+        (made("zaya"), " by its softmax score or, where that returns zero, by 0."),
+        (made("inkling2"), " times 2 times a factor of the layer, gate.global_scale, if it has one."),
         (
             made("nllb_moe_decoder"),
             "an expert taking at most 0.2 times as many slots as a call has tokens, rounded up, the first ones,",

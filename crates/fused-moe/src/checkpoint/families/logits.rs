@@ -2,7 +2,7 @@
 
 use crate::checkpoint::family::*;
 use crate::checkpoint::parts::*;
-use fused_moe_core::config::{Function, Score, SelectBy, WeightOn, WeightValue};
+use fused_moe_core::config::{Score, SelectBy, WeightOn, WeightValue};
 use fused_moe_core::weights::{GateUpOrder, StackLayout};
 
 pub(super) const FAMILIES: &[Family] = &[
@@ -50,12 +50,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ..BASE
     },
     Family { name: "granitemoe", model_types: &["granitemoe"], ..GRANITE },
-    Family {
-        name: "granitemoe_swa",
-        model_types: &["granitemoe_swa"],
-        shared: Some(Shared { optional: true, ..SHARED_BESIDE }),
-        ..GRANITE
-    },
+    Family { name: "granitemoe_swa", model_types: &["granitemoe_swa"], ..GRANITE_SHARED },
     Family { name: "granitemoeshared", model_types: &["granitemoeshared"], ..GRANITE_SHARED },
     Family { name: "granitemoehybrid", model_types: &["granitemoehybrid"], ..GRANITE_SHARED },
     Family {
@@ -93,8 +88,7 @@ pub(super) const FAMILIES: &[Family] = &[
         intermediate: &["intermediate_size"],
         router: &["router.weight"],
         routing: &[always(TOP_LOGITS)],
-        // whatever the activation of the shared expert
-        activation: Act::Gated { named: &[], default: Function::Silu },
+        activation: SILU,
         matrices: &[Layout::Joint {
             gate_up: "experts.fc1.weight",
             down: "experts.fc2.weight",

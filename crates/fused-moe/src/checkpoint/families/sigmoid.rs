@@ -160,6 +160,7 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "beam",
         model_types: &["beam"],
         intermediate: EXPERT_WIDTH,
+        activation: SILU,
         routing: &[always(deepseek(Number::Fixed(1.0)))],
         routed_scale: &[always(SCALING_FACTOR)],
         shared: None,
@@ -349,13 +350,13 @@ pub(super) const FAMILIES: &[Family] = &[
                 biases: None,
             }],
         }),
-        scale: &["gate.global_scale"],
         routing: &[always(scaled(SIGMOID, ROUTE_SCALE))],
         ..INKLING
     },
     Family {
         name: "inkling2",
         model_types: &["inkling2"],
+        scale_optional: true,
         routing: &[Case {
             when: &[(&["scoring_func"], "sigmoid")],
             then: Routing { normalize: Norm::Sum { when: Flag::Always, eps: 1e-20 }, ..scaled(SIGMOID, ROUTE_SCALE) },
@@ -408,6 +409,7 @@ const INKLING: Family = Family {
     intermediate_beside: Some([&["dense_intermediate_size"], &["intermediate_size"]]),
     sparse: &[MLP_LAYER_TYPES, Sparse::From { first: &["dense_mlp_idx"] }, Sparse::Every],
     correction_bias: &["gate.bias"],
+    scale: &["gate.global_scale"],
     matrices: &[Layout::Joint {
         gate_up: "experts.w13_weight",
         down: "experts.w2_weight",

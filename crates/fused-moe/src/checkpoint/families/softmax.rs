@@ -201,7 +201,7 @@ pub(super) const FAMILIES: &[Family] = &[
         // num_hidden_layers counts sublayers, two a layer
         layers: &["num_layers"],
         intermediate: &["expert_ffn_hidden_size"],
-        zero_experts: Some(Zero { count: Size::Field(&["zero_expert_num"]), output: ZeroOutput::Copy }),
+        zero_experts: Some(Zero { count: Size::Field(&["zero_expert_num"]), output: ZeroOutput::Copy, weighted: true }),
         router: &["router.classifier.weight"],
         correction_bias: &["router.e_score_correction_bias"],
         routing: &[always(scaled(BIASED, factor(6.0)))],
@@ -211,7 +211,7 @@ pub(super) const FAMILIES: &[Family] = &[
         name: "zaya",
         model_types: &["zaya"],
         intermediate: EXPERT_WIDTH,
-        zero_experts: Some(Zero { count: Size::Fixed(1), output: ZeroOutput::Zero }),
+        zero_experts: Some(Zero { count: Size::Fixed(1), output: ZeroOutput::Zero, weighted: false }),
         router: &["gate.router_mlp.out_proj.weight"],
         router_mlp: Some(RouterLayers {
             width: &["router_hidden_size"],

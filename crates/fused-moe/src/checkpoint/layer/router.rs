@@ -3,7 +3,7 @@
 use super::tensors::Tensors;
 use super::{Copies, full};
 use crate::checkpoint::error::TensorProblem;
-use crate::checkpoint::family::{Family, Names};
+use crate::checkpoint::family::{Family, Zero};
 use fused_moe_core::config::{LayerConfig, Selection};
 use fused_moe_core::weights::{Matrix, Orientation, RouterMlpWeights, Table};
 use fused_moe_core::{DType, HostView, Shape};
@@ -59,12 +59,30 @@ impl<'a> Tensors<'a, '_> {
         HostView::new(bytes, stored.dtype(), 0, [competing]).ok()
     }
 
-    /// `[1]`, a finite number.
-    pub(super) fn factor(&mut self, names: Names) -> Option<f32> {
-        if names.is_empty() {
+    /// `[E]`, if weights have factors: those of the file, or 1 but for experts whose slots have weight 0.
+    pub(super) fn expert_scale(
+        &mut self,
+        family: &Family,
+        config: &LayerConfig,
+        copies: Option<&'a Copies>,
+    ) -> Option<HostView<'a>> {
+        let (Some(Zero { weighted: false, .. }), Some(copies)) = (family.zero_experts, copies) else {
+            return self.vector(family.expert_scale, [1, config.choices()]);
+        };
+        let factor = |choice| if choice < config.experts { 1.0f32 } else { 0.0 };
+        let bytes = copies
+            .expert_scale
+            .get_or_init(|| (0..config.choices()).flat_map(|choice| factor(choice).to_le_bytes()).collect());
+        HostView::new(bytes, DType::F32, 0, [config.choices()]).ok()
+    }
+
+    /// `[1]`, a finite number, if weights have such a factor.
+    pub(super) fn factor(&mut self, family: &Family) -> Option<f32> {
+        let absent = !family.scale.iter().any(|name| self.has(name));
+        if absent && (family.scale_optional || family.scale.is_empty()) {
             return None;
         }
-        let (name, view) = self.find(names, Shape::from([1]), &[])?;
+        let (name, view) = self.find(family.scale, Shape::from([1]), &[])?;
         let bytes = view.storage();
         let factor = match (view.dtype(), bytes) {
             (DType::F32, &&[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
