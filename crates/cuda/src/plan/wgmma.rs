@@ -12,10 +12,57 @@ const SOME_ROWS: usize = 13;
 /// at most have such a last one.
 const MANY_ROWS: usize = 385;
 const FEW_EXPERTS: usize = 48;
+/// Rows of an expert from which the second tile of a last pair is seldom missed.
+const VERY_MANY_ROWS: usize = 768;
 /// Weight rows of a tile: what there is a product for.
 const WIDTHS: [u16; 4] = [128, 192, 240, 256];
 /// Stages beyond which more do not help, and below which copies are not hidden.
 const STAGES: [usize; 2] = [8, 3];
+
+/// How a tile is cut, and who shares it.
+#[derive(Clone, Copy)]
+struct Form {
+    rows: u16,
+    widest: u16,
+    /// Whether two blocks with neighbouring rows share its weight rows.
+    paired: bool,
+    why: &'static str,
+}
+
+const SHORT: Form = Form {
+    rows: 64,
+    widest: 256,
+    paired: false,
+    why: "many rows an expert: warpgroup tensor cores, tiles of 64 rows, little of which is empty",
+};
+const TALL: Form = Form {
+    rows: 128,
+    widest: 192,
+    paired: false,
+    why: "few experts with many rows: warpgroup tensor cores, tiles of 128 rows, each weight used the most",
+};
+const PAIRED: Form = Form {
+    rows: 64,
+    widest: 256,
+    paired: true,
+    why: "very many rows an expert: warpgroup tensor cores, tiles of 64 rows, pairs of which share weights on their way",
+};
+
+impl Form {
+    /// `mean` rows of an expert.
+    fn of(sizes: &Sizes, mean: usize) -> Self {
+        match mean {
+            VERY_MANY_ROWS.. => PAIRED,
+            // down's short inner dimension leaves little time between its long epilogues
+            MANY_ROWS.. if sizes.experts <= FEW_EXPERTS && sizes.product.stage == Stage::GateUp => TALL,
+            _ => SHORT,
+        }
+    }
+
+    fn tile(self, columns: u16, stages: usize) -> WgmmaTile {
+        WgmmaTile { rows: self.rows, columns, stages: stages as u8, paired: self.paired }
+    }
+}
 
 /// None where the device or the operands have no such kernel, or another one is faster.
 pub(super) fn wgmma(sizes: &Sizes, device: &DeviceNumbers) -> Option<GroupedPlan> {
@@ -24,24 +71,16 @@ pub(super) fn wgmma(sizes: &Sizes, device: &DeviceNumbers) -> Option<GroupedPlan
     if device.compute_capability != (9, 0) || !sizes.engine || sizes.invariant || mean < SOME_ROWS {
         return None;
     }
-    // down's short inner dimension leaves little time between its long epilogues
-    let tall = product.stage == Stage::GateUp && mean >= MANY_ROWS && experts <= FEW_EXPERTS;
-    let (tile_rows, widest, why) = if tall {
-        (
-            128,
-            192,
-            "few experts with very many rows: warpgroup tensor cores, tiles of 128 rows, each weight used the most",
-        )
-    } else {
-        (64, 256, "many rows an expert: warpgroup tensor cores, tiles of 64 rows, little of which is empty")
-    };
+    let form = Form::of(sizes, mean);
+    let cluster = if form.paired { 2 } else { 1 };
     let tiles = |columns: u16| {
-        row_tiles(rows, experts, tile_rows.into()).saturating_mul((outputs * product.halves()).div_ceil(columns.into()))
+        let columns = (outputs * product.halves()).div_ceil(columns.into());
+        row_tiles(rows, experts, usize::from(form.rows) * cluster).saturating_mul(columns)
     };
     let multiprocessors = device.multiprocessors as usize;
-    let widest = if tiles(widest) < multiprocessors { WIDTHS[0] } else { widest };
+    let widest = if tiles(form.widest) * cluster < multiprocessors { WIDTHS[0] } else { form.widest };
     let columns = width(outputs, product.halves(), widest);
-    let tile = WgmmaTile { rows: tile_rows, columns, stages: STAGES[0] as u8 };
+    let tile = form.tile(columns, STAGES[0]);
     let other = tile.other_bytes(product.gather, experts);
     let stages = (device.shared_per_block.saturating_sub(other) / tile.stage_bytes()).min(STAGES[0]);
     if stages < STAGES[1] {
@@ -49,8 +88,9 @@ pub(super) fn wgmma(sizes: &Sizes, device: &DeviceNumbers) -> Option<GroupedPlan
     }
     let tile = WgmmaTile { stages: stages as u8, ..tile };
     let shared = stages * tile.stage_bytes() + tile.other_bytes(product.gather, experts);
-    let grid = Grid::line(tiles(columns).min(multiprocessors), WgmmaTile::THREADS).with_shared(shared);
-    Some(GroupedPlan { kernel: GroupedKernel::Wgmma { product, format: x, tile, ends }, grid, why })
+    let blocks = tiles(columns).min(multiprocessors / cluster) * cluster;
+    let grid = Grid::line(blocks, WgmmaTile::THREADS).with_shared(shared);
+    Some(GroupedPlan { kernel: GroupedKernel::Wgmma { product, format: x, tile, ends }, grid, why: form.why })
 }
 
 /// The narrowest tile that needs no more columns of tiles than the widest one does.
@@ -62,10 +102,9 @@ fn width(outputs: usize, halves: usize, widest: u16) -> u16 {
 
 /// Every tile of every plan.
 pub(super) fn tiles() -> Vec<WgmmaTile> {
-    let tile = |rows, columns, stages| WgmmaTile { rows, columns, stages };
-    let small = WIDTHS.map(|columns| tile(64, columns, 4));
-    let large = WIDTHS.into_iter().filter(|&columns| columns <= 192).map(|columns| tile(128, columns, 5));
-    small.into_iter().chain(large).collect()
+    let short = WIDTHS.map(|columns| SHORT.tile(columns, 4)).into_iter();
+    let tall = WIDTHS.into_iter().filter(|&columns| columns <= TALL.widest).map(|columns| TALL.tile(columns, 5));
+    short.chain(tall).chain(WIDTHS.map(|columns| PAIRED.tile(columns, 4))).collect()
 }
 
 #[cfg(test)]
@@ -74,19 +113,38 @@ mod tests {
     use crate::plan::grouped::tests::{down, sizes};
     use crate::plan::tests::device;
 
-    fn tile(sizes: &Sizes) -> Option<(u16, u16)> {
-        match wgmma(sizes, &device())?.kernel {
-            GroupedKernel::Wgmma { tile, .. } => Some((tile.rows, tile.columns)),
+    fn plan(sizes: &Sizes) -> Option<(WgmmaTile, Grid)> {
+        let plan = wgmma(sizes, &device())?;
+        match plan.kernel {
+            GroupedKernel::Wgmma { tile, .. } => Some((tile, plan.grid)),
             _ => None,
         }
     }
 
+    fn tile(sizes: &Sizes) -> Option<(u16, u16)> {
+        plan(sizes).map(|(tile, _)| (tile.rows, tile.columns))
+    }
+
     #[test]
-    fn tiles_grow_with_the_rows_of_an_expert() {
-        assert_eq!([1536, 4096, 65536].map(|rows| tile(&sizes(rows))), [None, Some((64, 256)), Some((64, 256))]);
+    fn pairs_share_weights_where_rows_are_many() {
+        let paired = |rows| plan(&sizes(rows)).map(|(tile, _)| tile.paired);
+        assert_eq!([1536, 4096, 65536, 131_072].map(paired), [None, Some(false), Some(false), Some(true)]);
+        let few = |rows| plan(&Sizes { experts: 8, ..down(rows) }).map(|(tile, _)| tile.paired);
+        assert_eq!([2048, 8192].map(few), [Some(false), Some(true)]);
+        // whole pairs of blocks
+        let odd = DeviceNumbers { multiprocessors: 131, ..device() };
+        let grid = wgmma(&sizes(131_072), &odd).map(|plan| plan.grid.blocks);
+        assert_eq!(grid, Some([130, 1, 1]));
+    }
+
+    #[test]
+    fn few_experts_take_tall_tiles_before_pairs() {
         let few = |rows| Sizes { experts: 8, ..sizes(rows) };
-        assert_eq!([2048, 4096].map(|rows| tile(&few(rows))), [Some((64, 256)), Some((128, 192))]);
-        assert_eq!(tile(&Sizes { experts: 8, ..down(65536) }), Some((64, 256)));
+        assert_eq!(
+            [2048, 4096, 8192].map(|rows| tile(&few(rows))),
+            [Some((64, 256)), Some((128, 192)), Some((64, 256))]
+        );
+        assert_eq!(tile(&Sizes { experts: 8, ..down(4096) }), Some((64, 256)));
     }
 
     #[test]
@@ -113,11 +171,11 @@ mod tests {
 
     #[test]
     fn every_tile_is_one_of_those_that_are_compiled_in_tests() {
-        for rows in [2000, 20_000, 100_000] {
+        for rows in [2000, 20_000, 100_000, 200_000] {
             for outputs in [8, 64, 100, 704, 768, 1000, 2880, 14336] {
                 for sizes in [sizes(rows), Sizes { experts: 8, ..sizes(rows) }, down(rows)] {
-                    let plan = tile(&Sizes { outputs, ..sizes });
-                    let known = tiles().iter().any(|known| plan == Some((known.rows, known.columns)));
+                    let plan = plan(&Sizes { outputs, ..sizes }).map(|(tile, _)| WgmmaTile { stages: 0, ..tile });
+                    let known = tiles().iter().any(|&known| plan == Some(WgmmaTile { stages: 0, ..known }));
                     assert!(known, "{rows} {outputs}: {plan:?}");
                 }
             }
