@@ -186,6 +186,8 @@ pub(crate) fn tall_sizes(scale: Scale) -> Vec<([usize; 5], Spread)> {
     ];
     if scale == Scale::Full {
         sizes.extend([([800, 3, 72, 568, 5], Spread::Skewed), ([600, 2, 264, 712, 3], Spread::Even)]);
+        // so many columns that the widest tiles are taken, and so many rows that tiles share weights
+        sizes.extend([([800, 3, 72, 1020, 3], Spread::Skewed), ([800, 3, 2040, 72, 3], Spread::Even)]);
     }
     sizes
 }

@@ -301,6 +301,9 @@ pub(crate) enum Spread {
     Uniform,
     /// Expert number n with weight 1 / n
     Zipf,
+    /// Every token to the first expert, and for the rest to every other as likely as the next: half of the slots where K is
+    /// 2, fewer where it is more, since a token has an expert once
+    Half,
     /// Every token to the same K experts
     One,
 }

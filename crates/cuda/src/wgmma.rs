@@ -23,6 +23,8 @@ pub(crate) struct WgmmaTile {
     pub(crate) rows: u16,
     pub(crate) columns: u16,
     pub(crate) stages: u8,
+    /// Whether pairs of blocks share weight rows.
+    pub(crate) paired: bool,
 }
 
 /// Rows of x that the copy engine brings at once, and of weights where sums run over these.
@@ -42,8 +44,18 @@ impl WgmmaTile {
         16 * 1024 + 16 * usize::from(self.stages) + begins + 8 * (experts + 1)
     }
 
-    pub(crate) fn defines(self) -> [(&'static str, String); 3] {
-        [("TILE_M", self.rows.to_string()), ("TILE_N", self.columns.to_string()), ("STAGES", self.stages.to_string())]
+    /// Blocks that share weight rows.
+    pub(crate) fn cluster(self) -> usize {
+        if self.paired { 2 } else { 1 }
+    }
+
+    pub(crate) fn defines(self) -> [(&'static str, String); 4] {
+        [
+            ("TILE_M", self.rows.to_string()),
+            ("TILE_N", self.columns.to_string()),
+            ("STAGES", self.stages.to_string()),
+            ("CLUSTER", self.cluster().to_string()),
+        ]
     }
 }
 
@@ -114,8 +126,8 @@ pub(crate) fn params(cuda: &Cuda, operands: &Grouped, tile: WgmmaTile, product: 
     // the driver fills in maps for its current context
     let _current = cuda.device().bind(during)?;
     let weight_rows = (table.here * kind.halves() * table.outputs) as u64;
-    let outputs = u32::from(tile.columns) / kind.halves() as u32;
-    params.weights = TensorMap::of_rows(table.weights(), format, [weight_rows, inner], outputs, during)?;
+    let half = u32::from(tile.columns) / 2;
+    params.weights = TensorMap::of_rows(table.weights(), format, [weight_rows, inner], half, during)?;
     if !kind.gather {
         params.x = TensorMap::of_rows(x, format, [rows as u64, inner], BOX_ROWS, during)?;
     }

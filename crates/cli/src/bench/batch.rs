@@ -47,7 +47,7 @@ impl<B: Backend> Batches<'_, B> {
                 (0..count).map(|i| Some(some(i))).collect()
             }
         };
-        if self.tokens == 1 && self.routing != Spread::One {
+        if self.tokens == 1 && !matches!(self.routing, Spread::Half | Spread::One) {
             let mut given: Vec<&mut Vec<f32>> = logits.iter_mut().flatten().collect();
             disjoint(&mut given, layers, self.config.top_k);
         }
@@ -271,6 +271,14 @@ mod tests {
         let (count, sum) = (uniform.len() as f32, uniform.iter().sum::<f32>());
         let variance = uniform.iter().map(|x| x * x).sum::<f32>() / count;
         assert!((sum / count).abs() < 0.02 && (variance - 1.0).abs() < 0.05, "{variance}");
+        let config = LayerConfig::new(8, 8, 8, 2);
+        let mut slots = [0usize; 8];
+        for token in logits(&config, 1400, Spread::Half, 3).chunks(8) {
+            chosen(token, 2).into_iter().for_each(|expert| slots[expert] += 1);
+        }
+        assert_eq!(slots[0], 1400);
+        assert!(slots[1..].iter().all(|slots| (150..250).contains(slots)), "{slots:?}");
+        let config = LayerConfig::new(8, 8, 16, 2);
         for token in logits(&config, 50, Spread::One, 4).chunks(16) {
             let mut experts = chosen(token, 2);
             experts.sort_unstable();

@@ -67,7 +67,7 @@ impl Meter for Host {
     fn turns(&self, sizes: LayerSizes, routing: Spread) -> u64 {
         let hot = match routing {
             Spread::One => sizes.chosen,
-            _ => sizes.layer,
+            Spread::Uniform | Spread::Zipf | Spread::Half => sizes.layer,
         };
         self.cache.saturating_mul(CACHES).div_ceil(hot.max(1)).max(2)
     }

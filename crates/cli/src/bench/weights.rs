@@ -89,6 +89,8 @@ pub(crate) fn bias(spread: Spread, config: &LayerConfig) -> Option<Vec<f32>> {
     match spread {
         Spread::Uniform => None,
         Spread::Zipf => Some(experts.map(|e| -((e + 1) as f32).ln()).collect()),
+        // more than the logits of a token differ, and not so much that the others' weights vanish
+        Spread::Half => Some(experts.map(|e| if e == 0 { 7.0 } else { 0.0 }).collect()),
         Spread::One => Some(experts.map(|e| if e < config.top_k { 1000.0 } else { 0.0 }).collect()),
     }
 }

@@ -11,9 +11,17 @@
 // TRANSPOSED: sums run over the weights' rows, x . W in place of x . W^T, so that a tile has TILE_N of their columns: for each
 // 64 rows a box for each 64 columns. What is beyond a matrix is zero, the next expert's too.
 //
+// With CLUSTER 2 the blocks are pairs, which have neighbouring rows of an expert and the same weight rows: each brings half of
+// the weight rows to both, and a stage is free when both have read it.
+//
 // Blocks of 64 rows that are empty are not multiplied, and rows that are not there neither read nor stored.
 #define STEP 64
 #define THREADS 384
+#if CLUSTER == 2
+#define IN_CLUSTERS __cluster_dims__(2, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
 #define TILE_OUTPUTS (GATED ? TILE_N / 2 : TILE_N)
 #define X_BYTES (TILE_M * STEP * 2)
 #define BLOCK_BYTES (64 * STEP * 2)
@@ -30,6 +38,9 @@
 // 16 rows of 128 bytes a warp
 #define STORE_BYTES 2048
 
+// No stage.
+#define NOTHING 0xffffffffu
+
 // The schedule with the experts' first rows beside it in shared memory: tiles are found without a look at global memory.
 struct Tiles {
     Schedule schedule;
@@ -41,10 +52,10 @@ struct Tiles {
             const u32 begin = e < p.experts ? rows_of(p, e).begin : rows_of(p, p.experts - 1).end;
             first_row[e] = begin < p.rows ? begin : (u32)p.rows;
         }
-        schedule.make<THREADS, TILE_M>(p, memory, (p.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS);
+        schedule.make<THREADS, CLUSTER * TILE_M>(p, memory, (p.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS);
     }
 
-    // The tile of `item`, which is not before `tile`'s; false when there is none.
+    // The tile of `item`, which is not before `tile`'s, or the block's part of it; false when there is none.
     __device__ __forceinline__ bool find(u64 item, Tile& tile) const {
         const u32* first_tile = schedule.first_tile;
         tile.item = item;
@@ -54,8 +65,15 @@ struct Tiles {
         tile.expert = e;
         const u32 local = (u32)(item - (u64)first_tile[e] * schedule.columns), row_tiles = first_tile[e + 1] - first_tile[e];
         tile.column = local / row_tiles;
-        tile.first_row = first_row[e] + (local - tile.column * row_tiles) * TILE_M;
-        tile.rows = first_row[e + 1] - tile.first_row < TILE_M ? first_row[e + 1] - tile.first_row : TILE_M;
+        tile.first_row = first_row[e] + (local - tile.column * row_tiles) * (CLUSTER * TILE_M);
+        const u32 left = first_row[e + 1] - tile.first_row;
+        tile.rows = left < CLUSTER * TILE_M ? left : CLUSTER * TILE_M;
+        if (CLUSTER == 2) {
+            // half of its blocks of 64 rows each, the first block of the pair the odd one
+            const u32 half = (tile.rows + 127) / 128 * 64, first = tile.rows < half ? tile.rows : half;
+            if (blockIdx.x % 2 == 0) tile.rows = first;
+            else tile.first_row += first, tile.rows -= first;
+        }
         return true;
     }
 };
@@ -71,12 +89,12 @@ struct Producer {
         Tile tile, next;
         tile.expert = 0;
         Place at = {0, 1};
-        bool any = tiles.find(blockIdx.x, tile);
+        bool any = tiles.find(blockIdx.x / CLUSTER, tile);
         u32 buffer = 0;
         if (GATHER && any) put_begins(tile, buffer, slot_in(tile));
         while (any) {
             next.expert = tile.expert;
-            any = tiles.find(tile.item + gridDim.x, next);
+            any = tiles.find(tile.item + gridDim.x / CLUSTER, next);
             if (GATHER) {
                 const u32 slot = any ? slot_in(next) : NO_ROW;
                 if (tile.rows == TILE_M) gather_tile<true>(tile, at, steps, buffer);
@@ -110,14 +128,18 @@ struct Producer {
 
     // Of a tile whose first weight row is `row`, the weights of the products from `column` on.
     __device__ __forceinline__ void copy_weights(const Tile& tile, u32 row, u32 column, u32 stage, u32 full) const {
+        const u32 upper = GATED ? (u32)q.product.outputs : TILE_N / 2, half = TILE_N / 2 * STEP * 2;
         if (TRANSPOSED) {
 #pragma unroll
             for (u32 c = 0; c < TILE_N; c += 64)
                 copy_box(stage + X_BYTES + c * STEP * 2, q.weights, full, tile.column * TILE_N + c, column, tile.expert);
-            return;
+        } else if (CLUSTER == 2) {
+            const u32 own = blockIdx.x % 2;
+            copy_box_to_both(stage + X_BYTES + own * half, q.weights, full, column, row + own * upper);
+        } else {
+            copy_box(stage + X_BYTES, q.weights, full, column, row);
+            copy_box(stage + X_BYTES + half, q.weights, full, column, row + upper);
         }
-        copy_box(stage + X_BYTES, q.weights, full, column, row);
-        if (GATED) copy_box(stage + X_BYTES + TILE_OUTPUTS * STEP * 2, q.weights, full, column, row + (u32)q.product.outputs);
     }
 
     __device__ __forceinline__ void copy_tile(const Tile& tile, Place& at, u32 steps) const {
@@ -168,13 +190,16 @@ struct Consumer {
     // of two
     const u32 group;
 
+    // The warp has read a stage.
     __device__ __forceinline__ void free_stage(u32 stage) const {
-        if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty + stage * 8);
+        const u32 lane = threadIdx.x % 32;
+        if (CLUSTER == 1 && lane == 0) barrier_arrive(ring.empty + stage * 8);
+        if (CLUSTER == 2 && lane < 2) barrier_arrive_there(address_in(ring.empty + stage * 8, lane));
     }
 
     // Begins the products of the tile's first N blocks of 64 rows; returns the stage that the last of them read.
     template <int N> __device__ __forceinline__ u32 multiply_blocks(Place& at, u32 steps, f32 (&sum)[ROW_BLOCKS][TILE_N / 2]) const {
-        u32 last = 0;
+        u32 last = NOTHING;
 #pragma unroll
         for (int b = 0; b < N; b++) hold(sum[b]);
 #pragma unroll 1
@@ -182,6 +207,11 @@ struct Consumer {
             const u32 stage = ring.stages + at.stage * STAGE_BYTES;
             const u64 x = operand_at(stage), w = TRANSPOSED ? transposed_at(stage + X_BYTES) : operand_at(stage + X_BYTES);
             barrier_wait(ring.full + at.stage * 8, at.parity);
+            if (N == 0) {
+                free_stage(at.stage);
+                at.next();
+                continue;
+            }
             if (GATHER) fence_async();
             begin_products();
 #pragma unroll
@@ -202,7 +232,7 @@ struct Consumer {
         wait_products<0>();
 #pragma unroll
         for (int b = 0; b < ROW_BLOCKS; b++) hold(sum[b]);
-        free_stage(last);
+        if (last != NOTHING) free_stage(last);
     }
 
     // Which of the warp's 16 rows of each block are stored, a bit each, and the factors of the thread's two.
@@ -313,18 +343,21 @@ struct Consumer {
             at.skip(steps);
             tell_threads<256>(1);
         }
-        bool any = tiles.find(blockIdx.x + (u64)group * gridDim.x, tile);
+        const u64 apart = gridDim.x / CLUSTER;
+        bool any = tiles.find(blockIdx.x / CLUSTER + group * apart, tile);
         while (any) {
             f32 sum[ROW_BLOCKS][TILE_N / 2];
             // a stage's barrier tells only its last two uses apart, and the other's come first
             wait_threads<256>(1 + group);
-            const bool half = ROW_BLOCKS == 2 && tile.rows <= 64;
-            const u32 last = half ? multiply_blocks<1>(at, steps, sum) : multiply_blocks<ROW_BLOCKS>(at, steps, sum);
+            u32 last;
+            if (CLUSTER == 2 && tile.rows == 0) last = multiply_blocks<0>(at, steps, sum);
+            else if (ROW_BLOCKS == 2 && tile.rows <= 64) last = multiply_blocks<1>(at, steps, sum);
+            else last = multiply_blocks<ROW_BLOCKS>(at, steps, sum);
             tell_threads<256>(2 - group);
             // behind the last products
             const Rows rows = rows_in(tile);
             next.expert = tile.expert;
-            any = tiles.find(tile.item + 2 * (u64)gridDim.x, next);
+            any = tiles.find(tile.item + 2 * apart, next);
             finish_blocks(last, sum);
             at.skip(steps);
             store_tile(tile, rows, sum, memory);
@@ -343,7 +376,7 @@ __device__ __forceinline__ void grouped_wgmma(const WgmmaParams& q, u8* memory) 
         if (!GATHER) prefetch_map(q.x);
         for (u32 i = 0; i < STAGES; i++) {
             barrier_init(ring.full + i * 8, GATHER ? 128 + 1 : 1);
-            barrier_init(ring.empty + i * 8, 4);
+            barrier_init(ring.empty + i * 8, CLUSTER * 4);
         }
         fence_barriers();
     }
@@ -351,6 +384,8 @@ __device__ __forceinline__ void grouped_wgmma(const WgmmaParams& q, u8* memory) 
     Tiles tiles;
     tiles.make(p, begins + (GATHER ? 2 * TILE_M : 0));
     const u32 steps = (u32)((p.inner + STEP - 1) / STEP);
+    // the other block's barriers are there
+    if (CLUSTER == 2) wait_cluster();
     if (group == 0) {
         fewer_registers<PRODUCER_REGISTERS>();
         const Producer producer = {q, tiles, ring, begins};
@@ -359,5 +394,10 @@ __device__ __forceinline__ void grouped_wgmma(const WgmmaParams& q, u8* memory) 
         more_registers<CONSUMER_REGISTERS>();
         const Consumer consumer = {p, q.scale, ring, group - 1};
         consumer.multiply_tiles(tiles, steps, store + (threadIdx.x / 32 - 4) * STORE_BYTES);
+    }
+    if (CLUSTER == 2) {
+        // neither may end while the other still writes to its memory
+        __syncwarp();
+        wait_cluster();
     }
 }

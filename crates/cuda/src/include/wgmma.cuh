@@ -19,6 +19,20 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
+// The address of the same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ u32 address_in(u32 address, u32 block) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+    return there;
+}
+// Arrives at the barrier of a block of the cluster. Nothing is released: what would be makes the thread wait for all it wrote.
+__device__ __forceinline__ void barrier_arrive_there(u32 barrier) {
+    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// All threads of the cluster.
+__device__ __forceinline__ void wait_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Waits until the phase of this parity is over, which is the present one or the one before.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     asm volatile("{\n"
@@ -40,6 +54,13 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barri
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row, u32 matrix) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
                  "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(matrix)
+                 : "memory");
+}
+// The same to the same place in both blocks of a cluster, whose barriers at the same place are told.
+__device__ __forceinline__ void copy_box_to_both(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+                 "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"((u16)3)
                  : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {

@@ -13,12 +13,59 @@ const SOME_ROWS: usize = 13;
 /// at most have such a last one.
 const MANY_ROWS: usize = 385;
 const FEW_EXPERTS: usize = 48;
+/// Rows of an expert from which the second tile of a last pair is seldom missed.
+const VERY_MANY_ROWS: usize = 768;
 /// Weight rows of a tile: what there is a product for.
 const WIDTHS: [u16; 4] = [128, 192, 240, 256];
 /// Those that are whole boxes of 64.
 const BOXES: [u16; 3] = [128, 192, 256];
 /// Stages beyond which more do not help, and below which copies are not hidden.
 const STAGES: [usize; 2] = [8, 3];
+
+/// How a tile is cut, and who shares it.
+#[derive(Clone, Copy)]
+struct Form {
+    rows: u16,
+    widest: u16,
+    /// Whether two blocks with neighbouring rows share its weight rows.
+    paired: bool,
+    why: &'static str,
+}
+
+const SHORT: Form = Form {
+    rows: 64,
+    widest: 256,
+    paired: false,
+    why: "many rows an expert: warpgroup tensor cores, tiles of 64 rows, little of which is empty",
+};
+const TALL: Form = Form {
+    rows: 128,
+    widest: 192,
+    paired: false,
+    why: "few experts with many rows: warpgroup tensor cores, tiles of 128 rows, each weight used the most",
+};
+const PAIRED: Form = Form {
+    rows: 64,
+    widest: 256,
+    paired: true,
+    why: "very many rows an expert: warpgroup tensor cores, tiles of 64 rows, pairs of which share weights on their way",
+};
+
+impl Form {
+    /// `mean` rows of an expert.
+    fn of(sizes: &Sizes, mean: usize) -> Self {
+        match mean {
+            VERY_MANY_ROWS.. => PAIRED,
+            // down's short inner dimension leaves little time between its long epilogues
+            MANY_ROWS.. if sizes.experts <= FEW_EXPERTS && sizes.product.stage == Stage::GateUp => TALL,
+            _ => SHORT,
+        }
+    }
+
+    fn tile(self, columns: u16, stages: usize) -> WgmmaTile {
+        WgmmaTile { rows: self.rows, columns, stages: stages as u8, paired: self.paired }
+    }
+}
 
 /// None where the device or the operands have no such kernel, or another one is faster.
 pub(super) fn wgmma(sizes: &Sizes, device: &DeviceNumbers) -> Option<GroupedPlan> {
@@ -27,25 +74,17 @@ pub(super) fn wgmma(sizes: &Sizes, device: &DeviceNumbers) -> Option<GroupedPlan
     if device.compute_capability != (9, 0) || !sizes.engine || sizes.invariant || mean < SOME_ROWS {
         return None;
     }
-    // down's short inner dimension leaves little time between its long epilogues
-    let tall = product.stage == Stage::GateUp && mean >= MANY_ROWS && experts <= FEW_EXPERTS;
-    let (tile_rows, widest, why) = if tall {
-        (
-            128,
-            192,
-            "few experts with very many rows: warpgroup tensor cores, tiles of 128 rows, each weight used the most",
-        )
-    } else {
-        (64, 256, "many rows an expert: warpgroup tensor cores, tiles of 64 rows, little of which is empty")
-    };
+    let form = Form::of(sizes, mean);
+    let cluster = if form.paired { 2 } else { 1 };
     let tiles = |columns: u16| {
-        row_tiles(rows, experts, tile_rows.into()).saturating_mul((outputs * product.halves()).div_ceil(columns.into()))
+        let columns = (outputs * product.halves()).div_ceil(columns.into());
+        row_tiles(rows, experts, usize::from(form.rows) * cluster).saturating_mul(columns)
     };
     let multiprocessors = device.multiprocessors as usize;
-    let widest = if tiles(widest) < multiprocessors { WIDTHS[0] } else { widest };
+    let widest = if tiles(form.widest) * cluster < multiprocessors { WIDTHS[0] } else { form.widest };
     let columns = width(outputs, product.halves(), &WIDTHS, widest);
-    let (tile, grid) = ring([tile_rows, columns], tiles(columns), (product.gather, experts), device)?;
-    Some(GroupedPlan { kernel: GroupedKernel::Wgmma { product, format: x, tile, ends }, grid, why })
+    let (tile, grid) = ring(form.tile(columns, STAGES[0]), tiles(columns), (product.gather, experts), device)?;
+    Some(GroupedPlan { kernel: GroupedKernel::Wgmma { product, format: x, tile, ends }, grid, why: form.why })
 }
 
 /// The tile and grid of a gradient of rows, whose weights come in whole boxes of columns; `gather`: whether d is gathered.
@@ -58,29 +97,30 @@ pub(super) fn backward_rows(
     if device.compute_capability != (9, 0) || rows / experts.min(rows).max(1) < SOME_ROWS {
         return None;
     }
-    let tiles = |columns: u16| row_tiles(rows, experts, 64).saturating_mul(inputs.div_ceil(columns.into()));
+    let tiles =
+        |columns: u16| row_tiles(rows, experts, SHORT.rows.into()).saturating_mul(inputs.div_ceil(columns.into()));
     let [narrow, .., wide] = BOXES;
     let widest = if tiles(wide) < device.multiprocessors as usize { narrow } else { wide };
     let columns = width(inputs, 1, &BOXES, widest);
-    ring([64, columns], tiles(columns), (gather, experts), device)
+    ring(SHORT.tile(columns, STAGES[0]), tiles(columns), (gather, experts), device)
 }
 
-/// A tile with as many stages as there is room for, and a grid for so many; None where stages would be too few.
+/// A tile with as many stages as there is room for, at most those it has, and a grid for so many tiles or pairs of them;
+/// None where stages would be too few.
 fn ring(
-    [rows, columns]: [u16; 2],
+    tile: WgmmaTile,
     tiles: usize,
     (gather, experts): (bool, usize),
     device: &DeviceNumbers,
 ) -> Option<(WgmmaTile, Grid)> {
-    let tile = WgmmaTile { rows, columns, stages: STAGES[0] as u8 };
     let room = device.shared_per_block.saturating_sub(tile.other_bytes(gather, experts));
-    let stages = (room / tile.stage_bytes()).min(STAGES[0]);
+    let stages = (room / tile.stage_bytes()).min(tile.stages.into());
     if stages < STAGES[1] {
         return None;
     }
     let tile = WgmmaTile { stages: stages as u8, ..tile };
     let shared = stages * tile.stage_bytes() + tile.other_bytes(gather, experts);
-    let blocks = tiles.min(device.multiprocessors as usize);
+    let blocks = tiles.min(device.multiprocessors as usize / tile.cluster()) * tile.cluster();
     Some((tile, Grid::line(blocks, WgmmaTile::THREADS).with_shared(shared)))
 }
 
@@ -93,15 +133,14 @@ fn width(outputs: usize, halves: usize, widths: &[u16], widest: u16) -> u16 {
 
 /// Every tile of every plan of a gradient of rows.
 pub(super) fn backward_tiles() -> impl Iterator<Item = WgmmaTile> {
-    BOXES.into_iter().map(|columns| WgmmaTile { rows: 64, columns, stages: 4 })
+    BOXES.into_iter().map(|columns| SHORT.tile(columns, 4))
 }
 
 /// Every tile of every plan of a product.
 pub(super) fn tiles() -> Vec<WgmmaTile> {
-    let tile = |rows, columns, stages| WgmmaTile { rows, columns, stages };
-    let small = WIDTHS.map(|columns| tile(64, columns, 4));
-    let large = WIDTHS.into_iter().filter(|&columns| columns <= 192).map(|columns| tile(128, columns, 5));
-    small.into_iter().chain(large).collect()
+    let short = WIDTHS.map(|columns| SHORT.tile(columns, 4)).into_iter();
+    let tall = WIDTHS.into_iter().filter(|&columns| columns <= TALL.widest).map(|columns| TALL.tile(columns, 5));
+    short.chain(tall).chain(WIDTHS.map(|columns| PAIRED.tile(columns, 4))).collect()
 }
 
 #[cfg(test)]
@@ -110,19 +149,38 @@ mod tests {
     use crate::plan::grouped::tests::{down, sizes};
     use crate::plan::tests::device;
 
-    fn tile(sizes: &Sizes) -> Option<(u16, u16)> {
-        match wgmma(sizes, &device())?.kernel {
-            GroupedKernel::Wgmma { tile, .. } => Some((tile.rows, tile.columns)),
+    fn plan(sizes: &Sizes) -> Option<(WgmmaTile, Grid)> {
+        let plan = wgmma(sizes, &device())?;
+        match plan.kernel {
+            GroupedKernel::Wgmma { tile, .. } => Some((tile, plan.grid)),
             _ => None,
         }
     }
 
+    fn tile(sizes: &Sizes) -> Option<(u16, u16)> {
+        plan(sizes).map(|(tile, _)| (tile.rows, tile.columns))
+    }
+
     #[test]
-    fn tiles_grow_with_the_rows_of_an_expert() {
-        assert_eq!([1536, 4096, 65536].map(|rows| tile(&sizes(rows))), [None, Some((64, 256)), Some((64, 256))]);
+    fn pairs_share_weights_where_rows_are_many() {
+        let paired = |rows| plan(&sizes(rows)).map(|(tile, _)| tile.paired);
+        assert_eq!([1536, 4096, 65536, 131_072].map(paired), [None, Some(false), Some(false), Some(true)]);
+        let few = |rows| plan(&Sizes { experts: 8, ..down(rows) }).map(|(tile, _)| tile.paired);
+        assert_eq!([2048, 8192].map(few), [Some(false), Some(true)]);
+        // whole pairs of blocks
+        let odd = DeviceNumbers { multiprocessors: 131, ..device() };
+        let grid = wgmma(&sizes(131_072), &odd).map(|plan| plan.grid.blocks);
+        assert_eq!(grid, Some([130, 1, 1]));
+    }
+
+    #[test]
+    fn few_experts_take_tall_tiles_before_pairs() {
         let few = |rows| Sizes { experts: 8, ..sizes(rows) };
-        assert_eq!([2048, 4096].map(|rows| tile(&few(rows))), [Some((64, 256)), Some((128, 192))]);
-        assert_eq!(tile(&Sizes { experts: 8, ..down(65536) }), Some((64, 256)));
+        assert_eq!(
+            [2048, 4096, 8192].map(|rows| tile(&few(rows))),
+            [Some((64, 256)), Some((128, 192)), Some((64, 256))]
+        );
+        assert_eq!(tile(&Sizes { experts: 8, ..down(4096) }), Some((64, 256)));
     }
 
     #[test]
@@ -149,11 +207,11 @@ mod tests {
 
     #[test]
     fn every_tile_is_one_of_those_that_are_compiled_in_tests() {
-        for rows in [2000, 20_000, 100_000] {
+        for rows in [2000, 20_000, 100_000, 200_000] {
             for outputs in [8, 64, 100, 704, 768, 1000, 2880, 14336] {
                 for sizes in [sizes(rows), Sizes { experts: 8, ..sizes(rows) }, down(rows)] {
-                    let plan = tile(&Sizes { outputs, ..sizes });
-                    let known = tiles().iter().any(|known| plan == Some((known.rows, known.columns)));
+                    let plan = plan(&Sizes { outputs, ..sizes }).map(|(tile, _)| WgmmaTile { stages: 0, ..tile });
+                    let known = tiles().iter().any(|&known| plan == Some(WgmmaTile { stages: 0, ..known }));
                     assert!(known, "{rows} {outputs}: {plan:?}");
                 }
             }
