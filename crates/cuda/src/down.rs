@@ -7,7 +7,8 @@ use fused_moe_core::Shape;
 use fused_moe_core::operation::{Down, Matrices};
 
 pub(crate) fn down(cuda: &Cuda, stream: &CudaStream, operands: &Down<'_, Cuda>) -> Result<()> {
-    let groups = Groups::Offsets { offsets: Tensor::of(&operands.offsets)?, row_slot: Tensor::default() };
+    let offsets = Tensor::of(&operands.offsets)?;
+    let groups = Groups::Offsets { offsets, row_slot: Tensor::default(), counter: 0 };
     down_of(cuda, stream, operands, groups, Manner::default())
 }
 

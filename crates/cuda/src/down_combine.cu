@@ -48,12 +48,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) down_combine(const _
     if (lane != 0 || own >= p.outputs) return;
     for (u32 slot = 0; p.bias.data && slot < slots; slot++)
         value = fmaf(q.weights.data ? weights[slot] : 1.0f, bias_at(p, expert_at<W_T>(p, experts[slot]).bias, i), value);
-    value *= q.routed_scale;
-    if (q.shared.data) {
-        const f32 factor = q.shared_scale * (q.logit.data ? sigmoid(element(q.logit, 0, 0)) : 1.0f);
-        value = fmaf(factor, element(q.shared, 0, i), value);
-    }
-    if (q.residual.data) value += element(q.residual, 0, i);
-    const f32 y[1] = {value};
-    store<1>(q.out, 0, i, y);
+    store_combined(q, i, value);
 }

@@ -33,41 +33,39 @@ pub(crate) struct DownCombine<'a> {
     pub(crate) out: View<Mut<'a>>,
 }
 
+impl DownCombine<'_> {
+    /// Errors: `Misaligned`.
+    pub(crate) fn params(&self) -> Result<DownCombineParams> {
+        let (shared, out) = (&self.shared, Tensor::of(&self.out)?);
+        Ok(DownCombineParams {
+            down: GroupedParams {
+                x: Tensor::of(&self.a)?,
+                slot_experts: Tensor::of(&self.experts)?.data,
+                rows: self.a.rows() as u64,
+                ..self.matrices.down().params()
+            },
+            weights: Tensor::maybe(self.weights.as_ref())?,
+            shared: Tensor::maybe(shared.as_ref().map(|shared| &shared.y))?,
+            logit: Tensor::maybe(shared.as_ref().and_then(|shared| shared.logit.as_ref()))?,
+            residual: match &self.residual {
+                Some(Residual::Of(residual)) => Tensor::of(residual)?,
+                Some(Residual::InPlace) => out,
+                None => Tensor::default(),
+            },
+            out,
+            routed_scale: self.routed_scale,
+            shared_scale: shared.as_ref().map_or(0.0, |shared| shared.scale),
+        })
+    }
+}
+
 /// `out = residual + routed_scale * sum_k weights[k] * (down_k . a[k] + bias_k) + shared`, slots in order.
 ///
 /// Errors: `Misaligned`.
 pub(crate) fn down_combine(cuda: &Cuda, stream: &CudaStream, operands: &DownCombine<'_>) -> Result<()> {
-    let DownCombine { a, matrices, shared, .. } = operands;
-    let table = matrices.down();
-    let (w, inner, out) = (table.weights(), table.inner as u64, Tensor::of(&operands.out)?);
-    let params = DownCombineParams {
-        down: GroupedParams {
-            x: Tensor::of(a)?,
-            bias: table.bias,
-            weights: w.data,
-            expert_stride: table.expert_stride as u64,
-            row_stride: w.stride,
-            slot_experts: Tensor::of(&operands.experts)?.data,
-            rows: a.rows() as u64,
-            inner,
-            outputs: table.outputs as u64,
-            experts: table.experts as u32,
-            first: table.first as u32,
-            here: table.here as u32,
-            ..GroupedParams::default()
-        },
-        weights: Tensor::maybe(operands.weights.as_ref())?,
-        shared: Tensor::maybe(shared.as_ref().map(|shared| &shared.y))?,
-        logit: Tensor::maybe(shared.as_ref().and_then(|shared| shared.logit.as_ref()))?,
-        residual: match &operands.residual {
-            Some(Residual::Of(residual)) => Tensor::of(residual)?,
-            Some(Residual::InPlace) => out,
-            None => Tensor::default(),
-        },
-        out,
-        routed_scale: operands.routed_scale,
-        shared_scale: shared.as_ref().map_or(0.0, |shared| shared.scale),
-    };
+    let DownCombine { a, matrices, .. } = operands;
+    let (table, params) = (matrices.down(), operands.params()?);
+    let (w, inner) = (table.weights(), params.down.inner);
     let sizes =
         plan::Sizes { slots: a.rows(), inner: table.inner, outputs: table.outputs, x: a.dtype(), weight: table.format };
     let aligned = |n: u64| params.down.x.aligned(n) && w.aligned(n) && inner.is_multiple_of(n);

@@ -13,6 +13,7 @@ pub(crate) fn gate_up(cuda: &Cuda, stream: &CudaStream, operands: &GateUp<'_, Cu
     let groups = Groups::Offsets {
         offsets: Tensor::of(&operands.permutation.offsets)?,
         row_slot: Tensor::of(&operands.permutation.row_slot)?,
+        counter: 0,
     };
     gate_up_of(cuda, stream, operands, groups, false)
 }

@@ -15,7 +15,7 @@ params! {
         weights: u64, table: u64, expert_stride: u64, row_stride: u64, offsets: u64, row_slot: u64, slot_experts: u64,
         rows: u64, inner: u64, outputs: u64,
         experts: u32, first: u32, here: u32, top_k: u32, input_columns: u32, neighbours: u32, limit: f32, alpha: f32,
-        early: u32, zero: u32,
+        early: u32, zero: u32, counter: u64,
     }
 }
 
@@ -183,8 +183,9 @@ impl GroupedKernel {
 pub(crate) enum Groups {
     /// All of them the first expert's.
     One,
-    /// Grouped by expert, as offsets `[E+1]` say; a row's slot is `row_slot[r]` where rows are gathered.
-    Offsets { offsets: Tensor, row_slot: Tensor },
+    /// Grouped by expert, as offsets `[E+1]` say; a row's slot is `row_slot[r]` where rows are gathered. `counter` is the
+    /// address of a zero of this product's own, by which its blocks take tiles as they come; 0: each has its share.
+    Offsets { offsets: Tensor, row_slot: Tensor, counter: u64 },
     /// The slots themselves, for which experts `[R]` are given, each in range.
     Slots { experts: Tensor },
 }
@@ -237,29 +238,21 @@ pub(crate) fn grouped(cuda: &Cuda, stream: &CudaStream, operands: &Grouped) -> R
         x,
         out,
         input_weights: input_weights.0,
-        bias: table.bias,
-        weights: w.data,
         table: if matches!(groups, Groups::Slots { .. }) { 0 } else { table.entries },
-        expert_stride: table.expert_stride as u64,
-        row_stride: w.stride,
         rows: rows as u64,
-        inner,
-        outputs: table.outputs as u64,
-        experts: table.experts as u32,
-        first: table.first as u32,
-        here: table.here as u32,
         top_k: operands.top_k as u32,
         input_columns: input_weights.1 as u32,
         neighbours: (halves_aligned && out.aligned(neighbours)).into(),
         limit: operands.constants.0,
         alpha: operands.constants.1,
         early: operands.early.into(),
-        ..GroupedParams::default()
+        ..table.params()
     };
     match groups {
         Groups::One => {}
-        Groups::Offsets { offsets, row_slot } => {
+        Groups::Offsets { offsets, row_slot, counter } => {
             params.offsets = offsets.data;
+            params.counter = counter;
             params.row_slot = if product.gather { row_slot.data } else { 0 };
         }
         Groups::Slots { experts } => params.slot_experts = experts.data,

@@ -2,20 +2,20 @@
 
 pub(crate) mod backward;
 
-use crate::grouped::{self, GroupedKernel};
+use crate::grouped::{self, GroupedKernel, Product};
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
 use crate::plan::pieces::Pieces;
 use crate::{
-    accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, route,
+    accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, ring, route,
     route_permute,
 };
 use backward::BackwardKernel;
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 
-/// A kernel and what it is specialised by.
+/// A kernel and what it is specialised by. `choice` is the format of logits and how many a lane has, `ring` warps and stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
     Gate { x: DType, router: DType, vector: u8 },
@@ -44,6 +44,8 @@ pub(crate) enum Kernel {
     Grouped(GroupedKernel),
     Backward(BackwardKernel),
     DownCombine { x: DType, weight: DType, vector: u8, slots: u8, unroll: u8 },
+    GateUpRing { product: Product, format: DType, choice: (DType, u8), ring: [u8; 2] },
+    DownCombineRing { format: DType, choice: (DType, u8), ring: [u8; 2] },
 }
 
 /// Rows and columns that a block of a matrix product has, its warps a slice of the inner dimension each.
@@ -109,6 +111,8 @@ const ROUTE: &str = include_str!("include/route.cuh");
 const PERMUTE: &str = include_str!("include/permute.cuh");
 const PIECES: &str = include_str!("include/pieces.cuh");
 const ACTIVATION: &str = include_str!("include/activation.cuh");
+const DOWN_COMBINE: &str = include_str!("include/down_combine.cuh");
+const RING: &str = include_str!("include/ring.cuh");
 
 impl Kernel {
     /// The name of its entry and of its file.
@@ -140,6 +144,8 @@ impl Kernel {
             Self::Grouped(kernel) => kernel.entry(),
             Self::Backward(kernel) => kernel.entry(),
             Self::DownCombine { .. } => "down_combine",
+            Self::GateUpRing { .. } => "gate_up_ring",
+            Self::DownCombineRing { .. } => "down_combine_ring",
         }
     }
 
@@ -167,6 +173,8 @@ impl Kernel {
             Self::Grouped(kernel) => kernel.params(),
             Self::Backward(kernel) => kernel.params(),
             Self::DownCombine { .. } => down_combine::DownCombineParams::DEFINITION,
+            Self::GateUpRing { .. } => ring::GateUpRingParams::DEFINITION,
+            Self::DownCombineRing { .. } => ring::DownCombineRingParams::DEFINITION,
         }
     }
 
@@ -174,6 +182,7 @@ impl Kernel {
     fn parts(self) -> Vec<&'static str> {
         let (choice, gate) = (route::ChoiceParams::DEFINITION, gate::GateParams::DEFINITION);
         let permute = permute::PermuteParams::DEFINITION;
+        let (route, down) = (route::RouteParams::DEFINITION, grouped::GroupedParams::DEFINITION);
         let own = self.params();
         match self {
             Self::Gate { .. } => vec![REDUCE, DOT, own, GATE, include_str!("gate.cu")],
@@ -184,7 +193,6 @@ impl Kernel {
             }
             Self::Route { .. } => vec![REDUCE, choice, ROUTE, own, include_str!("route.cu")],
             Self::RoutePermute { .. } => {
-                let route = route::RouteParams::DEFINITION;
                 vec![REDUCE, choice, ROUTE, route, permute, own, include_str!("route_permute.cu")]
             }
             Self::GatherWeights { .. } => vec![REDUCE, own, include_str!("gather_weights.cu")],
@@ -207,8 +215,17 @@ impl Kernel {
             Self::Grouped(kernel) => [vec![REDUCE, ACTIVATION], kernel.parts()].concat(),
             Self::Backward(kernel) => kernel.parts(),
             Self::DownCombine { .. } => {
-                let down = grouped::GroupedParams::DEFINITION;
-                vec![REDUCE, ACTIVATION, down, grouped::GROUPED, grouped::STREAM, own, include_str!("down_combine.cu")]
+                let parts = [grouped::STREAM, own, DOWN_COMBINE, include_str!("down_combine.cu")];
+                [[REDUCE, ACTIVATION, down, grouped::GROUPED], parts].concat()
+            }
+            Self::GateUpRing { .. } => {
+                let parts = [choice, ROUTE, route, own, RING, include_str!("gate_up_ring.cu")];
+                [&[REDUCE, ACTIVATION, MMA, down, grouped::GROUPED][..], &parts].concat()
+            }
+            Self::DownCombineRing { .. } => {
+                let combine = [down_combine::DownCombineParams::DEFINITION, DOWN_COMBINE];
+                let parts = [choice, ROUTE, route, own, RING, include_str!("down_combine_ring.cu")];
+                [&[REDUCE, ACTIVATION, MMA, down, grouped::GROUPED][..], &combine, &parts].concat()
             }
         }
     }
@@ -226,7 +243,12 @@ impl Kernel {
     /// Whether it may use more shared memory than a launch gives unasked.
     pub(crate) fn asks_for_shared(self) -> bool {
         match self {
-            Self::Route { .. } | Self::GateRoute { .. } | Self::Permute | Self::Grouped(_) => true,
+            Self::Route { .. }
+            | Self::GateRoute { .. }
+            | Self::Permute
+            | Self::Grouped(_)
+            | Self::GateUpRing { .. }
+            | Self::DownCombineRing { .. } => true,
             Self::Backward(kernel) => kernel.asks_for_shared(),
             _ => false,
         }
@@ -247,7 +269,9 @@ impl Kernel {
             | Self::PermuteScatter
             | Self::Combine { .. }
             | Self::Linear { .. }
-            | Self::DownCombine { .. } => true,
+            | Self::DownCombine { .. }
+            | Self::GateUpRing { .. }
+            | Self::DownCombineRing { .. } => true,
             Self::Grouped(kernel) => !matches!(kernel, GroupedKernel::Wgmma { .. }),
             Self::Backward(_)
             | Self::GatherWeights { .. }
@@ -282,6 +306,17 @@ impl Kernel {
                 ("TILE_N", tile.columns.to_string()),
             ]
         };
+        let ring = |product: Product, format: DType, (logits, lane_logits): (DType, u8), [warps, stages]: [u8; 2]| {
+            let mut defines = product.defines();
+            defines.extend([
+                ("W_T", format.to_string()),
+                ("LOGITS_T", logits.to_string()),
+                ("LANE_LOGITS", number(lane_logits.into())),
+                ("WARPS", number(warps.into())),
+                ("STAGES", number(stages.into())),
+            ]);
+            defines
+        };
         match self {
             Self::Gate { x, router, vector } => with(product(x, "ROUTER_T", router, vector), "TOKENS", number(TOKENS)),
             Self::GateTiled { x, router, vector } => product(x, "ROUTER_T", router, vector),
@@ -294,9 +329,11 @@ impl Kernel {
                 ("THREADS", number(threads.into())),
                 ("LANE_LOGITS", number(lane_logits.into())),
             ],
-            Self::RoutePermute { logits, lane_logits } => {
-                vec![("LOGITS_T", logits.to_string()), ("LANE_LOGITS", number(lane_logits.into()))]
-            }
+            Self::RoutePermute { logits, lane_logits } => vec![
+                ("LOGITS_T", logits.to_string()),
+                ("LANE_LOGITS", number(lane_logits.into())),
+                ("COUNTERS", crate::workspace::COUNTERS.to_string()),
+            ],
             Self::GatherWeights { scores } => vec![("SCORES_T", scores.to_string())],
             Self::Activation { activation, pieces } => {
                 with([&activation.defines()[..], &pieces.defines()].concat(), "SIGMOID", pieces.sigmoid().to_string())
@@ -313,8 +350,8 @@ impl Kernel {
             }
             Self::LinearTiled { x, weight, vector } => product(x, "WEIGHT_T", weight, vector),
             Self::LinearMma { format, tile } => split(format, false, tile),
-            Self::Permute
-            | Self::PermuteCount
+            Self::Permute => vec![("COUNTERS", crate::workspace::COUNTERS.to_string())],
+            Self::PermuteCount
             | Self::PermuteScan
             | Self::PermuteScatter
             | Self::DropOverflow
@@ -332,6 +369,8 @@ impl Kernel {
                 defines.extend([("SLOTS", number(slots.into())), ("UNROLL", number(unroll.into()))]);
                 defines
             }
+            Self::GateUpRing { product, format, choice, ring: of } => ring(product, format, choice, of),
+            Self::DownCombineRing { format, choice, ring: of } => ring(Product::DOWN, format, choice, of),
         }
     }
 
@@ -372,6 +411,7 @@ impl Kernel {
             for lane_logits in crate::plan::LANE_LOGITS {
                 all.push(Self::Route { logits: x, threads: 32, lane_logits });
                 all.push(Self::RoutePermute { logits: x, lane_logits });
+                all.extend(rings(Activation::default(), DType::BF16, x, lane_logits));
             }
             all.push(Self::GatherWeights { scores: x });
             for vector in [1, 4] {
@@ -399,11 +439,22 @@ impl Kernel {
         for pieces in Pieces::all() {
             all.extend(activations().map(|activation| Self::Activation { activation: activation.into(), pieces }));
         }
+        for format in [DType::F16, DType::BF16] {
+            all.extend(activations().flat_map(|activation| rings(activation, format, DType::F32, 0)));
+        }
         all
     }
 }
 
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// The kernels for one token.
+fn rings(activation: Activation, format: DType, logits: DType, lane_logits: u8) -> [Kernel; 2] {
+    let (gated, activation) = (activation.is_gated(), Some(activation.into()));
+    let product = Product { stage: grouped::Stage::GateUp, gather: true, gated, activation };
+    let (choice, ring) = ((logits, lane_logits), [12, 4]);
+    [Kernel::GateUpRing { product, format, choice, ring }, Kernel::DownCombineRing { format, choice, ring: [8, 4] }]
+}
 
 /// One activation of every kind.
 fn activations() -> impl Iterator<Item = Activation> {

@@ -10,6 +10,8 @@ use crate::grouped::Groups;
 use crate::launch::Tensor;
 use crate::memory::{Memory, Mut, Ref};
 use crate::pack::Experts;
+use crate::plan::ring::{self, RingPlan};
+use crate::ring::{GateUpRing, Routes, down_combine_ring, gate_up_ring};
 use crate::workspace::{Buffer, Scratch, SharedScratch, Workspace};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType::{F16, F32};
@@ -20,7 +22,7 @@ use fused_moe_core::problem::LayerProblem;
 use fused_moe_core::surroundings::{On, Reads, Surroundings};
 use fused_moe_core::weights::{LayerWeights, floats};
 use fused_moe_core::{Backend, DType, HostView, Layer, Numerics, Options, Permutation, Routing, View};
-use routing::RoutesFrom;
+use routing::{Outcome, RoutesFrom, Wanted};
 use shared::SharedExpert;
 use std::ops::Range;
 
@@ -213,54 +215,70 @@ impl CudaLayer {
         let alone = tokens == 1 && call.counts.is_none() && ours && self.problem.slots_are_rows();
         let Forward { source, token_ids, sequences, residual, norm, routes, counts, y, .. } = call;
 
-        let group = !alone && ours && self.problem.slots_are_rows();
-        let from = |logits| RoutesFrom { logits, x: reads.router, token_ids, sequences, group };
-        let (routing, grouped) = match source {
-            Source::Routes(Routing { experts, weights }) => (Routing { experts, weights }, false),
+        let ring = if alone { self.rings(cuda, reads.experts)? } else { None };
+        let wanted = match ring {
+            Some(_) => Wanted::Logits,
+            None if !alone && ours && self.problem.slots_are_rows() => Wanted::Groups,
+            None => Wanted::Routes,
+        };
+        let from = |logits| RoutesFrom { logits, x: reads.router, token_ids, sequences, wanted };
+        let (routing, outcome) = match source {
+            Source::Routes(Routing { experts, weights }) => (Routing { experts, weights }, Outcome::default()),
             Source::Logits(logits) => {
                 self.routing(cuda, stream, from(Some(logits)), &mut scratch.routing, &mut scratch.permutation)?
             }
             Source::Router => self.routing(cuda, stream, from(None), &mut scratch.routing, &mut scratch.permutation)?,
         };
-        if !alone && !grouped {
-            self.permute(cuda, stream, routing.experts, local.clone(), &mut scratch.permutation)?;
-        }
+        let counted = match alone || outcome.grouped {
+            true => outcome.grouped,
+            false => self.permute(cuda, stream, routing.experts, local.clone(), &mut scratch.permutation)?,
+        };
         let Permutation { row_slot, slot_row, offsets } = scratch.permutation.views(rows, choices)?;
         // experts without weights have no rows
         let offsets = offsets.columns(0, config.experts + 1)?;
-        let groups = if alone {
-            Groups::Slots { experts: Tensor::of(&routing.experts)? }
-        } else {
-            Groups::Offsets { offsets: Tensor::of(&offsets)?, row_slot: Tensor::of(&row_slot)? }
+        let counters = Tensor::of(&offsets)?.data + 4 * (choices as u64 + 1);
+        let groups = |product: u64| -> Result<Groups> {
+            if alone {
+                return Ok(Groups::Slots { experts: Tensor::of(&routing.experts)? });
+            }
+            let counter = if counted { counters + 4 * product } else { 0 };
+            Ok(Groups::Offsets { offsets: Tensor::of(&offsets)?, row_slot: Tensor::of(&row_slot)?, counter })
         };
         let x = self.expert_input(cuda, stream, reads.experts, &mut scratch.tokens, &mut scratch.y)?;
         let (between, outputs) = formats(x.dtype(), *gate_up, *down);
         let on_input = config.weight_on == WeightOn::Input;
-        gate_up_of(
-            cuda,
-            stream,
-            &GateUp {
+        let there = || Routes::there(&routing);
+        let ring =
+            ring.map(|plans| Ok::<_, crate::Error>((plans, outcome.left.map_or_else(there, Ok)?))).transpose()?;
+        let (matrices, activation) = (&self.experts, config.activation);
+        let out = scratch.a.view_mut(between, [rows, config.intermediate])?;
+        if let Some(([plan, _], routes)) = &ring {
+            gate_up_ring(cuda, stream, &GateUpRing { x, routes, matrices, activation, on_input, out }, *plan)?;
+        } else {
+            let gate_up = GateUp {
                 x,
                 rows: RowSource::Tokens { top_k: config.top_k },
                 permutation: Permutation { row_slot, slot_row, offsets },
                 input_weights: on_input.then_some(routing.weights),
-                matrices: Matrices::Packed(&self.experts),
+                matrices: Matrices::Packed(matrices),
                 bias: None,
-                activation: config.activation,
+                activation,
                 output: GateUpOutput::Activated,
-                out: scratch.a.view_mut(between, [rows, config.intermediate])?,
-            },
-            groups,
-            invariant,
-        )?;
+                out,
+            };
+            gate_up_of(cuda, stream, &gate_up, groups(0)?, invariant)?;
+        }
         let weights = (!on_input).then_some(routing.weights);
         let residual = residual.map(shorten_residual);
         if alone && norm.is_none() && self.expert_out.is_none() {
             let shared = self.shared_output(cuda, stream, x, &mut scratch.shared)?;
             let a = scratch.a.view(between, [rows, config.intermediate])?;
-            let (experts, matrices, routed_scale) = (routing.experts, &self.experts, config.routed_scale);
+            let (experts, routed_scale) = (routing.experts, config.routed_scale);
             let operands = DownCombine { a, experts, weights, matrices, routed_scale, shared, residual, out: y };
-            down_combine(cuda, stream, &operands)?;
+            match &ring {
+                Some(([_, plan], routes)) => down_combine_ring(cuda, stream, &operands, routes, *plan)?,
+                None => down_combine(cuda, stream, &operands)?,
+            }
         } else {
             down_of(
                 cuda,
@@ -272,7 +290,7 @@ impl CudaLayer {
                     bias: None,
                     out: scratch.y.view_mut(outputs, [rows, hidden])?,
                 },
-                groups,
+                groups(1)?,
                 Manner { invariant, early: true },
             )?;
             let nothing = x.row_range(0, 0)?;
@@ -307,6 +325,17 @@ impl CudaLayer {
             Some(counts) => copy::counts(cuda, stream, offsets, counts),
             None => Ok(()),
         }
+    }
+
+    /// How one token that reads `x`, its slots its rows, goes through its experts' rings, if it can.
+    fn rings(&self, cuda: &Cuda, x: In<'_>) -> Result<Option<[RingPlan; 2]>> {
+        let LayerProblem { core: config, gate_up, down, .. } = &self.problem;
+        let &LayerConfig { top_k: slots, hidden, intermediate, .. } = config;
+        let one = x.dtype() == *gate_up && x.dtype() == *down && x.dtype().size() == 2;
+        let pieces = Tensor::of(&x)?.aligned(8) && hidden.is_multiple_of(8) && intermediate.is_multiple_of(8);
+        let halves = if config.activation.is_gated() { 2 } else { 1 };
+        let sizes = ring::Sizes { slots, hidden, intermediate, halves };
+        Ok(if one && pieces { ring::ring(&sizes, cuda.numbers()) } else { None })
     }
 
     /// What the shared expert makes of every token, if there is one.

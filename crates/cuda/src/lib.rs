@@ -107,6 +107,7 @@ mod permute;
 mod plan;
 mod record;
 mod rehearse;
+mod ring;
 mod route;
 mod route_backward;
 mod route_permute;

@@ -1,5 +1,6 @@
 use crate::Cuda;
 use crate::error::Result;
+use crate::grouped::GroupedParams;
 use crate::launch::{Addressed, Tensor, dtype_code};
 use crate::memory::Memory;
 use crate::upload::Upload;
@@ -262,6 +263,22 @@ impl Table {
             inner: view.cols(),
             outputs,
         })
+    }
+
+    /// Where a grouped product finds the experts, which are a stack.
+    pub(crate) fn params(&self) -> GroupedParams {
+        GroupedParams {
+            bias: self.bias,
+            weights: self.address,
+            expert_stride: self.expert_stride as u64,
+            row_stride: self.row_stride as u64,
+            inner: self.inner as u64,
+            outputs: self.outputs as u64,
+            experts: self.experts as u32,
+            first: self.first as u32,
+            here: self.here as u32,
+            ..GroupedParams::default()
+        }
     }
 
     /// The stack as rows.

@@ -12,6 +12,7 @@ extern "C" __global__ void __launch_bounds__(1024) permute(const __grid_constant
     for (u64 i = threadIdx.x; i < (blockDim.x / 32) * (u64)experts; i += blockDim.x) counts[i] += rows[i % experts];
     u32* offsets = reinterpret_cast<u32*>(p.offsets.data);
     for (u32 e = threadIdx.x; e <= experts; e += blockDim.x) offsets[e] = rows[e];
+    if (p.counters && threadIdx.x < COUNTERS) reinterpret_cast<u32*>(p.counters)[threadIdx.x] = 0;
     __syncthreads();
     scatter_block(p, block, counts);
     u32* row_slot = reinterpret_cast<u32*>(p.row_slot.data);

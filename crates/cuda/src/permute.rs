@@ -7,6 +7,7 @@ params! {
     PermuteParams {
         experts: Tensor, row_slot: Tensor, slot_row: Tensor, offsets: Tensor, slots: u64, slots_per_block: u64,
         blocks: u64, status: u64, experts_total: u32, top_k: u32, first: u32, end: u32, parts: u32,
+        zero: u32, counters: u64,
     }
 }
 
@@ -17,6 +18,16 @@ params! {
 }
 
 pub(crate) fn permute(cuda: &Cuda, stream: &CudaStream, operands: Permute<'_, Cuda>) -> Result<()> {
+    permute_counted(cuda, stream, operands, 0).map(|_| ())
+}
+
+/// The same, and the counters at this address become 0 where one block does it all; whether it did.
+pub(crate) fn permute_counted(
+    cuda: &Cuda,
+    stream: &CudaStream,
+    operands: Permute<'_, Cuda>,
+    counters: u64,
+) -> Result<bool> {
     let problem = operands.problem()?;
     let plan = plan::permute(&problem, cuda.numbers());
     let params = PermuteParams {
@@ -33,8 +44,11 @@ pub(crate) fn permute(cuda: &Cuda, stream: &CudaStream, operands: Permute<'_, Cu
         first: problem.first as u32,
         end: problem.end as u32,
         parts: plan.parts as u32,
+        zero: 0,
+        counters,
     };
-    plan.launches.iter().flatten().try_for_each(|plan| launch(cuda, stream, plan.kernel, plan.grid, &params))
+    plan.launches.iter().flatten().try_for_each(|plan| launch(cuda, stream, plan.kernel, plan.grid, &params))?;
+    Ok(counters != 0 && plan.launches[1].is_none())
 }
 
 pub(crate) fn tile_schedule(cuda: &Cuda, stream: &CudaStream, operands: TileSchedule<'_, Cuda>) -> Result<()> {

@@ -4,6 +4,7 @@ pub(crate) mod backward;
 pub(crate) mod down_combine;
 pub(crate) mod grouped;
 pub(crate) mod pieces;
+pub(crate) mod ring;
 mod wgmma;
 
 use crate::device::DeviceNumbers;
@@ -131,7 +132,7 @@ fn warp_routes(problem: &ChoiceProblem) -> bool {
 pub(crate) const LANE_LOGITS: [u8; 3] = [4, 8, 16];
 
 /// How many logits a lane has where a warp keeps a token's in registers, for the rules that go so.
-fn lane_logits(problem: &ChoiceProblem) -> Option<u8> {
+pub(crate) fn lane_logits(problem: &ChoiceProblem) -> Option<u8> {
     let plain = matches!(problem.rule.selection, Selection::TopK { groups: None, .. }) && problem.rule.always == 0;
     let fits = |&logits: &u8| problem.experts <= 32 * usize::from(logits);
     LANE_LOGITS.into_iter().find(fits).filter(|_| plain && problem.top_k <= 32)

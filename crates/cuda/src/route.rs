@@ -99,13 +99,19 @@ pub(crate) fn normalize_code(normalize: Normalize) -> (u32, f32) {
     }
 }
 
+impl RouteParams {
+    pub(crate) fn new(problem: &ChoiceProblem, operands: &Route<'_, Cuda>, stream: &CudaStream) -> Result<Self> {
+        Ok(Self {
+            logits: Tensor::of(&operands.logits)?,
+            choice: ChoiceParams::new(problem, &operands.choice, stream)?,
+            tokens: problem.tokens as u64,
+        })
+    }
+}
+
 pub(crate) fn route(cuda: &Cuda, stream: &CudaStream, operands: Route<'_, Cuda>) -> Result<()> {
     let problem = operands.problem()?;
-    let params = RouteParams {
-        logits: Tensor::of(&operands.logits)?,
-        choice: ChoiceParams::new(&problem, &operands.choice, stream)?,
-        tokens: problem.tokens as u64,
-    };
+    let params = RouteParams::new(&problem, &operands, stream)?;
     let plan = plan::route(&problem, operands.choice.witness.is_some());
     launch(cuda, stream, plan.kernel, plan.grid, &params)
 }

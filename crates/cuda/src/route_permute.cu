@@ -1,11 +1,12 @@
 // route and permute in one launch of one block, for few tokens: a warp a token. As a token chooses an expert once, a word
-// holds the tokens of an expert.
+// holds the tokens of an expert. Behind the offsets are the counters of the products that follow.
 
 extern "C" __global__ void __launch_bounds__(1024) route_permute(const __grid_constant__ RoutePermuteParams q) {
     __shared__ u32 tokens_of[32 * LANE_LOGITS], first_row[32 * LANE_LOGITS];
     const RouteParams& p = q.route;
     const u32 experts = p.choice.experts_total, top_k = p.choice.top_k, t = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (u32 e = threadIdx.x; e < experts; e += blockDim.x) tokens_of[e] = 0;
+    if (t < p.tokens) fetch(row_of<const LOGITS_T>(p.logits, t), experts);
     take_turn();
     __syncthreads();
     LaneRoute route = {};
@@ -33,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(1024) route_permute(const __grid_co
             row += __popc(tokens_of[e]);
         }
         if (lane == 31) offsets[experts] = sum;
+        if (lane < COUNTERS) offsets[experts + 1 + lane] = 0;
     }
     __syncthreads();
     if (t >= p.tokens || lane >= top_k) return;

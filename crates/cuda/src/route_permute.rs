@@ -5,7 +5,7 @@ use crate::launch::{Tensor, launch, params};
 use crate::memory::Mut;
 use crate::permute::PermuteParams;
 use crate::plan::Plan;
-use crate::route::{ChoiceParams, RouteParams};
+use crate::route::RouteParams;
 use crate::{Cuda, CudaStream};
 use fused_moe_core::View;
 use fused_moe_core::operation::Route;
@@ -20,7 +20,7 @@ pub(crate) struct Grouped<'a> {
     pub(crate) row_slot: View<Mut<'a>>,
     /// u32 `[R]`.
     pub(crate) slot_row: View<Mut<'a>>,
-    /// u32 `[E+1]`.
+    /// u32 `[E+1]`, and the counters, which become 0.
     pub(crate) offsets: View<Mut<'a>>,
 }
 
@@ -36,11 +36,7 @@ pub(crate) fn route_permute(
 ) -> Result<()> {
     let problem = operands.problem()?;
     let params = RoutePermuteParams {
-        route: RouteParams {
-            logits: Tensor::of(&operands.logits)?,
-            choice: ChoiceParams::new(&problem, &operands.choice, stream)?,
-            tokens: problem.tokens as u64,
-        },
+        route: RouteParams::new(&problem, operands, stream)?,
         permute: PermuteParams {
             row_slot: Tensor::of(&grouped.row_slot)?,
             slot_row: Tensor::of(&grouped.slot_row)?,

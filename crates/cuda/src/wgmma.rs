@@ -15,7 +15,7 @@ params! {
 
 /// The instructions of its kernels, and the ring that feeds them.
 pub(crate) const INSTRUCTIONS: [&str; 3] =
-    [include_str!("include/mma.cuh"), include_str!("include/wgmma.cuh"), include_str!("include/ring.cuh")];
+    [include_str!("include/mma.cuh"), include_str!("include/wgmma.cuh"), include_str!("include/barrier_ring.cuh")];
 
 /// A tile, and the stages of the ring that feeds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

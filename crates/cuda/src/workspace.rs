@@ -74,7 +74,7 @@ pub(crate) struct PermutationScratch<'a> {
     pub(crate) row_slot: Buffer<'a>,
     /// u32 `[R]`.
     pub(crate) slot_row: Buffer<'a>,
-    /// u32 `[E+1]`, likewise.
+    /// u32 `[E+1]`, likewise, and a counter for each of the two products.
     pub(crate) offsets: Buffer<'a>,
 }
 
@@ -90,6 +90,9 @@ pub(crate) struct SharedScratch<'a> {
     /// u32 `[2]`, likewise.
     pub(crate) ends: Buffer<'a>,
 }
+
+/// Counters of the products behind the offsets.
+pub(crate) const COUNTERS: usize = 2;
 
 /// What the stages from router to combine need.
 const BUFFERS: usize = 17;
@@ -171,7 +174,7 @@ fn buffers(layer: &LayerProblem, tokens: usize) -> Option<[usize; BUFFERS + surr
         best,
         rows,
         rows,
-        choices + 1,
+        choices + 1 + COUNTERS,
         tokens.checked_mul(hidden)?,
         rows.checked_mul(config.intermediate)?,
         rows.checked_mul(hidden)?,

@@ -23,13 +23,22 @@ struct Loader {
     Tile tile;
     u32 step;
     bool any;
+    // the block's tiles after the first one, as they come, and which of them is next
+    u32* next;
+    u32 turn;
     // one piece of each of these rows is this thread's
     const u16* x[X_COPIES];
     const u16* weights;
     u32 x_inside, w_inside;
 
+    // The item after `item`; `after` is how many of the block's tiles came before that.
+    __device__ __forceinline__ u64 item_after(u64 item, u32 after) const { return next ? next[after % 2] : item + gridDim.x; }
+
     __device__ __forceinline__ void begin_tile(const GroupedParams& p) {
         step = 0;
+        turn++;
+        // before this launch's turn, too: since the launch before the last one the counter is this launch's alone
+        if (next && threadIdx.x == 0) next[turn % 2] = gridDim.x + atomicAdd(reinterpret_cast<u32*>(p.counter), 1);
         const u32 r = threadIdx.x / 8, piece = threadIdx.x % 8;
         x_inside = w_inside = 0;
 #pragma unroll
@@ -69,7 +78,7 @@ struct Loader {
                 copy_async(to + X_BYTES + i * ROWS_AT_ONCE * 128, weights + k + i * apart, inside);
             }
             if (++step == steps) {
-                any = schedule.find<TILE_M>(p, tile.item + gridDim.x, tile);
+                any = schedule.find<TILE_M>(p, item_after(tile.item, turn), tile);
                 if (any) begin_tile(p);
             }
         }
@@ -119,6 +128,7 @@ __device__ __forceinline__ void store_tile(const GroupedParams& p, const Tile& t
 }
 
 __device__ __forceinline__ void grouped_mma(const GroupedParams& p, u8* memory) {
+    __shared__ u32 next[2];
     const u32 ring = shared_address(memory);
     // tiles of many rows have no registers to spare, nor much to gain
     const bool early = TILE_M < 128 && p.early;
@@ -133,6 +143,9 @@ __device__ __forceinline__ void grouped_mma(const GroupedParams& p, u8* memory) 
     bool any = schedule.find<TILE_M>(p, blockIdx.x, tile);
     loader.any = any;
     loader.tile = tile;
+    // a tile's successor is known a turn of the ring before it is wanted
+    loader.next = p.counter && steps >= STAGES ? next : nullptr;
+    loader.turn = 0;
     if (any) loader.begin_tile(p);
     if (early) {
         // while the launch before still makes the rows
@@ -147,7 +160,7 @@ __device__ __forceinline__ void grouped_mma(const GroupedParams& p, u8* memory) 
         for (u32 i = 0; i < STAGES - 1; i++) loader.copy<true, true>(p, schedule, steps, ring + i * STAGE_BYTES);
     }
 
-    u32 read = 0, write = STAGES - 1;
+    u32 read = 0, write = STAGES - 1, done = 0;
     while (any) {
         f32 sum[WARP_M / 16][WARP_N / 8][4] = {};
         for (u32 step = 0; step < steps; step++) {
@@ -159,7 +172,7 @@ __device__ __forceinline__ void grouped_mma(const GroupedParams& p, u8* memory) 
             write = write + 1 == STAGES ? 0 : write + 1;
         }
         store_tile(p, tile, sum);
-        any = schedule.find<TILE_M>(p, tile.item + gridDim.x, tile);
+        any = schedule.find<TILE_M>(p, loader.item_after(tile.item, ++done), tile);
     }
     wait_copies<0>();
 }

@@ -1,19 +1,72 @@
-// A ring of STAGES stages in shared memory, each with a barrier that says it is full and one that says it is free.
+// What the kernels for one token share: its routes, which every block finds for itself, and each warp's own ring.
+//
+// A span is what a warp reads of a row at once: 16 bytes a lane. It has four rows at a time, which share what they multiply.
+#define SPAN 256
+#define WIDE 4
 
+// A ring of STAGES times WIDE spans in shared memory, filled by asynchronous copies. A lane reads what it copied itself, so
+// nobody waits for anyone.
 struct Ring {
-    u32 stages, full, empty;
+    u32 memory, read, write;
+    __device__ __forceinline__ Ring(u32 memory) : memory(memory + threadIdx.x % 32 * 16), read(0), write(0) {}
+
+    static __device__ __forceinline__ u32 after(u32 stage) { return stage + 1 == STAGES ? 0 : stage + 1; }
+    // One span of the stage that is filled; zeros if not `inside`.
+    __device__ __forceinline__ void copy(int n, const u16* from, bool inside) const {
+        copy_async(memory + (write * WIDE + n) * SPAN * 2, from, inside);
+    }
+    __device__ __forceinline__ void filled() {
+        commit_copies();
+        write = after(write);
+    }
+    // For the oldest of STAGES - 1 stages that were filled.
+    __device__ __forceinline__ void wait() const { wait_copies<STAGES - 2>(); }
+    __device__ __forceinline__ Pack<W_T, 8> span(int n) const {
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(memory + (read * WIDE + n) * SPAN * 2)
+                     : "memory");
+        Pack<W_T, 8> pack;
+        memcpy(&pack, &v, sizeof(pack));
+        return pack;
+    }
+    // sum[n] += span n . v of this lane's columns; then the stage is free.
+    __device__ __forceinline__ void multiply(const f32 (&v)[8], bool inside, f32 (&sum)[WIDE]) {
+        if (inside) {
+            Pack<W_T, 8> w[WIDE];
+#pragma unroll
+            for (int n = 0; n < WIDE; n++) w[n] = span(n);
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int n = 0; n < WIDE; n++) sum[n] = fmaf(v[j], to_f32(w[n].v[j]), sum[n]);
+        }
+        read = after(read);
+    }
 };
 
-// A stage of the ring and the parity of its use.
-struct Place {
-    u32 stage, parity;
-
-    __device__ __forceinline__ void skip(u32 n) {
-        const u32 to = stage + n;
-        parity ^= to / STAGES & 1;
-        stage = to % STAGES;
-    }
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
+struct Chosen {
+    u32 expert[32];
+    f32 weight[32];
 };
+
+// The token's routes, by the first warp: of its logits where LANE_LOGITS says how many a lane has, else as they were written.
+// All of it past this multiprocessor's own cache, as it may be read before this launch's turn. `weigh`: weights too, and
+// `write`: for others.
+__device__ __forceinline__ void find_routes(const RouteParams& p, bool weigh, bool write, Chosen& chosen) {
+    const u32 lane = threadIdx.x;
+    if (lane >= 32) return;
+#if LANE_LOGITS > 0
+    const auto choice = choose_in_registers<LOGITS_T, LANE_LOGITS>(p.choice, row_of<const LOGITS_T>(p.logits, 0), lane);
+    chosen.expert[lane] = choice.expert;
+    if (!weigh) return;
+    const LaneRoute route = {choice.expert, weight_in_registers(p.choice, choice, lane), choice.finite};
+    chosen.weight[lane] = route.weight;
+    if (write) route.write(p.choice, 0, lane);
+#else
+    if (lane >= p.choice.top_k) return;
+    chosen.expert[lane] = __ldcg(row_of<const u32>(p.choice.experts, 0) + lane);
+    if (weigh) chosen.weight[lane] = __ldcg(row_of<const f32>(p.choice.weights, 0) + lane);
+#endif
+}

@@ -24,16 +24,16 @@
 #define TAKEN 0ull
 #define PREFERRED (1ull << 63)
 
-__device__ __forceinline__ u64 word_of_key(f32 key, u32 e) {
-    u32 bits = __float_as_uint(key + 0.0f);
-    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return PREFERRED | (u64)bits << 31 | (0x7fffffffu - e);
+// The key's bits, made monotonic.
+__device__ __forceinline__ u32 order_of_key(f32 key) {
+    const u32 bits = __float_as_uint(key + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+__device__ __forceinline__ f32 key_of_order(u32 order) { return __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order); }
+
+__device__ __forceinline__ u64 word_of_key(f32 key, u32 e) { return PREFERRED | (u64)order_of_key(key) << 31 | (0x7fffffffu - e); }
 __device__ __forceinline__ u32 expert_of_word(u64 word) { return 0x7fffffffu - (u32)(word & 0x7fffffffu); }
-__device__ __forceinline__ f32 key_of_word(u64 word) {
-    u32 bits = (u32)(word >> 31);
-    return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
-}
+__device__ __forceinline__ f32 key_of_word(u64 word) { return key_of_order((u32)(word >> 31)); }
 
 // What the scores of a token are made from.
 struct Scores {
@@ -259,70 +259,98 @@ __device__ void route_token(const ChoiceParams& p, const L* logits, u64 t, u32 l
 struct LaneRoute {
     u32 expert;
     f32 weight;
+    bool finite;
     __device__ __forceinline__ void write(const ChoiceParams& p, u64 t, u32 lane) const {
+        if (lane == 0 && !finite) raise(p.status, STATUS_NO_FINITE_SCORE);
         if (lane >= p.top_k) return;
         row_of<u32>(p.experts, t)[lane] = expert;
         row_of<f32>(p.weights, t)[lane] = weight;
     }
 };
 
-template <class L, int PER_LANE>
-__device__ __forceinline__ LaneRoute route_in_registers(const ChoiceParams& p, const L* logits, u32 lane) {
+// What is chosen, and what the weights are made from: a lane's expert and the logits that it read.
+template <int PER_LANE> struct LaneChoice {
+    u32 expert;
+    bool finite;
     f32 logit[PER_LANE];
-    Scores scores = {-INFINITE, 0.0f, p.score};
-    u32 finite = 0;
+
+    __device__ __forceinline__ Scores scores(const ChoiceParams& p) const {
+        Scores scores = {-INFINITE, 0.0f, p.score};
+        if (p.score != SCORE_SOFTMAX) return scores;
 #pragma unroll
-    for (u32 i = 0; i < PER_LANE; i++) logit[i] = lane + 32 * i < p.experts_total ? to_f32(logits[lane + 32 * i]) : NOT_A_NUMBER;
-#pragma unroll
-    for (u32 i = 0; i < PER_LANE; i++) {
-        if (logit[i] > scores.max) scores.max = logit[i];
-        finite |= is_finite(logit[i]);
-    }
-    if (!__any_sync(0xffffffffu, finite)) {
-        if (lane == 0) raise(p.status, STATUS_NO_FINITE_SCORE);
-        return {lane, NOT_A_NUMBER};
-    }
-    if (p.score == SCORE_SOFTMAX) {
-        scores.max = key_of_word((u64)__reduce_max_sync(0xffffffffu, (u32)(word_of_key(scores.max, 0) >> 31)) << 31);
+        for (u32 i = 0; i < PER_LANE; i++)
+            if (logit[i] > scores.max) scores.max = logit[i];
+        scores.max = key_of_order(__reduce_max_sync(0xffffffffu, order_of_key(scores.max)));
 #pragma unroll
         for (u32 i = 0; i < PER_LANE; i++) scores.sum += scores.term(logit[i]);
         scores.sum = reduce_warp<Sum>(scores.sum);
+        return scores;
     }
-    u64 word[PER_LANE], mine = TAKEN;
+};
+
+template <class L, int PER_LANE>
+__device__ __forceinline__ LaneChoice<PER_LANE> choose_in_registers(const ChoiceParams& p, const L* logits, u32 lane) {
+    LaneChoice<PER_LANE> choice;
+    choice.expert = lane;
+    u32 finite = 0;
+    // past this multiprocessor's own cache: some launches read them before their turn
 #pragma unroll
     for (u32 i = 0; i < PER_LANE; i++) {
         const u32 e = lane + 32 * i;
-        word[i] = TAKEN;
-        if (e < p.experts_total) {
-            f32 key = p.by_logit ? logit[i] : scores.of(logit[i]);
-            if (p.bias.data) key += element(p.bias, 0, e);
-            word[i] = word_of_key(is_nan(logit[i]) || is_nan(key) ? -INFINITE : key, e);
-        }
-        mine = Max::of(mine, word[i]);
+        choice.logit[i] = e < p.experts_total ? load_through(logits + e) : NOT_A_NUMBER;
     }
-    u32 expert = 0;
-    f32 value = 0.0f;
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE; i++) finite |= is_finite(choice.logit[i]);
+    choice.finite = __any_sync(0xffffffffu, finite);
+    if (!choice.finite) return choice;
+    Scores scores = {};
+    if (!p.by_logit) scores = choice.scores(p);
+    // 0 is below what any key has
+    u32 order[PER_LANE], best = 0, at = 0;
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE; i++) {
+        const u32 e = lane + 32 * i;
+        const f32 logit = choice.logit[i];
+        order[i] = 0;
+        if (e < p.experts_total) {
+            f32 key = p.by_logit ? logit : scores.of(logit);
+            if (p.bias.data) key += element(p.bias, 0, e);
+            order[i] = order_of_key(is_nan(logit) || is_nan(key) ? -INFINITE : key);
+        }
+        if (order[i] > best) {
+            best = order[i];
+            at = e;
+        }
+    }
 #pragma unroll 1
     for (u32 k = 0; k < p.top_k; k++) {
-        const u32 e = expert_of_word(largest<32>(mine, nullptr));
-        f32 own = 0.0f;
-        u64 rest = TAKEN;
+        const u32 most = __reduce_max_sync(0xffffffffu, best);
+        const u32 e = __reduce_min_sync(0xffffffffu, best == most ? at : 0xffffffffu);
+        if (lane == k) choice.expert = e;
+        if (e % 32 != lane) continue;
+        best = 0;
 #pragma unroll
         for (u32 i = 0; i < PER_LANE; i++) {
-            if (e == lane + 32 * i) {
-                word[i] = TAKEN;
-                own = logit[i];
+            if (e == lane + 32 * i) order[i] = 0;
+            if (order[i] > best) {
+                best = order[i];
+                at = lane + 32 * i;
             }
-            rest = Max::of(rest, word[i]);
-        }
-        mine = rest;
-        own = __shfl_sync(0xffffffffu, own, e % 32);
-        if (lane == k) {
-            expert = e;
-            value = own;
         }
     }
+    return choice;
+}
+
+template <int PER_LANE>
+__device__ __forceinline__ f32 weight_in_registers(const ChoiceParams& p, const LaneChoice<PER_LANE>& choice, u32 lane) {
+    if (!choice.finite) return NOT_A_NUMBER;
     const bool chosen = lane < p.top_k;
+    f32 value = 0.0f;
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE; i++) {
+        const f32 logit = __shfl_sync(0xffffffffu, choice.logit[i], choice.expert % 32);
+        if (choice.expert / 32 == i && chosen) value = logit;
+    }
     if (p.softmax_of_chosen) {
         Scores of_chosen = {-INFINITE, 0.0f, SCORE_SOFTMAX};
         if (chosen && value > of_chosen.max) of_chosen.max = value;
@@ -330,9 +358,9 @@ __device__ __forceinline__ LaneRoute route_in_registers(const ChoiceParams& p, c
         of_chosen.sum = reduce_warp<Sum>(chosen ? of_chosen.term(value) : 0.0f);
         value = of_chosen.of(value);
     } else {
-        value = scores.of(value);
+        value = choice.scores(p).of(value);
     }
-    if (p.scale_when == SCALE_BEFORE && chosen) value *= element(p.scale, 0, expert);
+    if (p.scale_when == SCALE_BEFORE && chosen) value *= element(p.scale, 0, choice.expert);
     f32 divisor = 1.0f;
     if (p.normalize != NORMALIZE_NONE) {
         const f32 sum = reduce_warp<Sum>(!chosen ? 0.0f : p.normalize == NORMALIZE_LP ? powf(fabsf(value), p.normalize_by) : value);
@@ -341,6 +369,12 @@ __device__ __forceinline__ LaneRoute route_in_registers(const ChoiceParams& p, c
         if (p.normalize == NORMALIZE_LP) divisor = powf(sum, 1.0f / p.normalize_by);
     }
     f32 weight = divisor == 0.0f ? 0.0f : value / divisor;
-    if (p.scale_when == SCALE_AFTER && chosen) weight *= element(p.scale, 0, expert);
-    return {expert, weight * p.weight_scale};
+    if (p.scale_when == SCALE_AFTER && chosen) weight *= element(p.scale, 0, choice.expert);
+    return weight * p.weight_scale;
+}
+
+template <class L, int PER_LANE>
+__device__ __forceinline__ LaneRoute route_in_registers(const ChoiceParams& p, const L* logits, u32 lane) {
+    const LaneChoice<PER_LANE> choice = choose_in_registers<L, PER_LANE>(p, logits, lane);
+    return {choice.expert, weight_in_registers(p, choice, lane), choice.finite};
 }

@@ -76,6 +76,11 @@ template <int N, class T> __device__ __forceinline__ void store(T* to, const f32
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
+// Past this multiprocessor's own cache.
+__device__ __forceinline__ f32 load_through(const f32* from) { return __ldcg(from); }
+__device__ __forceinline__ f32 load_through(const bf16* from) { return to_f32(bf16{__ldcg(&from->bits)}); }
+__device__ __forceinline__ f32 load_through(const f16* from) { return to_f32(f16{__ldcg(&from->bits)}); }
+
 // An operand: rows `stride` elements apart; no address means that it is absent.
 struct Tensor {
     u64 data;
@@ -122,6 +127,12 @@ __device__ __forceinline__ void let_next_launch_begin() {
 __device__ __forceinline__ void take_turn() {
     wait_for_launch_before();
     let_next_launch_begin();
+}
+
+// Has a warp bring a row to the second-level cache, which what is still being written may be before this launch's turn.
+template <class T> __device__ __forceinline__ void fetch(const T* row, u64 count) {
+    const u32 line = 128 / sizeof(T);
+    for (u64 i = threadIdx.x % 32 * line; i < count; i += 32 * line) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i));
 }
 
 __device__ __forceinline__ void raise(u64 status, u32 bits) {

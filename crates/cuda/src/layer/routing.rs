@@ -2,8 +2,12 @@
 
 use super::{CudaLayer, In, Out, Router, pieces, vector};
 use crate::error::Result;
+use crate::launch::Tensor;
+use crate::permute::permute_counted;
+use crate::ring::Routes;
+use crate::route::RouteParams;
 use crate::route_permute::{Grouped, route_permute};
-use crate::workspace::{Buffer, PermutationScratch, RoutingScratch};
+use crate::workspace::{Buffer, COUNTERS, PermutationScratch, RoutingScratch};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType::{F32, U32};
 use fused_moe_core::config::{Capacity, CapacityOrder};
@@ -19,13 +23,31 @@ pub(super) struct RoutesFrom<'a> {
     pub(super) x: In<'a>,
     pub(super) token_ids: Option<In<'a>>,
     pub(super) sequences: Option<In<'a>>,
-    /// Whether every slot is sure to have an expert that is here, and its row is wanted.
-    pub(super) group: bool,
+    pub(super) wanted: Wanted,
+}
+
+/// What there is to be after the routing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// The routes.
+    Routes,
+    /// The slots by expert, too: every one is sure to have an expert that is here.
+    Groups,
+    /// The routes, or what the next launch finds them by.
+    Logits,
+}
+
+/// What there is besides the routes.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Outcome {
+    /// The slots are grouped by expert.
+    pub(super) grouped: bool,
+    /// The routes are still to be found by these, and then to be written where they belong.
+    pub(super) left: Option<Routes>,
 }
 
 impl CudaLayer {
-    /// The routes that the layer's rule makes, less what overflows a capacity; and whether their slots are grouped by expert
-    /// in `permutation` already.
+    /// Where the routes are that the layer's rule makes, less what overflows a capacity; `permutation` is for groups.
     pub(super) fn routing<'s>(
         &self,
         cuda: &Cuda,
@@ -33,19 +55,16 @@ impl CudaLayer {
         from: RoutesFrom<'_>,
         scratch: &'s mut RoutingScratch<'_>,
         permutation: &mut PermutationScratch<'_>,
-    ) -> Result<(Routing<'s, Cuda>, bool)> {
-        let RoutesFrom { logits: theirs, x, token_ids, sequences, group } = from;
+    ) -> Result<(Routing<'s, Cuda>, Outcome)> {
+        let RoutesFrom { logits: theirs, x, token_ids, sequences, wanted } = from;
         let slots = [x.rows(), self.problem.core.top_k];
-        let grouped = match theirs {
+        let outcome = match theirs {
             Some(logits) => {
                 let RoutingScratch { experts, weights, .. } = scratch;
                 let choice = self.choice(token_ids, experts.view_mut(U32, slots)?, weights.view_mut(F32, slots)?)?;
-                self.route(cuda, stream, Route { logits, choice }, group.then_some(&mut *permutation))?
+                self.route(cuda, stream, Route { logits, choice }, (wanted, &mut *permutation))?
             }
-            None => {
-                let permutation = group.then_some(&mut *permutation);
-                self.gate_route(cuda, stream, (x, token_ids), scratch, permutation)?
-            }
+            None => self.gate_route(cuda, stream, (x, token_ids), scratch, (wanted, &mut *permutation))?,
         };
         if let Some(capacity) = self.problem.core.capacity {
             let (tokens, choices) = (slots[0], self.problem.core.choices());
@@ -70,62 +89,67 @@ impl CudaLayer {
         }
         let routing =
             Routing { experts: scratch.experts.view(U32, slots)?, weights: scratch.weights.view(F32, slots)? };
-        Ok((routing, grouped))
+        Ok((routing, outcome))
     }
 
-    /// The routes of logits, and the slots by expert if there is `permutation` for them and one launch does both; whether it
-    /// did.
+    /// The routes of logits, and of what is wanted besides what costs no launch of its own.
     fn route(
         &self,
         cuda: &Cuda,
         stream: &CudaStream,
         operands: Route<'_, Cuda>,
-        permutation: Option<&mut PermutationScratch<'_>>,
-    ) -> Result<bool> {
+        (wanted, scratch): (Wanted, &mut PermutationScratch<'_>),
+    ) -> Result<Outcome> {
         let problem = operands.problem()?;
-        let (Some(scratch), Some(plan)) = (permutation, crate::plan::route_permute(&problem)) else {
+        if let Some(lane_logits) = crate::plan::lane_logits(&problem).filter(|_| wanted == Wanted::Logits) {
+            let params = RouteParams::new(&problem, &operands, stream)?;
+            let left = Some(Routes { params, logits: problem.logits, lane_logits });
+            return Ok(Outcome { left, ..Outcome::default() });
+        }
+        let Some(plan) = crate::plan::route_permute(&problem).filter(|_| wanted == Wanted::Groups) else {
             cuda.route(stream, operands)?;
-            return Ok(false);
+            return Ok(Outcome::default());
         };
         let slots = problem.tokens * problem.top_k;
         let grouped = Grouped {
             row_slot: scratch.row_slot.view_mut(U32, [slots])?,
             slot_row: scratch.slot_row.view_mut(U32, [slots])?,
-            offsets: scratch.offsets.view_mut(U32, [problem.experts + 1])?,
+            offsets: scratch.offsets.view_mut(U32, [problem.experts + 1 + COUNTERS])?,
         };
         route_permute(cuda, stream, &operands, &grouped, plan)?;
-        Ok(true)
+        Ok(Outcome { grouped: true, ..Outcome::default() })
     }
 
-    /// The routes that the layer's router makes of tokens; `permutation` and the result as those of [`route`](Self::route).
+    /// The routes that the layer's router makes of tokens, as [`route`](Self::route) does of logits.
     fn gate_route(
         &self,
         cuda: &Cuda,
         stream: &CudaStream,
         (x, token_ids): (In<'_>, Option<In<'_>>),
         scratch: &mut RoutingScratch<'_>,
-        permutation: Option<&mut PermutationScratch<'_>>,
-    ) -> Result<bool> {
-        let Some(router) = &self.router else { return Ok(false) };
+        (wanted, permutation): (Wanted, &mut PermutationScratch<'_>),
+    ) -> Result<Outcome> {
+        let Some(router) = &self.router else { return Ok(Outcome::default()) };
         let (config, tokens) = (&self.problem.core, x.rows());
         let (slots, all) = ([tokens, config.top_k], [tokens, config.choices()]);
         let RoutingScratch { logits, experts, weights, .. } = scratch;
         let choice = self.choice(token_ids, experts.view_mut(U32, slots)?, weights.view_mut(F32, slots)?)?;
         if !self.invariant() {
-            if permutation.is_none() {
+            if wanted == Wanted::Routes {
                 let gate = self.gate(router, x, logits.view_mut(F32, all)?)?;
                 cuda.gate_route(stream, GateRoute { gate, choice })?;
-                return Ok(false);
+                return Ok(Outcome::default());
             }
             cuda.gate(stream, self.gate(router, x, logits.view_mut(F32, all)?)?)?;
-            return self.route(cuda, stream, Route { logits: logits.view(F32, all)?, choice }, permutation);
+            let operands = Route { logits: logits.view(F32, all)?, choice };
+            return self.route(cuda, stream, operands, (wanted, permutation));
         }
         for Range { start, end } in pieces(tokens, true) {
             let some = logits.view_mut(F32, all)?.row_range(start, end - start)?;
             cuda.gate(stream, self.gate(router, x.row_range(start, end - start)?, some)?)?;
         }
         cuda.route(stream, Route { logits: logits.view(F32, all)?, choice })?;
-        Ok(false)
+        Ok(Outcome::default())
     }
 
     fn gate<'s>(&'s self, router: &'s Router, x: In<'s>, logits: Out<'s>) -> Result<Gate<'s, Cuda>> {
@@ -161,7 +185,7 @@ impl CudaLayer {
         })
     }
 
-    /// The slots of some experts, by expert.
+    /// The slots of some experts, by expert; whether the counters are zero then.
     pub(super) fn permute(
         &self,
         cuda: &Cuda,
@@ -169,8 +193,10 @@ impl CudaLayer {
         experts: In<'_>,
         local: Range<usize>,
         scratch: &mut PermutationScratch<'_>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let (slots, experts_total) = (experts.rows() * experts.cols(), self.problem.core.choices());
+        let all = scratch.offsets.view(U32, [experts_total + 1 + COUNTERS])?;
+        let counters = Tensor::of(&all)?.data + 4 * (experts_total as u64 + 1);
         let operands = Permute {
             experts,
             experts_total,
@@ -179,7 +205,7 @@ impl CudaLayer {
             slot_row: scratch.slot_row.view_mut(U32, [slots])?,
             offsets: scratch.offsets.view_mut(U32, [experts_total + 1])?,
         };
-        cuda.permute(stream, operands)
+        permute_counted(cuda, stream, operands, counters)
     }
 }
 

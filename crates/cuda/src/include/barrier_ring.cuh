@@ -1,0 +1,19 @@
+// A ring of STAGES stages in shared memory, each with a barrier that says it is full and one that says it is free.
+
+struct Ring {
+    u32 stages, full, empty;
+};
+
+// A stage of the ring and the parity of its use.
+struct Place {
+    u32 stage, parity;
+
+    __device__ __forceinline__ void skip(u32 n) {
+        const u32 to = stage + n;
+        parity ^= to / STAGES & 1;
+        stage = to % STAGES;
+    }
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};

@@ -1,0 +1,114 @@
+//! One token whose slots are its rows: its experts in two launches, each of which finds the routes for itself.
+
+use crate::activation::constants;
+use crate::down_combine::{DownCombine, DownCombineParams};
+use crate::error::Result;
+use crate::grouped::{GroupedParams, Product, Stage};
+use crate::kernel::Kernel;
+use crate::launch::{Tensor, launch, params};
+use crate::memory::{Mut, Ref};
+use crate::pack::Experts;
+use crate::plan::ring::RingPlan;
+use crate::route::{ChoiceParams, RouteParams};
+use crate::{Cuda, CudaStream};
+use fused_moe_core::config::Activation;
+use fused_moe_core::{DType, Routing, View};
+
+params! {
+    GateUpRingParams { gate_up: GroupedParams, route: RouteParams }
+}
+
+params! {
+    DownCombineRingParams { combine: DownCombineParams, route: RouteParams }
+}
+
+/// What a block finds the routes by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Routes {
+    pub(crate) params: RouteParams,
+    pub(crate) logits: DType,
+    /// Logits of a lane of the warp that chooses; 0: the routes are there already.
+    pub(crate) lane_logits: u8,
+}
+
+impl Routes {
+    /// Those that earlier launches than the one before wrote, or are sure to have written by its turn.
+    pub(crate) fn there(routing: &Routing<'_, Cuda>) -> Result<Self> {
+        let choice = ChoiceParams {
+            experts: Tensor::of(&routing.experts)?,
+            weights: Tensor::of(&routing.weights)?,
+            top_k: routing.experts.cols() as u32,
+            ..ChoiceParams::default()
+        };
+        let params = RouteParams { choice, tokens: 1, ..RouteParams::default() };
+        Ok(Self { params, logits: DType::F32, lane_logits: 0 })
+    }
+}
+
+/// Operands of [`gate_up_ring`].
+pub(crate) struct GateUpRing<'a> {
+    /// `[1, H]`.
+    pub(crate) x: View<Ref<'a>>,
+    pub(crate) routes: &'a Routes,
+    pub(crate) matrices: &'a Experts,
+    pub(crate) activation: Activation,
+    /// Whether a slot's weight multiplies what its expert reads.
+    pub(crate) on_input: bool,
+    /// Written: `[K, I]`, by slot.
+    pub(crate) out: View<Mut<'a>>,
+}
+
+/// `out[k] = act(gate_k . x) * (up_k . x)` for the experts that are chosen; the routes are written where `routes` says, if
+/// they were not there.
+///
+/// Errors: `Misaligned`.
+pub(crate) fn gate_up_ring(cuda: &Cuda, stream: &CudaStream, operands: &GateUpRing<'_>, plan: RingPlan) -> Result<()> {
+    let GateUpRing { routes, matrices, activation, .. } = *operands;
+    let (limit, alpha) = constants(activation);
+    let weights = Tensor { data: routes.params.choice.weights.data, ..Tensor::default() };
+    let gate_up = GroupedParams {
+        x: Tensor::of(&operands.x)?,
+        out: Tensor::of(&operands.out)?,
+        input_weights: if operands.on_input { weights } else { Tensor::default() },
+        rows: operands.out.rows() as u64,
+        // pairs and fours of outputs are aligned in rows of a multiple of 8
+        neighbours: Tensor::of(&operands.out)?.aligned(4).into(),
+        limit,
+        alpha,
+        ..matrices.gate_up().params()
+    };
+    let product = Product {
+        stage: Stage::GateUp,
+        gather: true,
+        gated: activation.is_gated(),
+        activation: Some(activation.into()),
+    };
+    let &Routes { params: route, logits, lane_logits } = routes;
+    let kernel =
+        Kernel::GateUpRing { product, format: operands.x.dtype(), choice: (logits, lane_logits), ring: plan.ring() };
+    if let Some(recorder) = cuda.recorder() {
+        recorder.explain(plan.why);
+    }
+    launch(cuda, stream, kernel, plan.grid, &GateUpRingParams { gate_up, route })
+}
+
+/// [`down_combine`](crate::down_combine::down_combine) of the routes that [`gate_up_ring`] found; its operands' experts and
+/// weights are those that it wrote. What `routes` reads was there when the launch before began.
+///
+/// Errors: `Misaligned`.
+pub(crate) fn down_combine_ring(
+    cuda: &Cuda,
+    stream: &CudaStream,
+    operands: &DownCombine<'_>,
+    routes: &Routes,
+    plan: RingPlan,
+) -> Result<()> {
+    let &Routes { params: route, logits, lane_logits } = routes;
+    let params = DownCombineRingParams { combine: operands.params()?, route };
+    let kernel =
+        Kernel::DownCombineRing { format: operands.a.dtype(), choice: (logits, lane_logits), ring: plan.ring() };
+    if let Some(recorder) = cuda.recorder() {
+        recorder.explain(plan.why);
+    }
+    launch(cuda, stream, kernel, plan.grid, &params)
+}
