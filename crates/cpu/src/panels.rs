@@ -5,18 +5,17 @@
 //!     for each pass over some of the expert's rows
 //!         for each part of the columns
 //!             x = that part of the rows, gathered, in the format that the kernel takes
-//!             for each panel of the block
-//!                 sums += x . that part of the panel              one kernel call, f32
+//!             sums += x . that part of the block's panels         one kernel call, f32
 //!         out = epilogue(input_weight * sums + bias)              rounded once, when stored
 //! ```
 //! A block comes from memory once a call, in the order in which it lies there; what further passes need of it is in the
 //! caches. Each sum is one chain in ascending order, so its bits do not depend on blocks, passes, threads or other rows.
 
 use crate::Cpu;
-use crate::arch::{Kernels, PANEL, PANEL_BLOCK, PANEL_WORDS, Panel, PanelRow, PanelSums, group};
+use crate::arch::{Kernels, PANEL, PANEL_BLOCK, PanelGroup, PanelSums, group};
 use crate::error::Result;
 use crate::grouped::{Busy, Epilogue, Grouped, Inputs};
-use crate::plan::{FEW_ROWS, PASS_ROWS, PanelPlan};
+use crate::plan::{FEW_ROWS, PART_WORDS, PASS_ROWS, PASS_WORDS, PanelPlan};
 use crate::rows::Floats;
 use crate::table::OutRows;
 use bytemuck::cast_slice_mut;
@@ -114,15 +113,18 @@ fn typed<W: Float>(cpu: &Cpu, plan: &PanelPlan, panels: Panels<'_>, operands: Gr
     let busy = Busy::new(groups, rows);
     let share = plan.share(busy.experts().len());
     let blocks = sizes.panels().div_ceil(share.block);
+    let block = |item: usize| {
+        let e = usize::from(*busy.experts().get(item / blocks)?);
+        let (&place, first) = (panels.places.get(e)?.as_ref()?, item % blocks * share.block);
+        Some((Block { place, panels: first..sizes.panels().min(first + share.block) }, groups.rows(e, rows)))
+    };
     cpu.pool.for_each(busy.experts().len() * blocks * share.chunks, share.grain, |item| {
         let (item, chunk) = (item / share.chunks, item % share.chunks);
-        let e = usize::from(busy.experts()[item / blocks]);
-        let (range, first) = (groups.rows(e, rows), item % blocks * share.block);
+        let Some((now, range)) = block(item) else { return };
         let cut = |i: usize| range.start + range.len() * i / share.chunks;
-        if let Some(&Some(place)) = panels.places.get(e) {
-            let block = Block { place, panels: first..sizes.panels().min(first + share.block) };
-            product.rows(&block, cut(chunk)..cut(chunk + 1));
-        }
+        // Meanwhile other threads take the blocks between.
+        let next = block(item + share.stride).map_or(Block { place: now.place, panels: 0..0 }, |(next, _)| next);
+        product.rows(&[now, next], cut(chunk)..cut(chunk + 1));
     });
     Ok(())
 }
@@ -140,6 +142,12 @@ struct Pass {
     len: usize,
 }
 
+/// A part of the columns of a pass's rows, and from a row to the next.
+struct Part<'a> {
+    x: &'a [u32],
+    stride: usize,
+}
+
 /// Everything that the blocks have in common.
 struct Product<'a, W> {
     kernels: Kernels,
@@ -153,12 +161,14 @@ struct Product<'a, W> {
     out: OutRows<'a>,
 }
 
+/// Numbers of 4 bytes in a line of the cache.
+const LINE_WORDS: usize = 16;
 /// Where the sums of the gate rows end, and those of the up rows begin.
 const HALF: usize = PANEL_BLOCK * PANEL / 2;
 
 impl<W: Float> Product<'_, W> {
-    /// The outputs of a block for the rows `rows`, all of one expert.
-    fn rows(&self, block: &Block, rows: Range<usize>) {
+    /// The outputs of the first block for the rows `rows`, all of one expert; the other comes next.
+    fn rows(&self, blocks: &[Block; 2], rows: Range<usize>) {
         let passes = rows.len().div_ceil(PASS_ROWS).max(1);
         let most = rows.len().div_ceil(passes);
         let mut pass = Pass { rows: [(0, 0, 0.0); PASS_ROWS], len: 0 };
@@ -167,64 +177,75 @@ impl<W: Float> Product<'_, W> {
             pass.rows[pass.len] = (row, source, weight);
             pass.len += 1;
             if pass.len == most {
-                self.pass(block, &pass);
+                self.pass(blocks, &pass);
                 pass.len = 0;
             }
         }
         if pass.len > 0 {
-            self.pass(block, &pass);
+            self.pass(blocks, &pass);
         }
     }
 
     /// Buffers for no more rows than there are: clearing them takes time, and room in the cache.
-    fn pass(&self, block: &Block, pass: &Pass) {
+    fn pass(&self, blocks: &[Block; 2], pass: &Pass) {
         match pass.len {
-            ..=FEW_ROWS => self.pass_of::<FEW_ROWS>(block, pass),
-            _ => self.pass_of::<PASS_ROWS>(block, pass),
+            ..=FEW_ROWS => {
+                let (mut x, mut sums) = ([0; PASS_WORDS], [[0.0; _]; FEW_ROWS]);
+                self.pass_in(blocks, pass, &mut x, &mut sums);
+            }
+            _ => {
+                let (mut x, mut sums) = ([0; PASS_ROWS * PART_WORDS], [[0.0; _]; PASS_ROWS]);
+                self.pass_in(blocks, pass, &mut x, &mut sums);
+            }
         }
     }
 
-    /// A pass of at most ROWS rows.
-    fn pass_of<const ROWS: usize>(&self, block: &Block, pass: &Pass) {
+    /// Columns are cut where the rows' part of x ends: the fewer rows, the longer they are.
+    fn pass_in(&self, [now, next]: &[Block; 2], pass: &Pass, x: &mut [u32], sums: &mut [PanelSums]) {
         let (steps, words) = (self.sizes.steps(), if self.pairs { 1 } else { group(W::DTYPE) });
-        let chunk = PANEL_WORDS / words;
-        let mut x: [PanelRow; ROWS] = [[0; _]; ROWS];
-        let mut sums: [PanelSums; ROWS] = [[0.0; _]; ROWS];
-        let (x, sums) = (&mut x[..pass.len], &mut sums[..pass.len]);
+        let sums = &mut sums[..pass.len];
+        // An odd number of lines keeps rows that are read together out of each other's places in the cache.
+        let lines = (x.len() / pass.len).min(steps * words + 2 * LINE_WORDS) / LINE_WORDS;
+        let stride = (lines.saturating_sub(1) | 1) * LINE_WORDS;
+        let chunk = stride / words;
         for first in (0..steps).step_by(chunk) {
-            let part = first..steps.min(first + chunk);
-            for (x, &(_, source, _)) in x.iter_mut().zip(&pass.rows) {
-                self.load(source, part.start * group(W::DTYPE), x);
+            let part = |first: usize| first..steps.min(first + chunk);
+            for (x, &(_, source, _)) in x.chunks_exact_mut(stride).zip(&pass.rows[..pass.len]) {
+                self.load(source, first * group(W::DTYPE), &mut x[..part(first).len() * words]);
             }
-            for (i, panel) in block.panels.clone().enumerate() {
-                let (panels, last) = (&block.panels, part.end == steps);
-                let next = match (panel + 1 < panels.end, last) {
-                    (true, _) => self.part(block.place, panel + 1, part.clone()),
-                    (false, false) => self.part(block.place, panels.start, part.end..steps.min(part.end + chunk)),
-                    (false, true) if panels.end < self.sizes.panels() => {
-                        self.part(block.place, panels.end, 0..chunk.min(steps))
-                    }
-                    (false, true) => &[],
-                };
-                let columns = if self.sizes.gated {
-                    [i * PANEL / 2, HALF + i * PANEL / 2]
-                } else {
-                    [i * PANEL, i * PANEL + PANEL / 2]
-                };
-                let weights = self.part(block.place, panel, part.clone());
-                self.multiply(Panel { weights, next, x, sums, columns });
-            }
+            let weights = self.parts(now, part(first));
+            let next =
+                if first + chunk < steps { self.parts(now, part(first + chunk)) } else { self.parts(next, part(0)) };
+            let x = Part { x: &x[..pass.len * stride], stride };
+            self.multiply([&weights[..now.panels.len()], &next], x, sums);
         }
-        self.finish(block, pass, sums);
+        self.finish(now, pass, sums);
     }
 
-    fn multiply(&self, panel: Panel<'_, W>) {
-        let Panel { weights, next, x, sums, columns } = panel;
-        let pairs = if self.pairs { bf16s(weights).zip(bf16s(next)) } else { None };
-        match pairs {
-            Some((weights, next)) => self.kernels.pair_panel(Panel { weights, next, x, sums, columns }),
-            None => self.kernels.panel(Panel { weights, next, x, sums, columns }),
+    fn multiply(&self, [weights, next]: [&[&[W]]; 2], part: Part<'_>, sums: &mut [PanelSums]) {
+        let (width, Part { x, stride }) = (self.sizes.width(), part);
+        let columns = if self.sizes.gated { [0, HALF] } else { [0, PANEL / 2] };
+        if !self.pairs {
+            return self.kernels.panels(PanelGroup { weights, next, x, stride, sums, columns, width });
         }
+        let mut pairs: [[&[bf16]; PANEL_BLOCK]; 2] = [[&[]; PANEL_BLOCK]; 2];
+        for (pairs, parts) in pairs.iter_mut().zip([weights, next]) {
+            for (pairs, part) in pairs.iter_mut().zip(parts) {
+                *pairs = bytemuck::try_cast_slice(part).unwrap_or_default();
+            }
+        }
+        let [now, next] = &pairs;
+        let weights = &now[..weights.len()];
+        self.kernels.pair_panels(PanelGroup { weights, next, x, stride, sums, columns, width });
+    }
+
+    /// The lines `steps` of a block's panels.
+    fn parts(&self, block: &Block, steps: Range<usize>) -> [&[W]; PANEL_BLOCK] {
+        let mut parts: [&[W]; PANEL_BLOCK] = [&[]; PANEL_BLOCK];
+        for (part, panel) in parts.iter_mut().zip(block.panels.clone()) {
+            *part = self.part(block.place, panel, steps.clone());
+        }
+        parts
     }
 
     /// Lines of a panel.
@@ -235,19 +256,19 @@ impl<W: Float> Product<'_, W> {
     }
 
     /// A row of x from a column on, as the kernel reads it.
-    fn load(&self, row: usize, col: usize, to: &mut PanelRow) {
+    fn load(&self, row: usize, col: usize, to: &mut [u32]) {
         if self.pairs
             && let Floats::BF16(x) = self.x
         {
             let from = x.row(row).get(col..).unwrap_or_default();
-            let to: &mut [bf16] = cast_slice_mut(&mut to[..PANEL_WORDS]);
+            let to: &mut [bf16] = cast_slice_mut(to);
             let count = from.len().min(to.len());
             to[..count].copy_from_slice(&from[..count]);
             to[count..].fill(bf16::ZERO);
             return;
         }
-        let count = self.sizes.inner.saturating_sub(col).min(PANEL_WORDS);
-        let to: &mut [f32] = cast_slice_mut(&mut to[..PANEL_WORDS]);
+        let count = self.sizes.inner.saturating_sub(col).min(to.len());
+        let to: &mut [f32] = cast_slice_mut(to);
         self.x.load(self.kernels, row, col, &mut to[..count]);
         to[count..].fill(0.0);
     }
@@ -289,11 +310,6 @@ impl<W: Float> Product<'_, W> {
             }
         }
     }
-}
-
-/// The same numbers, where they are bf16.
-fn bf16s<W: Float>(numbers: &[W]) -> Option<&[bf16]> {
-    if W::DTYPE == DType::BF16 { bytemuck::try_cast_slice(numbers).ok() } else { None }
 }
 
 /// `values = weight * values + bias`.

@@ -6,7 +6,7 @@ mod layer;
 mod panels;
 
 pub(crate) use layer::LayerPlan;
-pub(crate) use panels::{FEW_ROWS, PASS_ROWS, PanelPlan, operand};
+pub(crate) use panels::{FEW_ROWS, PART_WORDS, PASS_ROWS, PASS_WORDS, PanelPlan, operand};
 
 use crate::arch::Isa;
 use crate::device::Caches;

@@ -1,6 +1,7 @@
 use crate::error::Result;
-use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The threads that share a call's work.
 #[derive(Clone, Debug)]
@@ -34,19 +35,59 @@ impl Pool {
         }
     }
 
-    /// `work(i)` for every i below `count`, in any order, some at once; at least `grain` successive ones on a thread.
+    /// `work(i)` for every i below `count`, some at once; a thread takes the next `grain` whenever it is free, so that all end
+    /// together however fast each is, and memory is read about in the order of i.
     pub(crate) fn for_each(&self, count: usize, grain: usize, work: impl Fn(usize) + Send + Sync) {
-        if count <= grain.max(1) || self.threads() == 1 {
-            serially(count, work);
+        let (grain, next) = (grain.clamp(1, count.max(1)), AtomicUsize::new(0));
+        let take = || {
+            let first = next.fetch_add(grain, Ordering::Relaxed);
+            (first < count).then(|| first..count.min(first + grain))
+        };
+        let threads = self.threads().min(count.div_ceil(grain));
+        if threads <= 1 {
+            serially(take, &work);
         } else {
-            self.install(|| (0..count).into_par_iter().with_min_len(grain.max(1)).for_each(work));
+            self.install(|| together(threads, &|| serially(take, &work)));
         }
     }
+}
+
+/// `work` on as many threads as are free, at most so many.
+fn together(threads: usize, work: &(impl Fn() + Sync)) {
+    if threads <= 1 {
+        return work();
+    }
+    let left = threads / 2;
+    rayon::join(|| together(left, work), || together(threads - left, work));
 }
 
 /// Apart, so that what `work` has on the stack is not also on the stack of a call that waits for other threads: a thread
 /// that waits begins other work on top of it.
 #[inline(never)]
-fn serially(count: usize, work: impl Fn(usize)) {
-    (0..count).for_each(work);
+fn serially(take: impl Fn() -> Option<Range<usize>>, work: &impl Fn(usize)) {
+    while let Some(range) = take() {
+        range.for_each(work);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_is_done_once() {
+        for threads in [1, 2, 3, 5] {
+            let pool = Pool::with_threads(threads).unwrap();
+            for (count, grain) in [(0, 0), (1, 0), (7, 1), (7, 3), (1000, 1), (1000, 999), (5, usize::MAX)] {
+                let done: Vec<_> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+                pool.for_each(count, grain, |i| {
+                    done[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(
+                    done.iter().all(|done| done.load(Ordering::Relaxed) == 1),
+                    "{threads} threads, {count}, {grain}"
+                );
+            }
+        }
+    }
 }

@@ -28,7 +28,7 @@ mod simd;
 mod tests;
 
 pub(crate) use outer::{OUTER_COLUMNS, Outer, Place};
-pub(crate) use panel::{PANEL, PANEL_BLOCK, PANEL_WORDS, Panel, PanelRow, PanelSums, group};
+pub(crate) use panel::{PANEL, PANEL_BLOCK, PanelGroup, PanelSums, group};
 pub(crate) use shared::SharedSlice;
 
 use activation::{Activate, Buffers};
@@ -189,19 +189,19 @@ impl Kernels {
         }
     }
 
-    /// A part of a panel times rows of f32, added to sums; see [`Panel`].
-    pub(crate) fn panel<W: Float>(self, panel: Panel<'_, W>) {
-        self.run(panel);
+    /// Parts of panels times rows of f32, added to sums; see [`PanelGroup`].
+    pub(crate) fn panels<W: Float>(self, group: PanelGroup<'_, W>) {
+        self.run(group);
     }
 
     /// The same with rows of bf16; nothing where the instruction set does not form products of such numbers.
-    pub(crate) fn pair_panel(self, panel: Panel<'_, bf16>) {
+    pub(crate) fn pair_panels(self, group: PanelGroup<'_, bf16>) {
         match self.isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
-            Isa::Avx512Bf16 => unsafe { avx512::run_bf16(panel::PairPanel(panel)) },
+            Isa::Avx512Bf16 => unsafe { avx512::run_bf16(panel::PairPanelGroup(group)) },
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx512Bf16 => scalar::run(panel::PairPanel(panel)),
+            Isa::Avx512Bf16 => scalar::run(panel::PairPanelGroup(group)),
             _ => {}
         }
     }

@@ -1,31 +1,30 @@
-//! A panel of weights times rows of x: the inner loop of the products with packed matrices.
+//! Panels of weights times rows of x: the inner loop of the products with packed matrices.
 //!
 //! ```text
-//! for a tile of rows n (as many as the registers hold sums of, or fewer)
-//!     acc[n][0..32] = sums[n][..]
-//!     for each step k
-//!         w = line k of the panel: an element, or a pair of bf16, of each of 32 outputs
-//!         acc[n] += w * x[n][k]                      x[n][k] in every lane: no sum across lanes
-//!     sums[n][..] = acc[n]
+//! for as many panels p beside each other as the registers hold sums of
+//!     for a tile of rows n (likewise)
+//!         acc[p][n][0..32] = sums[n][..]
+//!         for each step k
+//!             w = line k of panel p: an element, or a pair of bf16, of each of 32 outputs
+//!             acc[p][n] += w * x[n][k]               x[n][k] in every lane: no sum across lanes
+//!         sums[n][..] = acc[p][n]
 //! ```
 //!
 //! Constraint: a sum is one chain of multiply-adds, ascending in k, from where an earlier call left it. So its bits depend
 //! on the matrix row and the row of x alone, whatever the tile and however k is cut into calls.
 //!
-//! While a tile is worked on, it asks for its share of the memory that is wanted next, so that fetching and arithmetic
-//! overlap evenly; the hardware's own prefetch would come in bursts and stop at each page.
+//! Few rows take as long as their panels come from memory. Then several panels are read at once: one chain of sums waits for
+//! itself, and the hardware's prefetch follows several streams better than one that jumps from panel to panel. More rows
+//! also ask for lines a little ahead, across the end of the panels. Several tiles find their panels in the cache: while they
+//! work, each asks for its share of the panel that follows, evenly, since requests in bursts hold up what is loaded.
 
 use super::simd::{Simd, Task};
 use fused_moe_core::dtype::{DType, Float};
 use half::bf16;
+use std::ops::Range;
 
 /// Outputs of a panel, matrix rows beside each other.
 pub(crate) const PANEL: usize = 32;
-/// Numbers of 4 bytes, or pairs of bf16, that a row of a [`PanelRow`] has.
-pub(crate) const PANEL_WORDS: usize = 256;
-/// A part of a row of x: f32 numbers or pairs of bf16. What is beyond `PANEL_WORDS` is there to keep rows that are read
-/// together out of each other's places in the cache.
-pub(crate) type PanelRow = [u32; PANEL_WORDS + 16];
 /// The most panels whose sums of a row lie together.
 pub(crate) const PANEL_BLOCK: usize = 8;
 /// Sums of a row that several panels add to.
@@ -36,180 +35,280 @@ pub(crate) const fn group(dtype: DType) -> usize {
     if matches!(dtype, DType::BF16) { 2 } else { 1 }
 }
 
-/// `sums[n][columns[0]..] += x[n] . first half of the panel`, likewise the second half.
-pub(crate) struct Panel<'a, W> {
-    /// `[steps][PANEL][group]`.
-    pub(crate) weights: &'a [W],
+/// `sums[n][columns[0] + p * width..] += x[n] . first half of panel p`, likewise the second half.
+pub(crate) struct PanelGroup<'a, W> {
+    /// Panels that follow each other, or the same part of each: `[steps][PANEL][group]`.
+    pub(crate) weights: &'a [&'a [W]],
     /// What will be wanted next.
-    pub(crate) next: &'a [W],
+    pub(crate) next: &'a [&'a [W]],
     /// Some elements of each row, as many as the weights have: f32.
-    pub(crate) x: &'a [PanelRow],
+    pub(crate) x: &'a [u32],
+    /// From a row of x to the next.
+    pub(crate) stride: usize,
     /// As many rows.
     pub(crate) sums: &'a mut [PanelSums],
-    /// Where the halves' sums lie.
+    /// Where the halves' sums of the first panel lie.
     pub(crate) columns: [usize; 2],
+    /// How much further those of the next one lie.
+    pub(crate) width: usize,
 }
 
 /// The same for rows of bf16, by the instruction set's own products of pairs.
-pub(super) struct PairPanel<'a>(pub(super) Panel<'a, bf16>);
+pub(super) struct PairPanelGroup<'a>(pub(super) PanelGroup<'a, bf16>);
 
 /// Vectors of a panel where a vector is shortest.
 const MAX_VECTORS: usize = 8;
 /// Steps between two looks at what is wanted next.
-const STEPS: usize = 8;
+const STEPS: usize = 4;
 const LINE: usize = 64;
+/// Bytes of a panel that are asked for ahead of what is multiplied: as many as come while the first of them is on its way.
+const AHEAD: usize = 4096;
+/// So many rows leave the processor time to look as far ahead by itself, and requests would only hold it up.
+const UNAIDED: usize = 4;
 
 /// Where a tile reads and writes.
-struct At<W> {
-    steps: usize,
-    weights: *const W,
-    x: *const PanelRow,
+struct Tile<'a, W, const P: usize> {
+    weights: [*const W; P],
+    x: *const u32,
+    stride: usize,
     sums: *mut PanelSums,
     columns: [usize; 2],
-    /// The line to ask for first, and how many to ask for after so many steps.
-    next: *const u8,
+    width: usize,
+    steps: Range<usize>,
+    ahead: &'a mut Ahead<P>,
+}
+
+/// What is asked for while a tile works.
+struct Ahead<const P: usize> {
+    at: [*const u8; P],
+    /// Lines after every `STEPS` steps, of each.
     lines: usize,
+    /// Whether they are for the second-level cache, since the tile needs the first.
+    far: bool,
 }
 
-impl<W: Float> Task for Panel<'_, W> {
+impl<const P: usize> Ahead<P> {
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S) {
+        for _ in 0..self.lines {
+            for at in &mut self.at {
+                if self.far {
+                    s.prefetch_far(*at);
+                } else {
+                    s.prefetch(*at);
+                }
+                *at = at.wrapping_add(LINE);
+            }
+        }
+    }
+}
+
+impl<W: Float> Task for PanelGroup<'_, W> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        rows::<S, W, false>(s, self);
+        panels::<S, W, false>(s, self);
     }
 }
 
-impl Task for PairPanel<'_> {
+impl Task for PairPanelGroup<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        rows::<S, bf16, true>(s, self.0);
+        panels::<S, bf16, true>(s, self.0);
     }
 }
 
-/// All rows, in tiles of nearly equal size; they are of pairs of bf16 where PAIRS says so.
+/// All panels; rows are of pairs of bf16 where PAIRS says so.
 #[inline(always)]
-fn rows<S: Simd, W: Float, const PAIRS: bool>(s: S, panel: Panel<'_, W>) {
-    let Panel { weights, next, x, sums, columns } = panel;
-    let words = if PAIRS { PANEL_WORDS } else { PANEL_WORDS / group(W::DTYPE) };
-    let steps = (weights.len() / (PANEL * group(W::DTYPE))).min(words);
-    let (mut left, mut done) = (x.len().min(sums.len()), 0);
-    if columns.iter().any(|&column| column > size_of::<PanelSums>() / size_of::<f32>() - PANEL / 2) {
+fn panels<S: Simd, W: Float, const PAIRS: bool>(s: S, mut group: PanelGroup<'_, W>) {
+    let rows = group.sums.len();
+    let last = group.weights.len().saturating_sub(1).saturating_mul(group.width);
+    let room = size_of::<PanelSums>() / size_of::<f32>() - PANEL / 2;
+    if rows == 0 || group.columns.iter().any(|column| column.saturating_add(last) > room) {
         return;
     }
-    let tiles = left.div_ceil(S::PANEL_ROWS);
-    let lines = (size_of_val(next) / LINE).div_ceil(steps.div_ceil(STEPS).max(1) * tiles.max(1));
-    let mut next = next.as_ptr().cast::<u8>();
-    while left > 0 {
-        let rows = left.div_ceil(left.div_ceil(S::PANEL_ROWS));
-        let (x, sums) = (&x[done..done + rows], &mut sums[done..done + rows]);
-        let (weights, x, sums) = (weights.as_ptr(), x.as_ptr(), sums.as_mut_ptr());
-        let at = At { steps, weights, x, sums, columns, next, lines };
-        macro_rules! sizes {
-            ($($n:literal)+) => {
-                match rows {
-                    // SAFETY: `steps` steps lie in the weights and in each of the rows; N rows and as many sums are there,
-                    // and the columns and half a panel beyond them lie in the sums.
-                    $($n if $n <= S::PANEL_ROWS => unsafe { tile::<S, W, $n, PAIRS>(s, at) },)+
-                    _ => {}
-                }
-            };
-        }
-        sizes!(1 2 3 4 5 6 7 8 9 10 11 12);
-        next = next.wrapping_add(lines * LINE * steps.div_ceil(STEPS));
-        (left, done) = (left - rows, done + rows);
+    while !group.weights.is_empty() {
+        let beside = match group.weights.len().min(S::PANEL_ROWS / rows) {
+            4.. => rows_of::<S, W, PAIRS, 4>(s, &mut group),
+            2.. => rows_of::<S, W, PAIRS, 2>(s, &mut group),
+            _ => rows_of::<S, W, PAIRS, 1>(s, &mut group),
+        };
+        group.weights = &group.weights[beside..];
+        group.columns = group.columns.map(|column| column + beside * group.width);
     }
 }
 
-/// A panel times N rows.
+/// The first P panels times all rows, in tiles of nearly equal size; returns P. Sums of the panels' columns must lie in a row
+/// of sums, and P panels and one row be there.
+#[inline(always)]
+fn rows_of<S: Simd, W: Float, const PAIRS: bool, const P: usize>(s: S, group: &mut PanelGroup<'_, W>) -> usize {
+    let (line, words) = (PANEL * self::group(W::DTYPE), if PAIRS { 1 } else { self::group(W::DTYPE) });
+    let rows = group.sums.len();
+    let mut steps = group.x.len().saturating_sub((rows - 1).saturating_mul(group.stride)) / words;
+    let (now, others) = group.weights.split_at(P);
+    let mut weights = [std::ptr::null(); P];
+    for (weights, panel) in weights.iter_mut().zip(now) {
+        (*weights, steps) = (panel.as_ptr(), steps.min(panel.len() / line));
+    }
+    let next = if others.is_empty() { group.next } else { others };
+    let tiles = rows.div_ceil(S::PANEL_ROWS);
+    // One tile is through with its panels before those that follow could come: it asks for lines of its own.
+    let own = match tiles {
+        1 if rows <= UNAIDED => 0,
+        1 => AHEAD / (line * size_of::<W>()),
+        _ => steps,
+    };
+    let cut = steps - own.min(steps);
+    for steps in [0..cut, cut..steps] {
+        if steps.is_empty() {
+            continue;
+        }
+        let lines = match tiles {
+            1 if rows <= UNAIDED => 0,
+            1 => STEPS * line * size_of::<W>() / LINE,
+            _ => {
+                let lines = next.first().map_or(0, |next| size_of_val(*next) / LINE);
+                lines.div_ceil(steps.len().div_ceil(STEPS) * tiles)
+            }
+        };
+        let mut ahead = Ahead { at: weights.map(<*const W>::cast), lines, far: tiles > 1 };
+        if steps.end == cut {
+            ahead.at = weights.map(|weights| weights.wrapping_add((steps.start + own) * line).cast());
+        } else {
+            for (at, next) in ahead.at.iter_mut().zip(next) {
+                *at = next.as_ptr().cast();
+            }
+        }
+        let mut done = 0;
+        while done < rows {
+            let count = (rows - done).div_ceil((rows - done).div_ceil(S::PANEL_ROWS));
+            let (x, sums) = (group.x.as_ptr(), &mut group.sums[done..done + count]);
+            let (x, sums, steps) = (x.wrapping_add(done * group.stride), sums.as_mut_ptr(), steps.clone());
+            let PanelGroup { stride, columns, width, .. } = *group;
+            let at = Tile { weights, x, stride, sums, columns, width, steps, ahead: &mut ahead };
+            macro_rules! sizes {
+                ($($n:literal)+) => {
+                    match count {
+                        // SAFETY: so many steps lie in each of the P panels and of the rows, N rows and as many sums
+                        // are there, and the panels' columns and half a panel beyond them lie in the sums.
+                        $($n if P * $n <= S::PANEL_ROWS => unsafe {
+                            tile::<S, W, PAIRS, P, $n>(s, at);
+                        },)+
+                        _ => {}
+                    }
+                };
+            }
+            sizes!(1 2 3 4 5 6 7 8 9 10 11 12);
+            done += count;
+        }
+    }
+    P
+}
+
+/// P panels times N rows.
 ///
 /// # Safety
-/// `at.steps` steps are readable at `at.weights` and in each of N rows at `at.x`; N rows are writable at `at.sums`, in which
-/// half a panel lies from each of `at.columns` on.
+/// The steps `at.steps` are readable in each of the panels and in each of N rows from `at.x` on, `at.stride` apart; N rows are writable at `at.sums`,
+/// in which half of panel p lies from each of `at.columns`, plus p times `at.width`, on.
 #[inline(always)]
-unsafe fn tile<S: Simd, W: Float, const N: usize, const PAIRS: bool>(s: S, at: At<W>) {
-    let At { steps, weights, x, sums, columns, mut next, lines } = at;
+unsafe fn tile<S: Simd, W: Float, const PAIRS: bool, const P: usize, const N: usize>(s: S, at: Tile<'_, W, P>) {
+    let Tile { weights, x, stride, sums, columns, width, steps, ahead } = at;
     let (vectors, half) = (PANEL / S::LANES, PANEL / 2 / S::LANES);
-    let column = |v: usize| columns[v / half] + v % half * S::LANES;
-    let mut acc = [[s.splat(0.0); MAX_VECTORS]; N];
-    for (n, acc) in acc.iter_mut().enumerate() {
-        for (v, acc) in acc.iter_mut().enumerate().take(vectors) {
-            // SAFETY: row n of the sums is there, and so is half a panel from each of the columns on.
-            *acc = unsafe { s.load_raw(sums.add(n).cast::<f32>().add(column(v))) };
+    let column = |p: usize, v: usize| columns[v / half] + p * width + v % half * S::LANES;
+    let mut acc = [[[s.splat(0.0); MAX_VECTORS]; N]; P];
+    for (p, acc) in acc.iter_mut().enumerate() {
+        for (n, acc) in acc.iter_mut().enumerate() {
+            for (v, acc) in acc.iter_mut().enumerate().take(vectors) {
+                // SAFETY: row n of the sums is there, and so is half of panel p from each of its columns on.
+                *acc = unsafe { s.load_raw(sums.add(n).cast::<f32>().add(column(p, v))) };
+            }
         }
     }
     // The operand of which there are fewer vectors stays in registers.
     macro_rules! outer {
-        (|$v:ident| $w:expr, |$n:ident| $x:expr, |$acc:ident, $a:ident, $b:ident| $sum:expr) => {
-            if N < vectors {
+        (|$p:ident, $v:ident| $w:expr, |$n:ident| $x:expr, |$acc:ident, $a:ident, $b:ident| $sum:expr) => {
+            if N < P * vectors {
                 let $n = 0;
                 let mut of_x = [$x; N];
                 for $n in 1..N {
                     of_x[$n] = $x;
                 }
-                for $v in 0..vectors {
-                    let $a = $w;
-                    for n in 0..N {
-                        let ($acc, $b) = (acc[n][$v], of_x[n]);
-                        acc[n][$v] = $sum;
+                for $p in 0..P {
+                    for $v in 0..vectors {
+                        let $a = $w;
+                        for n in 0..N {
+                            let ($acc, $b) = (acc[$p][n][$v], of_x[n]);
+                            acc[$p][n][$v] = $sum;
+                        }
                     }
                 }
             } else {
-                let $v = 0;
-                let mut of_w = [$w; MAX_VECTORS];
-                for $v in 1..vectors {
-                    of_w[$v] = $w;
+                let ($p, $v) = (0, 0);
+                let mut of_w = [[$w; MAX_VECTORS]; P];
+                for $p in 0..P {
+                    for $v in 0..vectors {
+                        of_w[$p][$v] = $w;
+                    }
                 }
                 for $n in 0..N {
                     let $b = $x;
-                    for v in 0..vectors {
-                        let ($acc, $a) = (acc[$n][v], of_w[v]);
-                        acc[$n][v] = $sum;
+                    for p in 0..P {
+                        for v in 0..vectors {
+                            let ($acc, $a) = (acc[p][$n][v], of_w[p][v]);
+                            acc[p][$n][v] = $sum;
+                        }
                     }
                 }
             }
         };
     }
-    let mut k = 0;
-    while k < steps {
-        for _ in 0..lines {
-            s.prefetch_far(next);
-            next = next.wrapping_add(LINE);
-        }
-        let end = steps.min(k + STEPS);
+    let mut k = steps.start;
+    while k < steps.end {
+        ahead.ask(s);
+        let end = steps.end.min(k + STEPS);
         while k < end {
-            let line = weights.wrapping_add(k * PANEL * group(W::DTYPE));
-            let pairs = |v: usize| line.cast::<bf16>().wrapping_add(2 * v * S::LANES);
-            // SAFETY: k < steps, and there are N rows.
+            let line = |p: usize| weights[p].wrapping_add(k * PANEL * group(W::DTYPE));
+            let pairs = |p: usize, v: usize| line(p).cast::<bf16>().wrapping_add(2 * v * S::LANES);
+            // SAFETY: k is one of the steps, and there are P panels and N rows.
             unsafe {
                 match (W::DTYPE, PAIRS) {
                     (DType::BF16, true) => {
-                        let x = |n: usize| x.wrapping_add(n).cast::<bf16>().wrapping_add(2 * k);
-                        outer!(|v| s.load_pairs(pairs(v)), |n| s.splat_pair(x(n)), |acc, w, x| s.dot_pairs(acc, w, x));
+                        let x = |n: usize| x.wrapping_add(n * stride).cast::<bf16>().wrapping_add(2 * k);
+                        outer!(|p, v| s.load_pairs(pairs(p, v)), |n| s.splat_pair(x(n)), |acc, w, x| s
+                            .dot_pairs(acc, w, x));
                     }
                     (DType::BF16, false) => {
-                        let x = |n: usize| x.wrapping_add(n).cast::<f32>().wrapping_add(2 * k);
-                        outer!(|v| s.first_of(s.load_pairs(pairs(v))), |n| s.splat(*x(n)), |acc, w, x| s
+                        let x = |n: usize| x.wrapping_add(n * stride).cast::<f32>().wrapping_add(2 * k);
+                        outer!(|p, v| s.first_of(s.load_pairs(pairs(p, v))), |n| s.splat(*x(n)), |acc, w, x| s
                             .fma(w, x, acc));
-                        outer!(|v| s.second_of(s.load_pairs(pairs(v))), |n| s.splat(*x(n).add(1)), |acc, w, x| s
-                            .fma(w, x, acc));
+                        outer!(
+                            |p, v| s.second_of(s.load_pairs(pairs(p, v))),
+                            |n| s.splat(*x(n).add(1)),
+                            |acc, w, x| s.fma(w, x, acc)
+                        );
                     }
                     _ => {
-                        let x = |n: usize| x.wrapping_add(n).cast::<f32>().wrapping_add(k);
-                        outer!(|v| s.load_raw(line.wrapping_add(v * S::LANES)), |n| s.splat(*x(n)), |acc, w, x| s
-                            .fma(w, x, acc));
+                        let x = |n: usize| x.wrapping_add(n * stride).cast::<f32>().wrapping_add(k);
+                        outer!(
+                            |p, v| s.load_raw(line(p).wrapping_add(v * S::LANES)),
+                            |n| s.splat(*x(n)),
+                            |acc, w, x| s.fma(w, x, acc)
+                        );
                     }
                 }
             }
             k += 1;
         }
     }
-    for (n, acc) in acc.into_iter().enumerate() {
-        for (v, acc) in acc.into_iter().enumerate().take(vectors) {
-            // SAFETY: as above.
-            unsafe { s.store_raw(acc, sums.add(n).cast::<f32>().add(column(v))) };
+    for (p, acc) in acc.into_iter().enumerate() {
+        for (n, acc) in acc.into_iter().enumerate() {
+            for (v, acc) in acc.into_iter().enumerate().take(vectors) {
+                // SAFETY: as above.
+                unsafe { s.store_raw(acc, sums.add(n).cast::<f32>().add(column(p, v))) };
+            }
         }
     }
 }

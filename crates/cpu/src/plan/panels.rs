@@ -7,8 +7,13 @@ use std::fmt;
 /// The most rows of a pass: their part of x and their sums lie on the stack, and in the second-level cache while the panels
 /// of a block pass.
 pub(crate) const PASS_ROWS: usize = 48;
-/// Rows of a pass that is one of few.
-pub(crate) const FEW_ROWS: usize = 6;
+/// Rows of a pass that is one of few: as many as meet a panel at once where vectors are longest.
+pub(crate) const FEW_ROWS: usize = 12;
+/// Numbers of x that few rows have in the first-level cache, f32 or pairs of bf16: the longer their parts, the less often
+/// reading jumps from panel to panel.
+pub(crate) const PASS_WORDS: usize = 8 << 10;
+/// The same of each of many rows: a panel's part is in the first-level cache too while they pass.
+pub(crate) const PART_WORDS: usize = 272;
 
 /// How a grouped product with packed matrices is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +40,8 @@ pub(crate) struct Share {
     pub(crate) chunks: usize,
     /// Blocks that a thread takes at a time at least.
     pub(crate) grain: usize,
+    /// How far after a block the one lies that its thread takes next.
+    pub(crate) stride: usize,
 }
 
 impl PanelPlan {
@@ -69,7 +76,8 @@ impl PanelPlan {
         let chunks = parts.div_ceil(all).min(rows / PASS_ROWS).max(1);
         let passes = rows.div_ceil(chunks).div_ceil(ROWS_FREE).max(1);
         let work = self.panel_bytes.saturating_mul(block).saturating_mul(passes).max(1);
-        Share { block, chunks, grain: GRAIN_BYTES.div_ceil(work) }
+        let grain = GRAIN_BYTES.div_ceil(work);
+        Share { block, chunks, grain, stride: if grain == 1 { self.threads } else { 1 } }
     }
 }
 
@@ -81,7 +89,7 @@ pub(crate) fn operand(x: DType, weight: DType, isa: Isa) -> DType {
 
 impl fmt::Display for PanelPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Share { block, chunks, grain } = self.share(self.experts.min(self.rows));
+        let Share { block, chunks, grain, .. } = self.share(self.experts.min(self.rows));
         let kib = self.panel_bytes.saturating_mul(block).div_ceil(1024);
         write!(
             f,
@@ -123,7 +131,7 @@ mod tests {
                 for rows in [0, 1, 4096, usize::MAX] {
                     for busy in [0, 1, 8, 4096] {
                         let plan = plan([rows, 4096], [panels, inner], Isa::Scalar, 8);
-                        let Share { block, chunks, grain } = plan.share(busy);
+                        let Share { block, chunks, grain, .. } = plan.share(busy);
                         assert!((1..=PANEL_BLOCK).contains(&block) && chunks >= 1 && grain >= 1, "{plan:?}");
                         let blocks = (panels * busy).div_ceil(block) * chunks;
                         assert!(blocks >= 32 || block == 1, "{plan:?}: {blocks}");

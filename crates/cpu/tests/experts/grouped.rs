@@ -214,6 +214,8 @@ fn against_the_reference() {
         [53, 2, 5, 37, 41],
         [19, 8, 60, 24, 129],
         [211, 1, 3, 11, 19],
+        [9, 1, 2, 5, 2101],
+        [20, 1, 2, 3, 1001],
     ];
     for size in sizes {
         for all_on_one in [false, true, false] {

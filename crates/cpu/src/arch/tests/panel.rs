@@ -1,24 +1,28 @@
-use super::super::{Isa, Kernels, PANEL, PANEL_WORDS, Panel, PanelRow, PanelSums, group};
+use super::super::{Isa, Kernels, PANEL, PanelGroup, PanelSums, group};
 use super::{Numbers, all, bits};
 use bytemuck::cast_slice_mut;
 use fused_moe_core::dtype::Float;
 use half::{bf16, f16};
+use std::ops::Range;
 
 const COLUMNS: [usize; 2] = [16, 128];
-const BLANK: (PanelRow, PanelSums) = ([0; _], [0.5; _]);
+const WIDTH: usize = 16;
+/// From a row of x to the next: more than is used.
+const STRIDE: usize = 256 + 16;
+const BLANK: PanelSums = [0.5; _];
 
-/// Rows of W in panel order, and rows of x.
+/// Panels of rows of W, and rows of x.
 struct Operands<W> {
-    weights: Vec<W>,
-    x: Vec<PanelRow>,
+    panels: Vec<Vec<W>>,
+    x: Vec<[u32; STRIDE]>,
     pairs: bool,
 }
 
 impl<W: Float> Operands<W> {
-    fn new(steps: usize, rows: usize, pairs: bool) -> Self {
+    fn new([panels, steps, rows]: [usize; 3], pairs: bool) -> Self {
         let mut numbers = Numbers((steps * 64 + rows) as u64);
-        let weights = numbers.vec(steps * PANEL * group(W::DTYPE));
-        let mut x = vec![BLANK.0; rows];
+        let panels = (0..panels).map(|_| numbers.vec(steps * PANEL * group(W::DTYPE))).collect();
+        let mut x = vec![[0; STRIDE]; rows];
         for row in &mut x {
             let width = group(W::DTYPE) * steps;
             match pairs {
@@ -26,7 +30,7 @@ impl<W: Float> Operands<W> {
                 false => cast_slice_mut::<u32, f32>(row)[..width].copy_from_slice(&numbers.vec(width)),
             }
         }
-        Self { weights, x, pairs }
+        Self { panels, x, pairs }
     }
 
     /// Element k of row n.
@@ -37,49 +41,78 @@ impl<W: Float> Operands<W> {
         }
     }
 
+    fn steps(&self) -> usize {
+        self.panels[0].len() / (PANEL * group(W::DTYPE))
+    }
+
+    /// Some lines of each panel.
+    fn parts(&self, steps: Range<usize>) -> Vec<&[W]> {
+        let line = PANEL * group(W::DTYPE);
+        self.panels.iter().map(|panel| &panel[steps.start * line..steps.end * line]).collect()
+    }
+
     /// Sums of rows `first..`, in one call.
     fn sums(&self, kernels: Kernels, first: usize) -> Vec<PanelSums> {
-        let mut sums = vec![BLANK.1; self.x.len() - first];
-        self.add(kernels, &self.weights, &self.x[first..], &mut sums);
+        let mut sums = vec![BLANK; self.x.len() - first];
+        self.add(kernels, &self.parts(0..self.steps()), COLUMNS, &self.x[first..], &mut sums);
         sums
     }
 
-    fn add(&self, kernels: Kernels, weights: &[W], x: &[PanelRow], sums: &mut [PanelSums]) {
+    fn add(
+        &self,
+        kernels: Kernels,
+        weights: &[&[W]],
+        columns: [usize; 2],
+        x: &[[u32; STRIDE]],
+        sums: &mut [PanelSums],
+    ) {
+        let (x, stride) = (x.as_flattened(), STRIDE);
         match self.pairs {
             true => {
-                let weights = bytemuck::cast_slice(weights);
-                kernels.pair_panel(Panel { weights, next: weights, x, sums, columns: COLUMNS });
+                let weights: Vec<&[bf16]> = weights.iter().map(|weights| bytemuck::cast_slice(weights)).collect();
+                kernels.pair_panels(PanelGroup {
+                    weights: &weights,
+                    next: &weights,
+                    x,
+                    stride,
+                    sums,
+                    columns,
+                    width: WIDTH,
+                });
             }
-            false => kernels.panel(Panel { weights, next: weights, x, sums, columns: COLUMNS }),
+            false => kernels.panels(PanelGroup { weights, next: weights, x, stride, sums, columns, width: WIDTH }),
         }
     }
 
     fn check(&self, kernels: Kernels) {
-        let steps = self.weights.len() / (PANEL * group(W::DTYPE));
+        let steps = self.steps();
         for (n, sums) in self.sums(kernels, 0).iter().enumerate() {
             let mut expected = [[0.5f64; 2]; size_of::<PanelSums>() / size_of::<f32>()];
-            for i in 0..PANEL {
-                let terms = (0..steps * group(W::DTYPE)).map(|k| {
-                    let (step, part) = (k / group(W::DTYPE), k % group(W::DTYPE));
-                    let w = self.weights[(step * PANEL + i) * group(W::DTYPE) + part];
-                    f64::from(w.to_f32()) * self.x(n, k)
-                });
-                let sums = terms.fold([0.5, 0.5], |[sum, size], term| [sum + term, size + term.abs()]);
-                expected[COLUMNS[i / 16] + i % 16] = sums;
+            let mut untouched = [true; size_of::<PanelSums>() / size_of::<f32>()];
+            for (p, panel) in self.panels.iter().enumerate() {
+                for i in 0..PANEL {
+                    let terms = (0..steps * group(W::DTYPE)).map(|k| {
+                        let (step, part) = (k / group(W::DTYPE), k % group(W::DTYPE));
+                        f64::from(panel[(step * PANEL + i) * group(W::DTYPE) + part].to_f32()) * self.x(n, k)
+                    });
+                    let column = COLUMNS[i / 16] + p * WIDTH + i % 16;
+                    expected[column] = terms.fold([0.5, 0.5], |[sum, size], term| [sum + term, size + term.abs()]);
+                    untouched[column] = false;
+                }
             }
             for (i, (got, [value, size])) in sums.iter().zip(expected).enumerate() {
                 let bound = size * (steps as f64 / 2.0 + 8.0) * f64::from(f32::EPSILON);
                 let error = (f64::from(*got) - value).abs();
-                let untouched = !COLUMNS.iter().any(|column| (*column..column + 16).contains(&i));
                 assert!(
-                    error <= if untouched { 0.0 } else { bound },
+                    error <= if untouched[i] { 0.0 } else { bound },
                     "{kernels:?} {steps} [{n}, {i}]: {got} not {value}"
                 );
             }
         }
     }
 
-    /// Neither the tile that a row is in nor the calls that its columns are cut into change a bit.
+    /// Neither the tile that a row is in, nor the panels beside its own, nor the calls that its columns are cut into change
+    /// a bit.
     fn check_bits(&self, kernels: Kernels) {
         let whole = self.sums(kernels, 0);
         for first in 0..self.x.len() {
@@ -87,21 +120,24 @@ impl<W: Float> Operands<W> {
                 assert_eq!(bits(a), bits(b), "{kernels:?} from row {first}");
             }
         }
-        let (line, words) = (PANEL * group(W::DTYPE), if self.pairs { 1 } else { group(W::DTYPE) });
-        let cut = self.weights.len() / line / 3;
-        let (left, right) = self.weights.split_at(cut * line);
-        let mut sums = vec![BLANK.1; self.x.len()];
-        self.add(kernels, left, &self.x, &mut sums);
+        let mut sums = vec![BLANK; self.x.len()];
+        for (p, panel) in self.parts(0..self.steps()).iter().enumerate() {
+            self.add(kernels, &[panel], COLUMNS.map(|column| column + p * WIDTH), &self.x, &mut sums);
+        }
+        assert!(sums == whole, "{kernels:?}, one panel after another");
+        let (cut, words) = (self.steps() / 3, if self.pairs { 1 } else { group(W::DTYPE) });
+        let mut sums = vec![BLANK; self.x.len()];
+        self.add(kernels, &self.parts(0..cut), COLUMNS, &self.x, &mut sums);
         let mut shifted = self.x.clone();
         shifted.iter_mut().for_each(|row| row.copy_within(cut * words.., 0));
-        self.add(kernels, right, &shifted, &mut sums);
+        self.add(kernels, &self.parts(cut..self.steps()), COLUMNS, &shifted, &mut sums);
         assert!(sums == whole, "{kernels:?}, columns cut");
     }
 }
 
-fn each(kernels: Kernels, steps: usize, rows: usize) {
+fn each(kernels: Kernels, sizes: [usize; 3]) {
     let check = |pairs: bool| {
-        let operands = Operands::<bf16>::new(steps, rows, pairs);
+        let operands = Operands::<bf16>::new(sizes, pairs);
         operands.check(kernels);
         operands.check_bits(kernels);
     };
@@ -109,7 +145,7 @@ fn each(kernels: Kernels, steps: usize, rows: usize) {
     if kernels.isa().has_bf16_products() {
         check(true);
     }
-    let (f16s, f32s) = (Operands::<f16>::new(steps, rows, false), Operands::<f32>::new(steps, rows, false));
+    let (f16s, f32s) = (Operands::<f16>::new(sizes, false), Operands::<f32>::new(sizes, false));
     f16s.check(kernels);
     f16s.check_bits(kernels);
     f32s.check(kernels);
@@ -120,12 +156,17 @@ fn each(kernels: Kernels, steps: usize, rows: usize) {
 fn panels_are_close_to_f64_with_the_same_bits_in_every_tile() {
     for kernels in all() {
         for rows in 1..=14 {
-            each(kernels, 19, rows);
+            each(kernels, [1 + rows % 7, 19, rows]);
         }
-        for steps in [0, 1, 2, 7, 8, 9, 64, PANEL_WORDS / 2] {
-            each(kernels, steps, 5);
+        for panels in 1..=7 {
+            for rows in [1, 2, 4] {
+                each(kernels, [panels, 37, rows]);
+            }
         }
-        let long = Operands::<f32>::new(PANEL_WORDS, 25, false);
+        for steps in [0, 1, 2, 7, 8, 9, 64, 128] {
+            each(kernels, [3, steps, 5]);
+        }
+        let long = Operands::<f32>::new([2, 256, 25], false);
         long.check(kernels);
     }
 }
@@ -137,10 +178,10 @@ fn panels_keep_what_is_not_finite() {
             if pairs && !kernels.isa().has_bf16_products() {
                 continue;
             }
-            let mut operands = Operands::<bf16>::new(9, 2, pairs);
-            operands.weights.fill(bf16::ONE);
-            operands.weights[4 * 2 * PANEL + 6] = bf16::NAN;
-            operands.weights[5 * 2 * PANEL + 41] = bf16::INFINITY;
+            let mut operands = Operands::<bf16>::new([1, 9, 2], pairs);
+            operands.panels[0].fill(bf16::ONE);
+            operands.panels[0][4 * 2 * PANEL + 6] = bf16::NAN;
+            operands.panels[0][5 * 2 * PANEL + 41] = bf16::INFINITY;
             operands.x.iter_mut().for_each(|row| row.fill(if pairs { 0x3f80_3f80 } else { 1f32.to_bits() }));
             for sums in operands.sums(kernels, 0) {
                 let of = |i: usize| sums[COLUMNS[i / 16] + i % 16];
@@ -153,18 +194,24 @@ fn panels_keep_what_is_not_finite() {
 #[test]
 fn panels_of_the_wrong_length_stay_within_bounds() {
     let kernels = Kernels::best();
-    let mut sums = [BLANK.1; 2];
+    let mut sums = [BLANK; 2];
     let weights = [1f32; 3 * PANEL + 5];
+    let x = [1f32.to_bits(); 2 * STRIDE];
+    let mut call = |weights: &[&[f32]], x: &[u32], columns| {
+        kernels.panels(PanelGroup { weights, next: &[], x, stride: STRIDE, sums: &mut sums, columns, width: WIDTH });
+        assert_eq!(sums, [BLANK; 2]);
+    };
     for columns in [[0, 241], [usize::MAX, 0]] {
-        kernels.panel(Panel { weights: &weights, next: &[], x: &[BLANK.0], sums: &mut sums, columns });
-        assert_eq!(sums, [BLANK.1; 2]);
+        call(&[&weights], &x, columns);
     }
-    kernels.panel(Panel { weights: &weights[..5], next: &[], x: &[BLANK.0; 3], sums: &mut sums, columns: COLUMNS });
-    assert_eq!(sums, [BLANK.1; 2]);
-    let long = vec![1f32; 2 * PANEL_WORDS * PANEL];
-    kernels.panel(Panel { weights: &long, next: &[], x: &[[0; _]; 3], sums: &mut sums, columns: COLUMNS });
-    assert_eq!(sums, [BLANK.1; 2]);
-    let scalar = Kernels::new(Isa::Scalar).unwrap();
-    scalar.pair_panel(Panel { weights: &[bf16::ONE; 64], next: &[], x: &[BLANK.0], sums: &mut sums, columns: COLUMNS });
-    assert_eq!(sums, [BLANK.1; 2]);
+    call(&[&weights, &weights, &weights], &x, [0, 224]);
+    call(&[&weights[..5]], &x, COLUMNS);
+    call(&[&weights, &weights[..5]], &x, COLUMNS);
+    call(&[&weights], &x[..STRIDE], COLUMNS);
+    call(&[], &x, COLUMNS);
+    call(&[&vec![1f32; 2 * STRIDE * PANEL]], &[0; 2 * STRIDE], COLUMNS);
+    let (scalar, weights) = (Kernels::new(Isa::Scalar).unwrap(), [bf16::ONE; 64]);
+    let (weights, next, stride, columns): (&[&[bf16]], &[&[bf16]], _, _) = (&[&weights], &[], STRIDE, COLUMNS);
+    scalar.pair_panels(PanelGroup { weights, next, x: &x, stride, sums: &mut sums, columns, width: WIDTH });
+    assert_eq!(sums, [BLANK; 2]);
 }
