@@ -110,25 +110,43 @@ impl Check<'_> {
             }
             (None, None) => return None,
         };
-        let op = RouteBackward {
-            logits: &logits,
-            ids,
-            d_weights: &d_weights,
-            rule: routing,
-            expert_scale: None,
-            tokens: 1,
-            experts,
-            top_k,
+        let of_weights = |d_weights: &[f64]| {
+            let (rule, expert_scale, tokens) = (routing, None, 1);
+            route_backward(&RouteBackward {
+                logits: &logits,
+                ids,
+                d_weights,
+                rule,
+                expert_scale,
+                tokens,
+                experts,
+                top_k,
+            })
+            .logits
         };
-        let d_logits = route_backward(&op).logits;
+        let d_logits = of_weights(&d_weights);
+        // these are differences of the weights' gradients, whose errors do not cancel where they do
+        let error = self.part(&d_weights);
+        let mut carried = vec![0.0; experts];
+        for k in 0..top_k {
+            let alone: Vec<f64> = (0..top_k).map(|other| if other == k { error } else { 0.0 }).collect();
+            add(&mut carried, &of_weights(&alone).iter().map(|d| d.abs()).collect::<Vec<f64>>());
+        }
         if let (None, Some(router)) = (&self.call.logits, &self.weights.router) {
             for (e, d) in d_logits.iter().enumerate().filter(|(_, d)| **d != 0.0) {
                 let d = d * f64::from(self.config.gate.scale);
                 add(&mut d_x, &row(router, e)?.iter().map(|w| d * w).collect::<Vec<f64>>());
             }
         }
-        let verdict =
-            self.compare(&format!("d_logits of token {t} "), &d_logits, (&row(&self.call.d_logits, t)?, DType::F32));
+        let found = row(&self.call.d_logits, t)?;
+        let part = self.part(&d_logits);
+        let allowed: Vec<f64> = d_logits
+            .iter()
+            .zip(carried)
+            .map(|(v, carried)| tolerance::stored(DType::F32, *v, part.max(carried)))
+            .collect();
+        let shape = Shape::from([experts]);
+        let verdict = compare::floats(&format!("d_logits of token {t} "), shape, [&d_logits, &allowed, &found]);
         let found = row(&self.call.d_x, t)?;
         Some(verdict.worse(self.compare(&format!("d_x of token {t} "), &d_x, (&found, self.call.d_x.dtype()))))
     }
@@ -176,12 +194,17 @@ impl Check<'_> {
         Some(verdict.worse(self.compare(&name, &sum, (&row(d_router, e)?, d_router.dtype()))))
     }
 
-    /// Each within what sums and intermediates in the format of x may be off by, as a part of the largest.
-    fn compare(&self, name: &str, expected: &[f64], (found, dtype): (&[f64], DType)) -> Comparison {
+    /// What sums and intermediates in the format of x may be off by, as a part of the largest.
+    fn part(&self, of: &[f64]) -> f64 {
         let LayerConfig { hidden, intermediate, top_k, experts, .. } = *self.config;
         let inner = hidden + intermediate + top_k + experts + self.call.x.rows();
-        let largest = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-        let part = tolerance::layer(inner, self.call.x.dtype(), 0.0) * largest;
+        let largest = of.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        tolerance::layer(inner, self.call.x.dtype(), 0.0) * largest
+    }
+
+    /// Each within [`part`](Self::part) of them.
+    fn compare(&self, name: &str, expected: &[f64], (found, dtype): (&[f64], DType)) -> Comparison {
+        let part = self.part(expected);
         let allowed: Vec<f64> = expected.iter().map(|v| tolerance::stored(dtype, *v, part)).collect();
         compare::floats(name, Shape::from([expected.len()]), [expected, &allowed, found])
     }

@@ -1,6 +1,7 @@
 //! Every kernel, what it is specialised by, and the text it is compiled from.
 
 pub(crate) mod backward;
+mod headers;
 
 use crate::grouped::{self, GroupedKernel, Product};
 use crate::launch::Params;
@@ -14,6 +15,7 @@ use crate::{
 use backward::BackwardKernel;
 use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
+use headers::*;
 
 /// A kernel and what it is specialised by. `choice` is the format of logits and how many a lane has, `ring` warps and stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -99,20 +101,6 @@ impl From<Activation> for ActivationKind {
         Self { form, function }
     }
 }
-
-const TYPES: &str = include_str!("include/types.cuh");
-const REDUCE: &str = include_str!("include/reduce.cuh");
-const DOT: &str = include_str!("include/dot.cuh");
-const TILES: &str = include_str!("include/tile.cuh");
-const MMA: &str = include_str!("include/mma.cuh");
-const SPLIT: &str = include_str!("include/split_mma.cuh");
-const GATE: &str = include_str!("include/gate.cuh");
-const ROUTE: &str = include_str!("include/route.cuh");
-const PERMUTE: &str = include_str!("include/permute.cuh");
-const PIECES: &str = include_str!("include/pieces.cuh");
-const ACTIVATION: &str = include_str!("include/activation.cuh");
-const DOWN_COMBINE: &str = include_str!("include/down_combine.cuh");
-const RING: &str = include_str!("include/ring.cuh");
 
 impl Kernel {
     /// The name of its entry and of its file.

@@ -217,9 +217,10 @@ impl CudaLayer {
 
         let ring = if alone { self.rings(cuda, reads.experts)? } else { None };
         let wanted = match ring {
-            Some(_) => Wanted::Logits,
+            // a router's launch ends with the routes
+            Some(_) if !matches!(source, Source::Router) => Wanted::Logits,
             None if !alone && ours && self.problem.slots_are_rows() => Wanted::Groups,
-            None => Wanted::Routes,
+            _ => Wanted::Routes,
         };
         let from = |logits| RoutesFrom { logits, x: reads.router, token_ids, sequences, wanted };
         let (routing, outcome) = match source {
