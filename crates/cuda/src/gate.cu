@@ -4,7 +4,7 @@ extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ G
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u64 expert = (u64)blockIdx.x * (blockDim.x / 32) + warp;
     const u64 e = expert < p.experts ? expert : p.experts - 1;
-    fetch(row_of<const ROUTER_T>(p.router, e), p.hidden);
+    if (blockIdx.y == 0) fetch(row_of<const ROUTER_T>(p.router, e), p.hidden);
     take_turn();
     const u64 groups = (p.tokens + TOKENS - 1) / TOKENS;
     for (u64 group = blockIdx.y; group < groups; group += gridDim.y) {

@@ -209,7 +209,8 @@ pub(crate) struct Grouped {
     pub(crate) out: Tensor,
     /// Whether a row's bits must not depend on the others.
     pub(crate) invariant: bool,
-    /// Whether all but the rows was there already when the launch before this one began: weights, and which rows are whose.
+    /// Whether all but the rows was there already when the launch before this one began: weights, which rows are
+    /// whose, and the zero of a counter.
     pub(crate) early: bool,
 }
 

@@ -302,6 +302,8 @@ impl Kernel {
                 ("LANE_LOGITS", number(lane_logits.into())),
                 ("WARPS", number(warps.into())),
                 ("STAGES", number(stages.into())),
+                ("SPAN", crate::plan::ring::SPAN.to_string()),
+                ("WIDE", crate::plan::ring::ROWS.to_string()),
             ]);
             defines
         };

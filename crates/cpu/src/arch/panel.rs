@@ -130,11 +130,13 @@ fn panels<S: Simd, W: Float, const PAIRS: bool>(s: S, mut group: PanelGroup<'_, 
     if rows == 0 || group.columns.iter().any(|column| column.saturating_add(last) > room) {
         return;
     }
+    // the shortest of all, so that nothing depends on how many are read at once
+    let length = group.weights.iter().map(|panel| panel.len()).min().unwrap_or(0);
     while !group.weights.is_empty() {
         let beside = match group.weights.len().min(S::PANEL_ROWS / rows) {
-            4.. => rows_of::<S, W, PAIRS, 4>(s, &mut group),
-            2.. => rows_of::<S, W, PAIRS, 2>(s, &mut group),
-            _ => rows_of::<S, W, PAIRS, 1>(s, &mut group),
+            4.. => rows_of::<S, W, PAIRS, 4>(s, &mut group, length),
+            2.. => rows_of::<S, W, PAIRS, 2>(s, &mut group, length),
+            _ => rows_of::<S, W, PAIRS, 1>(s, &mut group, length),
         };
         group.weights = &group.weights[beside..];
         group.columns = group.columns.map(|column| column + beside * group.width);
@@ -142,16 +144,21 @@ fn panels<S: Simd, W: Float, const PAIRS: bool>(s: S, mut group: PanelGroup<'_, 
 }
 
 /// The first P panels times all rows, in tiles of nearly equal size; returns P. Sums of the panels' columns must lie in a row
-/// of sums, and P panels and one row be there.
+/// of sums, and P panels of `length` elements and one row be there.
 #[inline(always)]
-fn rows_of<S: Simd, W: Float, const PAIRS: bool, const P: usize>(s: S, group: &mut PanelGroup<'_, W>) -> usize {
+fn rows_of<S: Simd, W: Float, const PAIRS: bool, const P: usize>(
+    s: S,
+    group: &mut PanelGroup<'_, W>,
+    length: usize,
+) -> usize {
     let (line, words) = (PANEL * self::group(W::DTYPE), if PAIRS { 1 } else { self::group(W::DTYPE) });
     let rows = group.sums.len();
-    let mut steps = group.x.len().saturating_sub((rows - 1).saturating_mul(group.stride)) / words;
+    let steps = group.x.len().saturating_sub((rows - 1).saturating_mul(group.stride)) / words;
+    let steps = steps.min(length / line);
     let (now, others) = group.weights.split_at(P);
     let mut weights = [std::ptr::null(); P];
     for (weights, panel) in weights.iter_mut().zip(now) {
-        (*weights, steps) = (panel.as_ptr(), steps.min(panel.len() / line));
+        *weights = panel.as_ptr();
     }
     let next = if others.is_empty() { group.next } else { others };
     let tiles = rows.div_ceil(S::PANEL_ROWS);
@@ -211,7 +218,8 @@ fn rows_of<S: Simd, W: Float, const PAIRS: bool, const P: usize>(s: S, group: &m
 /// P panels times N rows.
 ///
 /// # Safety
-/// The steps `at.steps` are readable in each of the panels and in each of N rows from `at.x` on, `at.stride` apart; N rows are writable at `at.sums`,
+/// The steps `at.steps` are readable in each of the panels and in each of N rows from `at.x` on, `at.stride` apart; N rows
+/// are writable at `at.sums`,
 /// in which half of panel p lies from each of `at.columns`, plus p times `at.width`, on.
 #[inline(always)]
 unsafe fn tile<S: Simd, W: Float, const PAIRS: bool, const P: usize, const N: usize>(s: S, at: Tile<'_, W, P>) {

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
 /// The most lanes any instruction set has.
 pub(super) const MAX_LANES: usize = 16;
 
-/// An instruction set. A value of the type proves that the CPU has it, so every method but `load_raw` and `store_raw`
-/// is safe; only the `run` function of the instruction set's file makes one.
+/// An instruction set. A value of the type proves that the CPU has it, so every method is
+/// safe but those that read or write where an address points; only the `run` function of the instruction set's file makes one.
 ///
 /// Methods are `#[inline(always)]`: they must end up inside `run`, where the instruction set is enabled.
 pub(super) trait Simd: Copy {

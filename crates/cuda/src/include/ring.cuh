@@ -1,8 +1,7 @@
 // What the kernels for one token share: its routes, which every block finds for itself, and each warp's own ring.
 //
-// A span is what a warp reads of a row at once: 16 bytes a lane. It has four rows at a time, which share what they multiply.
-#define SPAN 256
-#define WIDE 4
+// SPAN columns are what a warp reads of a row at once: 16 bytes a lane. It has WIDE rows at a time, which share what they
+// multiply.
 
 // A ring of STAGES times WIDE spans in shared memory, filled by asynchronous copies. A lane reads what it copied itself, so
 // nobody waits for anyone.

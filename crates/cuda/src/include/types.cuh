@@ -112,8 +112,8 @@ __device__ __forceinline__ f32 element(const Tensor& t, u64 row, u64 col) {
     return x[0];
 }
 
-// A launch may begin while the one before it still runs. Until it has waited, it writes nothing, and reads only what was there
-// when the one before began; it lets the next one begin after that, so that all but the last launch before are over then.
+// A launch may begin while the one before it still runs. Until it has waited, it writes nothing but what has been its own
+// since before the one before began, and what it reads that was not there then it throws away; it lets the next one begin after that, so that all but the last launch before are over then.
 __device__ __forceinline__ void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -114,7 +114,8 @@ pub(super) fn unroll(loads: usize) -> usize {
 
 fn mma(sizes: &Sizes, device: &DeviceNumbers) -> GroupedPlan {
     let &Sizes { product, rows, experts, outputs, x, .. } = sizes;
-    let schedule = 4 * (experts + 1);
+    // and the numbers of two tiles, in whole lines
+    let schedule = 4 * (experts + 1) + 128;
     let mean = rows / experts.min(rows).max(1);
     let widest = TILES.iter().find(|(most, _)| mean <= *most).unwrap_or(&TILES[3]).1;
     let tile = widest.fit(schedule, device);

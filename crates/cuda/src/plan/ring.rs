@@ -7,10 +7,10 @@ use crate::launch::Grid;
 /// Warps of a block, each with a ring of its own: the more, the more of the arithmetic is hidden.
 const WARPS: [usize; 2] = [12, 8];
 /// Columns of a row that a warp reads at once, and their bytes.
-const SPAN: usize = 256;
+pub(crate) const SPAN: usize = 256;
 const SPAN_BYTES: usize = 2 * SPAN;
 /// Rows that a warp has at once.
-const ROWS: usize = 4;
+pub(crate) const ROWS: usize = 4;
 /// Bytes of all stages of gate_up: as many as keep the memory busy.
 const GATE_UP_BYTES: usize = 96 << 10;
 /// Stages of the ring that waits for the rows: the most that are of use, and the fewest with which it streams.

@@ -120,7 +120,7 @@ fn ring(
     }
     let tile = WgmmaTile { stages: stages as u8, ..tile };
     let shared = stages * tile.stage_bytes() + tile.other_bytes(gather, experts);
-    let blocks = tiles.min(device.multiprocessors as usize / tile.cluster()) * tile.cluster();
+    let blocks = tiles.min((device.multiprocessors as usize / tile.cluster()).max(1)) * tile.cluster();
     Some((tile, Grid::line(blocks, WgmmaTile::THREADS).with_shared(shared)))
 }
 

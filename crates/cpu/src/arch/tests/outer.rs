@@ -134,8 +134,12 @@ fn ends<Y: Float>(start: usize, stride: usize) {
         kernels.outer(outer((cast_slice(&a), [depth, 1]), &b, &mut c));
         for stream in [false, true] {
             let mut unread = vec![[f32::NAN; OUTER_COLUMNS]; rows];
-            let mut memory = vec![Y::from_f32(-1.5); start + rows * stride + 64];
-            let cells = SharedSlice::new(&mut memory);
+            // from a line of the cache on, as only whole ones are stored past it
+            let length = start + rows * stride + 64;
+            let mut memory = vec![Y::from_f32(-1.5); length + 64];
+            let first = memory.as_ptr().align_offset(64);
+            let memory = &mut memory[first..first + length];
+            let cells = SharedSlice::new(memory);
             let Outer { a, steps, b, columns, ahead, .. } = outer((cast_slice(&a), [depth, 1]), &b, &mut []);
             let place = Place { cells, start, stride, stream };
             kernels.outer(Outer { a, steps, b, c: &mut unread, fresh: true, to: Some(place), columns, ahead });
