@@ -66,12 +66,12 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn prefetch<X>(self, at: *const X) {
-        isa!(asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags)));
+        isa!(asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly)));
     }
 
     #[inline(always)]
     fn prefetch_far<X>(self, at: *const X) {
-        isa!(asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags)));
+        isa!(asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly)));
     }
 
     #[inline(always)]
