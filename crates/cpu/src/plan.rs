@@ -61,7 +61,7 @@ pub(crate) struct GroupedPlan {
     pub(crate) tile: usize,
     /// Parts that the rows of an expert are cut into.
     pub(crate) chunks: usize,
-    /// Blocks that a thread takes at a time at least.
+    /// Blocks that a thread takes at a time.
     pub(crate) grain: usize,
 }
 
@@ -131,7 +131,7 @@ impl fmt::Display for GroupedPlan {
             write!(f, ", rows cut into {chunks} parts since there are too few outputs to share")?;
         }
         if *grain > 1 {
-            write!(f, ", {grain} such blocks to a thread at least since each is small")?;
+            write!(f, ", {grain} such blocks to a thread at a time since each is small")?;
         }
         Ok(())
     }
@@ -153,7 +153,7 @@ const GATE_GRAIN: usize = 1 << 17;
 pub(crate) struct GatePlan {
     /// Router rows of a block.
     pub(crate) experts: usize,
-    /// Blocks that a thread takes at a time at least.
+    /// Blocks that a thread takes at a time.
     pub(crate) grain: usize,
 }
 
@@ -171,7 +171,7 @@ impl fmt::Display for GatePlan {
         write!(f, "{} experts at a time, {GATE_TOKENS} tokens of x in the cache", self.experts)?;
         match self.grain {
             1 => Ok(()),
-            grain => write!(f, ", {grain} such blocks to a thread at least since each is small"),
+            grain => write!(f, ", {grain} such blocks to a thread at a time since each is small"),
         }
     }
 }

@@ -71,6 +71,20 @@ pub(crate) struct MmaTile {
     pub(crate) blocks: u8,
 }
 
+impl MmaTile {
+    pub(crate) fn defines(self) -> [(&'static str, String); 6] {
+        let [m, n] = self.warps;
+        [
+            ("TILE_M", self.rows.to_string()),
+            ("TILE_N", self.columns.to_string()),
+            ("WARPS_M", m.to_string()),
+            ("WARPS_N", n.to_string()),
+            ("STAGES", self.stages.to_string()),
+            ("BLOCKS", self.blocks.to_string()),
+        ]
+    }
+}
+
 /// A kernel of the grouped product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum GroupedKernel {
@@ -151,16 +165,9 @@ impl GroupedKernel {
                 defines.extend(tile.defines());
                 defines.extend(ends.defines());
             }
-            Self::Mma { format, tile: MmaTile { rows, columns, warps: [m, n], stages, blocks }, .. } => {
-                defines.extend([
-                    ("W_T", format.to_string()),
-                    ("TILE_M", rows.to_string()),
-                    ("TILE_N", columns.to_string()),
-                    ("WARPS_M", m.to_string()),
-                    ("WARPS_N", n.to_string()),
-                    ("STAGES", stages.to_string()),
-                    ("BLOCKS", blocks.to_string()),
-                ])
+            Self::Mma { format, tile, .. } => {
+                defines.push(("W_T", format.to_string()));
+                defines.extend(tile.defines());
             }
             Self::Dot { x, weight, vector, outputs, unroll, rows, .. } => defines.extend([
                 ("X_T", x.to_string()),

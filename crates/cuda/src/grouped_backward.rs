@@ -156,17 +156,9 @@ impl GroupedBackwardKernel {
                 defines.extend([("D_T", d.to_string()), ("OTHER_T", other.to_string()), ("VEC", vector.to_string())])
             }
             Self::RowsMma { format, tile, .. } | Self::MatricesMma { format, tile, .. } => {
-                let MmaTile { rows, columns, warps: [m, n], stages, blocks } = tile;
-                defines.extend([
-                    ("MATRICES", matches!(self, Self::MatricesMma { .. }).to_string()),
-                    ("W_T", format.to_string()),
-                    ("TILE_M", rows.to_string()),
-                    ("TILE_N", columns.to_string()),
-                    ("WARPS_M", m.to_string()),
-                    ("WARPS_N", n.to_string()),
-                    ("STAGES", stages.to_string()),
-                    ("BLOCKS", blocks.to_string()),
-                ])
+                let matrices = matches!(self, Self::MatricesMma { .. });
+                defines.extend([("MATRICES", matrices.to_string()), ("W_T", format.to_string())]);
+                defines.extend(tile.defines());
             }
             Self::RowsWgmma { format, tile, ends, .. } => {
                 defines.extend([("W_T", format.to_string()), ("TRANSPOSED", "true".into())]);

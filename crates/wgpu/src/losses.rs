@@ -76,10 +76,7 @@ pub(crate) fn load_balance_loss(wgpu: &Wgpu, stream: &WgpuStream, operands: Load
     let kept = tensor(&shares);
     let count = blocks(wgpu, tokens, row_bytes(logits, d_logits), |some, block, first| {
         let logits = Operand::rows(device, NAME, logits, some.clone())?;
-        let out = match d_logits {
-            Some(to) => Some(Operand::rows(device, NAME, &to.view, some.clone())?),
-            None => None,
-        };
+        let out = d_logits.as_ref().map(|to| Operand::rows(device, NAME, &to.view, some.clone())).transpose()?;
         let params = LoadBalanceParams {
             logits: logits.tensor,
             experts: ids.tensor,
@@ -113,10 +110,7 @@ pub(crate) fn z_loss(wgpu: &Wgpu, stream: &WgpuStream, operands: ZLoss<'_, Wgpu>
     let kept = tensor(&shares);
     let count = blocks(wgpu, tokens, row_bytes(logits, d_logits), |some, block, first| {
         let logits = Operand::rows(device, NAME, logits, some.clone())?;
-        let out = match d_logits {
-            Some(to) => Some(Operand::rows(device, NAME, &to.view, some.clone())?),
-            None => None,
-        };
+        let out = d_logits.as_ref().map(|to| Operand::rows(device, NAME, &to.view, some.clone())).transpose()?;
         let params = ZLossParams {
             logits: logits.tensor,
             out: tensor(&out),

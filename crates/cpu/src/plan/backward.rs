@@ -43,7 +43,7 @@ pub(crate) struct OuterPlan {
     pub(crate) blocks: usize,
     /// Parts that the rows of an expert are cut into.
     pub(crate) chunks: usize,
-    /// Blocks that a thread takes at a time at least.
+    /// Blocks that a thread takes at a time.
     pub(crate) grain: usize,
 }
 

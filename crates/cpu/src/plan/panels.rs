@@ -38,7 +38,7 @@ pub(crate) struct Share {
     pub(crate) block: usize,
     /// Parts that the rows of an expert are cut into.
     pub(crate) chunks: usize,
-    /// Blocks that a thread takes at a time at least.
+    /// Blocks that a thread takes at a time.
     pub(crate) grain: usize,
     /// How far after a block the one lies that its thread takes next.
     pub(crate) stride: usize,
@@ -108,7 +108,7 @@ impl fmt::Display for PanelPlan {
             write!(f, ", rows cut into {chunks} parts since there are too few outputs to share")?;
         }
         if grain > 1 {
-            write!(f, ", {grain} such blocks to a thread at least since each is small")?;
+            write!(f, ", {grain} such blocks to a thread at a time since each is small")?;
         }
         Ok(())
     }
