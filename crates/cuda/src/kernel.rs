@@ -3,6 +3,7 @@
 pub(crate) mod backward;
 mod headers;
 
+use crate::combine::CombineKernel;
 use crate::grouped::{self, GroupedKernel, Product};
 use crate::launch::Params;
 #[cfg(test)]
@@ -20,7 +21,7 @@ use headers::*;
 /// A kernel and what it is specialised by. `choice` is the format of logits and how many a lane has, `ring` warps and stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
-    Gate { x: DType, router: DType, vector: u8 },
+    Gate { x: DType, router: DType, vector: u8, tokens: u8 },
     GateTiled { x: DType, router: DType, vector: u8 },
     GateMma { format: DType, weighted: bool, tile: SplitTile },
     GateRoute { x: DType, router: DType, vector: u8 },
@@ -34,7 +35,7 @@ pub(crate) enum Kernel {
     DropOverflow,
     TileSchedule,
     Activation { activation: ActivationKind, pieces: Pieces },
-    Combine { y: DType, vector: u8, copies: bool, norm: bool, stash: bool },
+    Combine(CombineKernel),
     Linear { x: DType, weight: DType, vector: u8 },
     LinearTiled { x: DType, weight: DType, vector: u8 },
     LinearMma { format: DType, tile: SplitTile },
@@ -120,7 +121,7 @@ impl Kernel {
             Self::DropOverflow => "drop_overflow",
             Self::TileSchedule => "tile_schedule",
             Self::Activation { .. } => "activation",
-            Self::Combine { .. } => "combine",
+            Self::Combine(_) => "combine",
             Self::Linear { .. } => "linear",
             Self::LinearTiled { .. } => "linear_tiled",
             Self::LinearMma { .. } => "linear_mma",
@@ -151,7 +152,7 @@ impl Kernel {
             Self::DropOverflow => drop_overflow::DropOverflowParams::DEFINITION,
             Self::TileSchedule => permute::TileScheduleParams::DEFINITION,
             Self::Activation { .. } => activation::ActivationParams::DEFINITION,
-            Self::Combine { .. } => combine::CombineParams::DEFINITION,
+            Self::Combine(_) => combine::CombineParams::DEFINITION,
             Self::Linear { .. } | Self::LinearTiled { .. } | Self::LinearMma { .. } => linear::LinearParams::DEFINITION,
             Self::Zero => accumulate::ZeroParams::DEFINITION,
             Self::Accumulate => accumulate::AccumulateParams::DEFINITION,
@@ -181,7 +182,7 @@ impl Kernel {
             }
             Self::Route { .. } => vec![REDUCE, choice, ROUTE, own, include_str!("route.cu")],
             Self::RoutePermute { .. } => {
-                vec![REDUCE, choice, ROUTE, route, permute, own, include_str!("route_permute.cu")]
+                vec![REDUCE, CLUSTER, choice, ROUTE, route, permute, own, include_str!("route_permute.cu")]
             }
             Self::GatherWeights { .. } => vec![REDUCE, own, include_str!("gather_weights.cu")],
             Self::Permute => vec![own, PERMUTE, include_str!("permute.cu")],
@@ -191,7 +192,7 @@ impl Kernel {
             Self::DropOverflow => vec![REDUCE, own, include_str!("drop_overflow.cu")],
             Self::TileSchedule => vec![permute, PERMUTE, own, include_str!("tile_schedule.cu")],
             Self::Activation { .. } => vec![PIECES, ACTIVATION, own, include_str!("activation.cu")],
-            Self::Combine { .. } => vec![REDUCE, own, include_str!("combine.cu")],
+            Self::Combine(_) => vec![REDUCE, own, include_str!("combine.cu")],
             Self::Linear { .. } => vec![REDUCE, DOT, own, include_str!("linear.cu")],
             Self::LinearTiled { .. } => vec![TILES, own, include_str!("linear_tiled.cu")],
             Self::LinearMma { .. } => vec![MMA, SPLIT, own, include_str!("linear_mma.cu")],
@@ -255,7 +256,7 @@ impl Kernel {
             | Self::PermuteCount
             | Self::PermuteScan
             | Self::PermuteScatter
-            | Self::Combine { .. }
+            | Self::Combine(_)
             | Self::Linear { .. }
             | Self::DownCombine { .. }
             | Self::GateUpRing { .. }
@@ -274,6 +275,11 @@ impl Kernel {
             | Self::Counts
             | Self::ReadAll => false,
         }
+    }
+
+    /// Whether its blocks are one cluster.
+    pub(crate) fn is_cluster(self) -> bool {
+        matches!(self, Self::RoutePermute { .. })
     }
 
     /// What the text is specialised by.
@@ -308,7 +314,9 @@ impl Kernel {
             defines
         };
         match self {
-            Self::Gate { x, router, vector } => with(product(x, "ROUTER_T", router, vector), "TOKENS", number(TOKENS)),
+            Self::Gate { x, router, vector, tokens } => {
+                with(product(x, "ROUTER_T", router, vector), "TOKENS", tokens.to_string())
+            }
             Self::GateTiled { x, router, vector } => product(x, "ROUTER_T", router, vector),
             Self::GateMma { format, weighted, tile } => split(format, weighted, tile),
             Self::GateRoute { x, router, vector } => {
@@ -319,22 +327,12 @@ impl Kernel {
                 ("THREADS", number(threads.into())),
                 ("LANE_LOGITS", number(lane_logits.into())),
             ],
-            Self::RoutePermute { logits, lane_logits } => vec![
-                ("LOGITS_T", logits.to_string()),
-                ("LANE_LOGITS", number(lane_logits.into())),
-                ("COUNTERS", crate::workspace::COUNTERS.to_string()),
-            ],
+            Self::RoutePermute { logits, lane_logits } => route_permute::defines(logits, lane_logits),
             Self::GatherWeights { scores } => vec![("SCORES_T", scores.to_string())],
             Self::Activation { activation, pieces } => {
                 with([&activation.defines()[..], &pieces.defines()].concat(), "SIGMOID", pieces.sigmoid().to_string())
             }
-            Self::Combine { y, vector, copies, norm, stash } => vec![
-                ("Y_T", y.to_string()),
-                ("VEC", number(vector.into())),
-                ("COPIES", copies.to_string()),
-                ("NORM", norm.to_string()),
-                ("STASH", stash.to_string()),
-            ],
+            Self::Combine(kernel) => kernel.defines(),
             Self::Linear { x, weight, vector } => {
                 with(product(x, "WEIGHT_T", weight, vector), "TOKENS", number(TOKENS))
             }
@@ -404,18 +402,10 @@ impl Kernel {
                 all.extend(rings(Activation::default(), DType::BF16, x, lane_logits));
             }
             all.push(Self::GatherWeights { scores: x });
-            for vector in [1, 4] {
-                for (norm, stash) in [(false, false), (true, false), (true, true)] {
-                    all.extend([false, true].map(|copies| Self::Combine { y: x, vector, copies, norm, stash }));
-                }
-            }
-            if x.size() == 2 {
-                let (y, vector, norm, stash) = (x, 8, false, false);
-                all.extend([false, true].map(|copies| Self::Combine { y, vector, copies, norm, stash }));
-            }
+            all.extend(CombineKernel::all(x).into_iter().map(Self::Combine));
             for w in FLOATS {
                 for vector in [1, crate::plan::dot_vector(x, w)] {
-                    all.push(Self::Gate { x, router: w, vector });
+                    all.extend([1, 2, 4].map(|tokens| Self::Gate { x, router: w, vector, tokens }));
                     all.push(Self::GateRoute { x, router: w, vector });
                     all.push(Self::DownCombine { x, weight: w, vector, slots: 4, unroll: 3 });
                     all.push(Self::Linear { x, weight: w, vector });

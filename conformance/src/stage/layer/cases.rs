@@ -159,6 +159,12 @@ fn few_tokens(dtypes: [DType; 3]) -> Vec<Case> {
             }
         }
     }
+    // more than a block's
+    for (tokens, [experts, top_k]) in [(300, [130, 9]), (512, [3, 3]), (513, [40, 2])] {
+        let config = LayerConfig::new(40, 24, experts, top_k);
+        let layer = LayerCase { source: Origin::Logits, routes: true, ..LayerCase::new(tokens, config, dtypes) };
+        cases.push(case("some Logits", layer));
+    }
     cases
 }
 
