@@ -53,17 +53,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) down_combine_ring(co
     __syncthreads();
     for (u32 own = warp; own < units; own += WARPS) {
         const u32 slot = own % slots, o = own / slots * WIDE;
-        f32 sum[WIDE] = {};
+        Sums sums = {};
         for (u32 i = 0; i < spans; i++) {
             const u32 k = i * SPAN + lane * 8;
-            f32 v[8] = {};
-            if (k < inner) load<8>(reinterpret_cast<const W_T*>(a + slot * spans * SPAN + k), v);
+            uint4 v = {0, 0, 0, 0};
+            if (k < inner) v = *reinterpret_cast<const uint4*>(a + slot * spans * SPAN + k);
             ring.wait();
-            ring.multiply(v, k < inner, sum);
+            sums.add(ring, v);
             fill();
         }
+        f32 sum[WIDE];
 #pragma unroll
-        for (int n = 0; n < WIDE; n++) sum[n] = reduce_warp<Sum>(sum[n]);
+        for (int n = 0; n < WIDE; n++) sum[n] = sums.of_row(n);
 #pragma unroll
         for (int n = 0; n < WIDE; n++)
             if (lane == n && o + n < count) products[(o + n) * slots + slot] = sum[n];

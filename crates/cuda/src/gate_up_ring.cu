@@ -68,17 +68,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) gate_up_ring(const _
     wait_copies<STAGES - 1>();
     __syncthreads();
     for (u32 own = begin; own < units; own += apart) {
-        f32 sum[WIDE] = {};
+        Sums sums = {};
         for (u32 i = 0; i < spans; i++) {
             const u32 k = i * SPAN + lane * 8;
-            f32 v[8] = {};
-            if (k < inner) load<8>(reinterpret_cast<const W_T*>(memory) + k, v);
+            uint4 v = {0, 0, 0, 0};
+            if (k < inner) v = *reinterpret_cast<const uint4*>(memory + k * 2);
             ring.wait();
-            ring.multiply(v, k < inner, sum);
+            sums.add(ring, v);
             fill(true);
         }
+        f32 sum[WIDE];
 #pragma unroll
-        for (int n = 0; n < WIDE; n++) sum[n] = reduce_warp<Sum>(sum[n]);
+        for (int n = 0; n < WIDE; n++) sum[n] = sums.of_row(n);
         if (lane != 0) continue;
         const u32 slot = own / groups, i = own % groups * OUTPUTS;
         const Expert expert = expert_at<W_T>(p, chosen.expert[slot]);

@@ -10,9 +10,13 @@ struct Ring {
     __device__ __forceinline__ Ring(u32 memory) : memory(memory + threadIdx.x % 32 * 16), read(0), write(0) {}
 
     static __device__ __forceinline__ u32 after(u32 stage) { return stage + 1 == STAGES ? 0 : stage + 1; }
-    // One span of the stage that is filled; zeros if not `inside`.
+    // One span of the stage that is filled; zeros if not `inside`. Read once: the second-level cache gives it up first.
     __device__ __forceinline__ void copy(int n, const u16* from, bool inside) const {
-        copy_async(memory + (write * WIDE + n) * SPAN * 2, from, inside);
+        asm volatile(
+            "{.reg .b64 first; createpolicy.fractional.L2::evict_first.b64 first, 1.0;"
+            "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, first;}" ::"r"(memory + (write * WIDE + n) * SPAN * 2),
+            "l"(from), "r"(inside ? 16 : 0)
+            : "memory");
     }
     __device__ __forceinline__ void filled() {
         commit_copies();
@@ -20,28 +24,38 @@ struct Ring {
     }
     // For the oldest of STAGES - 1 stages that were filled.
     __device__ __forceinline__ void wait() const { wait_copies<STAGES - 2>(); }
-    __device__ __forceinline__ Pack<W_T, 8> span(int n) const {
+    __device__ __forceinline__ uint4 span(int n) const {
         uint4 v;
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                      : "r"(memory + (read * WIDE + n) * SPAN * 2)
                      : "memory");
-        Pack<W_T, 8> pack;
-        memcpy(&pack, &v, sizeof(pack));
-        return pack;
+        return v;
     }
-    // sum[n] += span n . v of this lane's columns; then the stage is free.
-    __device__ __forceinline__ void multiply(const f32 (&v)[8], bool inside, f32 (&sum)[WIDE]) {
-        if (inside) {
-            Pack<W_T, 8> w[WIDE];
+};
+
+// Dot products of WIDE rows with one vector, on tensor cores although each lane multiplies its own columns alone: the four lanes
+// of a group have a row of the left operand, in which the weight rows 2 n and 2 n + 1 lie eight apart, and the column of the
+// same number of the right one. What a row makes of the other groups' columns is not read.
+struct Sums {
+    f32 c[WIDE / 2][4];
+    // The oldest stage times `v`, 8 columns; then the stage is free.
+    __device__ __forceinline__ void add(Ring& ring, uint4 v) {
+        uint4 w[WIDE];
 #pragma unroll
-            for (int n = 0; n < WIDE; n++) w[n] = span(n);
+        for (int n = 0; n < WIDE; n++) w[n] = ring.span(n);
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int n = 0; n < WIDE; n++) sum[n] = fmaf(v[j], to_f32(w[n].v[j]), sum[n]);
+        for (int n = 0; n < WIDE; n += 2) {
+            const u32 near[4] = {w[n].x, w[n + 1].x, w[n].y, w[n + 1].y}, far[4] = {w[n].z, w[n + 1].z, w[n].w, w[n + 1].w};
+            mma(W_T(), c[n / 2], near, v.x, v.y);
+            mma(W_T(), c[n / 2], far, v.z, v.w);
         }
-        read = after(read);
+        ring.read = Ring::after(ring.read);
+    }
+    __device__ __forceinline__ f32 of_row(int n) const {
+        const u32 lane = threadIdx.x % 32, group = lane / 4;
+        const f32 own = group % 2 ? c[n / 2][n % 2 * 2 + 1] : c[n / 2][n % 2 * 2];
+        return reduce_warp<Sum>(lane % 4 == group / 2 ? own : 0.0f);
     }
 };
 

@@ -108,6 +108,40 @@ pub(crate) fn replays_with_new_tokens(cuda: &Cuda, layer: &CudaLayer) {
     }
 }
 
+/// One token's launches have blocks that wait for each other; those of several streams come in between and must not hold each
+/// other up.
+pub(crate) fn a_token_on_each_of_several_streams() -> Result<()> {
+    let cuda = Cuda::new(0)?;
+    let layer = prepare(&cuda, Numerics::Fast)?;
+    let tokens: Vec<Vec<bf16>> = (0..4).map(|seed| numbers(H, 30 + seed)).collect();
+    let mut calls = Vec::new();
+    for x in &tokens {
+        calls.push((cuda.stream()?, layer.workspace(1)?, upload(&cuda, x), upload(&cuda, &[bf16::NAN; H])));
+    }
+    let mut graphs = Vec::new();
+    for (stream, workspace, x, y) in &mut calls {
+        let calls = || {
+            for _ in 0..16 {
+                let from = View::new(x.read(), DType::BF16, 0, [1, H])?;
+                layer.forward(stream, from, View::new(y.write(), DType::BF16, 0, [1, H])?, workspace)?;
+            }
+            Ok(())
+        };
+        // SAFETY: all that is captured outlives the graph, which alone uses it.
+        graphs.push(unsafe { Graph::capture(stream, calls) }?);
+    }
+    for _ in 0..50 {
+        for (graph, (stream, ..)) in graphs.iter().zip(&calls) {
+            graph.replay(stream)?;
+        }
+    }
+    for (x, (stream, _, _, y)) in tokens.iter().zip(&calls) {
+        assert!(stream.status()?.is_ok());
+        assert!(download(&cuda, stream, y, H) == direct(&cuda, &layer, stream, x));
+    }
+    Ok(())
+}
+
 pub(crate) fn a_token_alone_has_the_bits_it_has_in_a_batch() -> Result<()> {
     let cuda = Cuda::new(0)?;
     invariant_in_any_batch(&cuda, &prepare(&cuda, Numerics::BatchInvariant)?);

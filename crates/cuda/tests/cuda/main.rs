@@ -39,6 +39,7 @@ const DEVICE: &[Test] = &[
         "a_captured_layer_replays_with_new_tokens_and_allocates_nothing",
         layer::a_captured_layer_replays_with_new_tokens_and_allocates_nothing,
     ),
+    ("a_token_on_each_of_several_streams", layer::a_token_on_each_of_several_streams),
     ("a_token_alone_has_the_bits_it_has_in_a_batch", layer::a_token_alone_has_the_bits_it_has_in_a_batch),
     ("a_captured_layer_with_a_capacity_replays", around::a_captured_layer_with_a_capacity_replays),
     ("a_captured_layer_with_surroundings_replays", around::a_captured_layer_with_surroundings_replays),
