@@ -95,11 +95,12 @@ pub(crate) enum GroupedKernel {
 }
 
 pub(crate) const GROUPED: &str = include_str!("include/grouped.cuh");
-/// What warpgroup tensor cores need of the text, the parameters among it.
-pub(crate) const WGMMA: [&str; 5] = {
+/// What warpgroup tensor cores need of the text for such a tile, the parameters among it.
+pub(crate) fn wgmma_parts(tile: WgmmaTile) -> [&'static str; 6] {
     let [products, warpgroups, ring] = wgmma::INSTRUCTIONS;
-    [products, warpgroups, ring, WgmmaParams::DEFINITION, include_str!("include/grouped_wgmma.cuh")]
-};
+    let product = include_str!("include/grouped_wgmma.cuh");
+    [products, warpgroups, ring, WgmmaParams::DEFINITION, product, tile.part()]
+}
 pub(crate) const STREAM: &str = include_str!("include/stream.cuh");
 
 impl GroupedKernel {
@@ -138,7 +139,7 @@ impl GroupedKernel {
     pub(crate) fn parts(self) -> Vec<&'static str> {
         let mut parts = vec![GroupedParams::DEFINITION, GROUPED];
         parts.extend(match self {
-            Self::Wgmma { .. } => WGMMA.to_vec(),
+            Self::Wgmma { tile, .. } => wgmma_parts(tile).to_vec(),
             Self::Mma { .. } => vec![include_str!("include/mma.cuh"), include_str!("include/grouped_mma.cuh")],
             Self::Dot { .. } => vec![STREAM, include_str!("include/grouped_dot.cuh")],
             Self::Tiled { .. } => vec![include_str!("include/tiles.cuh"), include_str!("include/grouped_tiled.cuh")],

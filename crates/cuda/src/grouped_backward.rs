@@ -2,7 +2,7 @@
 
 use crate::backward::Target;
 use crate::error::Result;
-use crate::grouped::{self, GroupedParams, MmaTile, Product, WGMMA};
+use crate::grouped::{self, GroupedParams, MmaTile, Product, wgmma_parts};
 use crate::grouped_backward_wgmma::{self as matrices_wgmma, MatricesTile, MatricesWgmmaParams};
 use crate::kernel::Kernel;
 use crate::kernel::backward::BackwardKernel;
@@ -129,8 +129,8 @@ impl GroupedBackwardKernel {
 
     /// The parts of its text that follow the common parameters and those of the grouped product.
     pub(crate) fn parts(self) -> Vec<&'static str> {
-        if let Self::RowsWgmma { .. } = self {
-            return [&WGMMA[..], &[self.file().1]].concat();
+        if let Self::RowsWgmma { tile, .. } = self {
+            return [&wgmma_parts(tile)[..], &[self.file().1]].concat();
         }
         let mut parts = vec![GroupedBackwardParams::DEFINITION, SHARED];
         match self {

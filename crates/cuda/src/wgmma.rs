@@ -25,6 +25,8 @@ pub(crate) struct WgmmaTile {
     pub(crate) stages: u8,
     /// Whether pairs of blocks share weight rows.
     pub(crate) paired: bool,
+    /// Whether the two warpgroups that multiply share it, half of its rows each; else they take turns, a tile each.
+    pub(crate) shared: bool,
 }
 
 /// Rows of x that the copy engine brings at once, and of weights where sums run over these.
@@ -49,12 +51,18 @@ impl WgmmaTile {
         if self.paired { 2 } else { 1 }
     }
 
-    pub(crate) fn defines(self) -> [(&'static str, String); 4] {
+    /// The part of the text that multiplies it.
+    pub(crate) fn part(self) -> &'static str {
+        if self.shared { include_str!("include/wgmma_shared.cuh") } else { include_str!("include/wgmma_turns.cuh") }
+    }
+
+    pub(crate) fn defines(self) -> [(&'static str, String); 5] {
         [
             ("TILE_M", self.rows.to_string()),
             ("TILE_N", self.columns.to_string()),
             ("STAGES", self.stages.to_string()),
             ("CLUSTER", self.cluster().to_string()),
+            ("SHARED", self.shared.to_string()),
         ]
     }
 }

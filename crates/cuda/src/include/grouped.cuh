@@ -89,6 +89,8 @@ __device__ __forceinline__ void store_outputs(const GroupedParams& p, u64 bias, 
 struct Tile {
     u64 item;
     u32 expert, first_row, rows, column;
+    // of those of `find_late`, those of experts before
+    u32 before;
 };
 
 struct Schedule {
@@ -97,13 +99,13 @@ struct Schedule {
     u32 experts, columns;
     u64 items;
 
-    template <int N, int M> __device__ __forceinline__ void make(const GroupedParams& p, u32* memory, u32 column_tiles) {
+    template <int N, int M, int LATE = 0> __device__ __forceinline__ void make(const GroupedParams& p, u32* memory, u32 column_tiles) {
         first_tile = memory;
         experts = p.experts;
         columns = column_tiles;
         for (u32 e = threadIdx.x; e < experts; e += N) {
             const RowRange range = rows_of(p, e);
-            first_tile[e] = (range.end - range.begin + M - 1) / M;
+            first_tile[e] = (range.end - range.begin + M - 1 - LATE) / M;
         }
         __syncthreads();
         if (threadIdx.x < 32) {

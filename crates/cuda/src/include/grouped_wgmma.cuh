@@ -4,7 +4,7 @@
 //   one warpgroup, for the block's tiles of TILE_M rows and TILE_N weight rows:
 //     for each 64 columns: rows of x (gathered by asynchronous copies, else by the copy engine) and weight rows (by the copy
 //                          engine: gate rows, then up rows) into the next free of STAGES stages
-//   two warpgroups, which take turns, a tile each, so that the products of one run behind the epilogue of the other:
+//   two warpgroups (`wgmma_shared.cuh` if SHARED, else `wgmma_turns.cuh`):
 //     wait for stages, multiply, free them; sums of gate and up of an output meet in one thread;
 //     epilogue from registers, if PIECES through shared memory, so that pieces of 16 bytes are stored
 //
@@ -26,17 +26,27 @@
 #define X_BYTES (TILE_M * STEP * 2)
 #define BLOCK_BYTES (64 * STEP * 2)
 #define STAGE_BYTES ((TILE_M + TILE_N) * STEP * 2)
-#define ROW_BLOCKS (TILE_M / 64)
+// Rows of an expert that are dealt out at once, and those of a warpgroup.
+#define DEALT_ROWS (CLUSTER * TILE_M)
+#define GROUP_ROWS (SHARED ? TILE_M / 2 : TILE_M)
+#define ROW_BLOCKS (GROUP_ROWS / 64)
 #define COPIES (TILE_M / 16)
 // Both of gate and up are stored where neither is an input of the activation.
 #define HALVES_STORED (GATED && !ACTIVATE ? 2 : 1)
 #define TILE_COLUMNS ((TILE_OUTPUTS + 63) / 64 * 64)
-// Sums of 64 x 256 are 128 registers of a thread; what they leave is shared out: 384 threads begin with 168.
-#define MANY_SUMS (ROW_BLOCKS * TILE_N > 256)
+// Of 64 columns, which are stored together.
+#define CHUNKS (HALVES_STORED * TILE_COLUMNS / 64)
+// A thread's sums and, if SHARED, the outputs of the tile before, two in a word. What they leave of the registers is shared out:
+// 384 threads begin with 168.
+#define MANY_SUMS (ROW_BLOCKS * TILE_N / 2 + (SHARED ? CHUNKS * 16 : 0) > 160)
 #define CONSUMER_REGISTERS (MANY_SUMS ? 232 : 208)
 #define PRODUCER_REGISTERS (MANY_SUMS ? 40 : 88)
 // 16 rows of 128 bytes a warp
 #define STORE_BYTES 2048
+
+// An expert's last tile of at most so many rows comes after the others of all experts. Those take equally long, so that blocks
+// stay in step and find in the second-level cache what their neighbours have just read.
+#define LATE_ROWS (SHARED ? DEALT_ROWS / 2 : 0)
 
 // No stage.
 #define NOTHING 0xffffffffu
@@ -52,22 +62,32 @@ struct Tiles {
             const u32 begin = e < p.experts ? rows_of(p, e).begin : rows_of(p, p.experts - 1).end;
             first_row[e] = begin < p.rows ? begin : (u32)p.rows;
         }
-        schedule.make<THREADS, CLUSTER * TILE_M>(p, memory, (p.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS);
+        schedule.make<THREADS, DEALT_ROWS, LATE_ROWS>(p, memory, (p.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS);
+    }
+
+    // Before the first tile.
+    __device__ __forceinline__ static Tile none() {
+        Tile tile;
+        tile.item = 0, tile.expert = 0, tile.before = 0;
+        return tile;
     }
 
     // The tile of `item`, which is not before `tile`'s, or the block's part of it; false when there is none.
     __device__ __forceinline__ bool find(u64 item, Tile& tile) const {
-        const u32* first_tile = schedule.first_tile;
+        if (item < schedule.items) {
+            const u32* first_tile = schedule.first_tile;
+            u32 e = tile.expert;
+            while ((u64)first_tile[e + 1] * schedule.columns <= item) e++;
+            const u32 local = (u32)(item - (u64)first_tile[e] * schedule.columns), row_tiles = first_tile[e + 1] - first_tile[e];
+            tile.expert = e;
+            tile.column = local / row_tiles;
+            tile.first_row = first_row[e] + (local - tile.column * row_tiles) * DEALT_ROWS;
+        } else if (LATE_ROWS == 0 || !find_late(item, tile)) {
+            return false;
+        }
         tile.item = item;
-        if (item >= schedule.items) return false;
-        u32 e = tile.expert;
-        while ((u64)first_tile[e + 1] * schedule.columns <= item) e++;
-        tile.expert = e;
-        const u32 local = (u32)(item - (u64)first_tile[e] * schedule.columns), row_tiles = first_tile[e + 1] - first_tile[e];
-        tile.column = local / row_tiles;
-        tile.first_row = first_row[e] + (local - tile.column * row_tiles) * (CLUSTER * TILE_M);
-        const u32 left = first_row[e + 1] - tile.first_row;
-        tile.rows = left < CLUSTER * TILE_M ? left : CLUSTER * TILE_M;
+        const u32 left = first_row[tile.expert + 1] - tile.first_row;
+        tile.rows = left < DEALT_ROWS ? left : DEALT_ROWS;
         if (CLUSTER == 2) {
             // half of its blocks of 64 rows each, the first block of the pair the odd one
             const u32 half = (tile.rows + 127) / 128 * 64, first = tile.rows < half ? tile.rows : half;
@@ -75,6 +95,24 @@ struct Tiles {
             else tile.first_row += first, tile.rows -= first;
         }
         return true;
+    }
+
+    // The same of an item behind those of the schedule; false when there is none.
+    __device__ __forceinline__ bool find_late(u64 item, Tile& tile) const {
+        u32 e = tile.item < schedule.items ? 0 : tile.expert, before = e ? tile.before : 0;
+        const u64 local = item - schedule.items;
+        for (; e < schedule.experts; e++) {
+            const u32 end = first_row[e + 1], rest = (end - first_row[e]) % DEALT_ROWS;
+            if (rest == 0 || rest > LATE_ROWS) continue;
+            if (local < (u64)before + schedule.columns) {
+                tile.expert = e, tile.before = before;
+                tile.column = (u32)local - before;
+                tile.first_row = end - rest;
+                return true;
+            }
+            before += schedule.columns;
+        }
+        return false;
     }
 };
 
@@ -86,14 +124,13 @@ struct Producer {
     u32* begins;
 
     __device__ __forceinline__ void copy_tiles(u32 steps) const {
-        Tile tile, next;
-        tile.expert = 0;
+        Tile tile = Tiles::none(), next;
         Place at = {0, 1};
         bool any = tiles.find(blockIdx.x / CLUSTER, tile);
         u32 buffer = 0;
         if (GATHER && any) put_begins(tile, buffer, slot_in(tile));
         while (any) {
-            next.expert = tile.expert;
+            next = tile;
             any = tiles.find(tile.item + gridDim.x / CLUSTER, next);
             if (GATHER) {
                 const u32 slot = any ? slot_in(next) : NO_ROW;
@@ -183,7 +220,8 @@ struct Producer {
     }
 };
 
-struct Consumer {
+// What a warpgroup does with sums.
+struct Sums {
     const GroupedParams& p;
     const f32 scale;
     const Ring ring;
@@ -197,52 +235,14 @@ struct Consumer {
         if (CLUSTER == 2 && lane < 2) barrier_arrive_there(address_in(ring.empty + stage * 8, lane));
     }
 
-    // Begins the products of the tile's first N blocks of 64 rows; returns the stage that the last of them read.
-    template <int N> __device__ __forceinline__ u32 multiply_blocks(Place& at, u32 steps, f32 (&sum)[ROW_BLOCKS][TILE_N / 2]) const {
-        u32 last = NOTHING;
-#pragma unroll
-        for (int b = 0; b < N; b++) hold(sum[b]);
-#pragma unroll 1
-        for (u32 step = 0; step < steps; step++) {
-            const u32 stage = ring.stages + at.stage * STAGE_BYTES;
-            const u64 x = operand_at(stage), w = TRANSPOSED ? transposed_at(stage + X_BYTES) : operand_at(stage + X_BYTES);
-            barrier_wait(ring.full + at.stage * 8, at.parity);
-            if (N == 0) {
-                free_stage(at.stage);
-                at.next();
-                continue;
-            }
-            if (GATHER) fence_async();
-            begin_products();
-#pragma unroll
-            for (u32 k = 0; k < STEP / 16; k++)
-#pragma unroll
-                for (int b = 0; b < N; b++) multiply<TRANSPOSED>(W_T(), sum[b], x + b * (BLOCK_BYTES / 16) + k * 2, w + k * (TRANSPOSED ? 128 : 2), step | k);
-            commit_products();
-            wait_products<1>();
-            if (step > 0) free_stage(last);
-            last = at.stage;
-            at.next();
-        }
-        return last;
-    }
-
-    // Ends the products.
-    __device__ __forceinline__ void finish_blocks(u32 last, f32 (&sum)[ROW_BLOCKS][TILE_N / 2]) const {
-        wait_products<0>();
-#pragma unroll
-        for (int b = 0; b < ROW_BLOCKS; b++) hold(sum[b]);
-        if (last != NOTHING) free_stage(last);
-    }
-
     // Which of the warp's 16 rows of each block are stored, a bit each, and the factors of the thread's two.
     struct Rows {
         u32 present[ROW_BLOCKS];
         f32 weight[ROW_BLOCKS][2];
     };
 
-    // The warp's rows of a block.
-    __device__ __forceinline__ u32 first_row_of(u32 b) const { return b * 64 + threadIdx.x / 32 % 4 * 16; }
+    // The warp's rows of a block, in the tile.
+    __device__ __forceinline__ u32 first_row_of(u32 b) const { return (SHARED ? group * GROUP_ROWS : 0) + b * 64 + threadIdx.x / 32 % 4 * 16; }
 
     __device__ __forceinline__ Rows rows_in(const Tile& tile) const {
         Rows rows;
@@ -277,38 +277,7 @@ struct Consumer {
         }
     }
 
-    // 16 rows of a warp, 64 columns at a time through its shared memory, then as pieces of 16 bytes. `present`: a bit a row.
-    __device__ __forceinline__ void store_pieces(const f32 (&sum)[TILE_N / 2], u64 bias, const f32 (&weight)[2], u64 first_row, u32 present,
-                                                 u64 first, u32 memory) const {
-        const u32 lane = threadIdx.x % 32, row = lane % 16, piece = lane % 8;
-#pragma unroll
-        for (u32 c = 0; c < HALVES_STORED * TILE_COLUMNS; c += 64) {
-            const u32 half = c / TILE_COLUMNS, begin = c % TILE_COLUMNS;
-#pragma unroll
-            for (u32 n = 0; n < 8 && begin + n * 8 < TILE_OUTPUTS; n += 2) {
-                f32 left[4], right[4];
-                // of an odd number of groups the last one is taken twice
-                const u32 l = begin / 8 + n, r = l + 1 < TILE_OUTPUTS / 8 ? l + 1 : l;
-                outputs_of(sum, half + 1 == HALVES_STORED, l, bias, first + l * 8 + lane % 4 * 2, weight, left);
-                outputs_of(sum, half + 1 == HALVES_STORED, r, bias, first + r * 8 + lane % 4 * 2, weight, right);
-                const u32 pairs[4] = {pair_of(W_T(), left[0], left[1]), pair_of(W_T(), left[2], left[3]),
-                                      pair_of(W_T(), right[0], right[1]), pair_of(W_T(), right[2], right[3])};
-                store_matrices(memory + row * 128 + ((n + lane / 16) ^ row % 8) * 16, pairs);
-            }
-            __syncwarp();
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                const u32 r = i * 4 + lane / 8;
-                const u64 column = first + begin + piece * 8;
-                const bool inside = begin + piece * 8 < TILE_OUTPUTS && column < p.outputs && (present >> r & 1);
-                const uint4 v = load_shared(memory + r * 128 + (piece ^ r % 8) * 16);
-                if (inside) *reinterpret_cast<uint4*>(row_of<u16>(p.out, first_row + r) + half * p.outputs + column) = v;
-            }
-            __syncwarp();
-        }
-    }
-
-    // The same rows, each thread its own outputs.
+    // 16 rows of a warp, each thread its own outputs.
     __device__ __forceinline__ void store_sums(const f32 (&sum)[TILE_N / 2], u64 bias, const f32 (&weight)[2], u64 first_row, u32 present,
                                                u64 first) const {
         const u32 lane = threadIdx.x % 32;
@@ -322,51 +291,9 @@ struct Consumer {
                     store_outputs<2>(p, bias, weight[h], first_row + lane / 4 + h * 8, first + n * 8 + lane % 4 * 2, gate, up);
             }
     }
-
-    __device__ __forceinline__ void store_tile(const Tile& tile, const Rows& rows, const f32 (&sum)[ROW_BLOCKS][TILE_N / 2],
-                                               u32 memory) const {
-        const u64 bias = expert_at<W_T>(p, tile.expert).bias, first = (u64)tile.column * TILE_OUTPUTS;
-#pragma unroll
-        for (u32 b = 0; b < ROW_BLOCKS; b++) {
-            if (rows.present[b] == 0) continue;
-            const u64 row = tile.first_row + first_row_of(b);
-            if (PIECES) store_pieces(sum[b], bias, rows.weight[b], row, rows.present[b], first, memory);
-            else store_sums(sum[b], bias, rows.weight[b], row, rows.present[b], first);
-        }
-    }
-
-    __device__ __forceinline__ void multiply_tiles(const Tiles& tiles, u32 steps, u32 memory) const {
-        Place at = {0, 0};
-        Tile tile, next;
-        tile.expert = 0;
-        if (group == 1) {
-            at.skip(steps);
-            tell_threads<256>(1);
-        }
-        const u64 apart = gridDim.x / CLUSTER;
-        bool any = tiles.find(blockIdx.x / CLUSTER + group * apart, tile);
-        while (any) {
-            f32 sum[ROW_BLOCKS][TILE_N / 2];
-            // a stage's barrier tells only its last two uses apart, and the other's come first
-            wait_threads<256>(1 + group);
-            u32 last;
-            if (CLUSTER == 2 && tile.rows == 0) last = multiply_blocks<0>(at, steps, sum);
-            else if (ROW_BLOCKS == 2 && tile.rows <= 64) last = multiply_blocks<1>(at, steps, sum);
-            else last = multiply_blocks<ROW_BLOCKS>(at, steps, sum);
-            tell_threads<256>(2 - group);
-            // behind the last products
-            const Rows rows = rows_in(tile);
-            next.expert = tile.expert;
-            any = tiles.find(tile.item + 2 * apart, next);
-            finish_blocks(last, sum);
-            at.skip(steps);
-            store_tile(tile, rows, sum, memory);
-            tile = next;
-        }
-    }
 };
 
-__device__ __forceinline__ void grouped_wgmma(const WgmmaParams& q, u8* memory) {
+template <class Consumer> __device__ __forceinline__ void grouped_wgmma(const WgmmaParams& q, u8* memory) {
     const GroupedParams& p = q.product;
     const u32 stages = shared_address(memory), store = stages + STAGES * STAGE_BYTES, barriers = store + 8 * STORE_BYTES;
     const Ring ring = {stages, barriers, barriers + STAGES * 8};
@@ -376,7 +303,7 @@ __device__ __forceinline__ void grouped_wgmma(const WgmmaParams& q, u8* memory) 
         if (!GATHER) prefetch_map(q.x);
         for (u32 i = 0; i < STAGES; i++) {
             barrier_init(ring.full + i * 8, GATHER ? 128 + 1 : 1);
-            barrier_init(ring.empty + i * 8, CLUSTER * 4);
+            barrier_init(ring.empty + i * 8, CLUSTER * (SHARED ? 8 : 4));
         }
         fence_barriers();
     }
@@ -392,7 +319,7 @@ __device__ __forceinline__ void grouped_wgmma(const WgmmaParams& q, u8* memory) 
         if (GATHER || (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0 && elected())) producer.copy_tiles(steps);
     } else {
         more_registers<CONSUMER_REGISTERS>();
-        const Consumer consumer = {p, q.scale, ring, group - 1};
+        const Consumer consumer = {{p, q.scale, ring, group - 1}};
         consumer.multiply_tiles(tiles, steps, store + (threadIdx.x / 32 - 4) * STORE_BYTES);
     }
     if (CLUSTER == 2) {

@@ -100,6 +100,11 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
     return v;
 }
 
+// 16 bytes at once; said so, since the compiler makes four stores of some.
+__device__ __forceinline__ void store_global(u16* to, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // Two neighbours in 32 bits, the first one low.
 __device__ __forceinline__ u32 pair_of(bf16, f32 first, f32 second) {
     u32 pair;

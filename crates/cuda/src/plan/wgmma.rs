@@ -29,6 +29,8 @@ struct Form {
     widest: u16,
     /// Whether two blocks with neighbouring rows share its weight rows.
     paired: bool,
+    /// Whether two warpgroups share it.
+    shared: bool,
     why: &'static str,
 }
 
@@ -36,25 +38,38 @@ const SHORT: Form = Form {
     rows: 64,
     widest: 256,
     paired: false,
+    shared: false,
     why: "many rows an expert: warpgroup tensor cores, tiles of 64 rows, little of which is empty",
 };
 const TALL: Form = Form {
     rows: 128,
     widest: 192,
     paired: false,
+    shared: false,
     why: "few experts with many rows: warpgroup tensor cores, tiles of 128 rows, each weight used the most",
 };
-const PAIRED: Form = Form {
+const SHORT_PAIRED: Form = Form {
     rows: 64,
     widest: 256,
     paired: true,
-    why: "very many rows an expert: warpgroup tensor cores, tiles of 64 rows, pairs of which share weights on their way",
+    shared: false,
+    why: "very many rows an expert, gate and up stored: warpgroup tensor cores, tiles of 64 rows, pairs of which share weights",
+};
+const PAIRED: Form = Form {
+    rows: 128,
+    widest: 256,
+    paired: true,
+    shared: true,
+    why: "very many rows an expert: warpgroup tensor cores, tiles of 128 rows, pairs of which share weights on their way",
 };
 
 impl Form {
     /// `mean` rows of an expert.
     fn of(sizes: &Sizes, mean: usize) -> Self {
+        let both = sizes.product.gated && sizes.product.activation.is_none();
         match mean {
+            // twice as many outputs find no room in registers beside the sums of the next tile
+            VERY_MANY_ROWS.. if both => SHORT_PAIRED,
             VERY_MANY_ROWS.. => PAIRED,
             // down's short inner dimension leaves little time between its long epilogues
             MANY_ROWS.. if sizes.experts <= FEW_EXPERTS && sizes.product.stage == Stage::GateUp => TALL,
@@ -63,7 +78,7 @@ impl Form {
     }
 
     fn tile(self, columns: u16, stages: usize) -> WgmmaTile {
-        WgmmaTile { rows: self.rows, columns, stages: stages as u8, paired: self.paired }
+        WgmmaTile { rows: self.rows, columns, stages: stages as u8, paired: self.paired, shared: self.shared }
     }
 }
 
@@ -140,12 +155,14 @@ pub(super) fn backward_tiles() -> impl Iterator<Item = WgmmaTile> {
 pub(super) fn tiles() -> Vec<WgmmaTile> {
     let short = WIDTHS.map(|columns| SHORT.tile(columns, 4)).into_iter();
     let tall = WIDTHS.into_iter().filter(|&columns| columns <= TALL.widest).map(|columns| TALL.tile(columns, 5));
-    short.chain(tall).chain(WIDTHS.map(|columns| PAIRED.tile(columns, 4))).collect()
+    let paired = [SHORT_PAIRED, PAIRED].into_iter().flat_map(|form| WIDTHS.map(|columns| form.tile(columns, 4)));
+    short.chain(tall).chain(paired).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::grouped::Product;
     use crate::plan::grouped::tests::{down, sizes};
     use crate::plan::tests::device;
 
@@ -165,6 +182,9 @@ mod tests {
     fn pairs_share_weights_where_rows_are_many() {
         let paired = |rows| plan(&sizes(rows)).map(|(tile, _)| tile.paired);
         assert_eq!([1536, 4096, 65536, 131_072].map(paired), [None, Some(false), Some(false), Some(true)]);
+        let both = Product { activation: None, ..sizes(131_072).product };
+        let forms = [sizes(131_072), Sizes { product: both, ..sizes(131_072) }, down(131_072)];
+        assert_eq!(forms.map(|sizes| plan(&sizes).map(|(tile, _)| tile.shared)), [Some(true), Some(false), Some(true)]);
         let few = |rows| plan(&Sizes { experts: 8, ..down(rows) }).map(|(tile, _)| tile.paired);
         assert_eq!([2048, 8192].map(few), [Some(false), Some(true)]);
         // whole pairs of blocks
@@ -178,7 +198,7 @@ mod tests {
         let few = |rows| Sizes { experts: 8, ..sizes(rows) };
         assert_eq!(
             [2048, 4096, 8192].map(|rows| tile(&few(rows))),
-            [Some((64, 256)), Some((128, 192)), Some((64, 256))]
+            [Some((64, 256)), Some((128, 192)), Some((128, 256))]
         );
         assert_eq!(tile(&Sizes { experts: 8, ..down(4096) }), Some((64, 256)));
     }
