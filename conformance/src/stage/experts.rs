@@ -183,6 +183,11 @@ pub(crate) fn tall_sizes(scale: Scale) -> Vec<([usize; 5], Spread)> {
         ([120, 2, 72, 136, 4], Spread::Skewed),
         ([260, 1, 64, 40, 2], Spread::One(1)),
         ([90, 2, 136, 72, 3], Spread::Holes),
+        // a handful of rows to some hundred, whose tiles have their heights; the highest where sums are long
+        ([160, 1, 96, 48, 12], Spread::Skewed),
+        ([700, 1, 224, 112, 12], Spread::Skewed),
+        ([480, 1, 2576, 48, 4], Spread::Skewed),
+        ([480, 1, 64, 2560, 4], Spread::Skewed),
     ];
     if scale == Scale::Full {
         sizes.extend([([800, 3, 72, 568, 5], Spread::Skewed), ([600, 2, 264, 712, 3], Spread::Even)]);

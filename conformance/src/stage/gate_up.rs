@@ -218,16 +218,20 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         for &(sizes, spread) in &sizes {
             tall("", GateUp::new(sizes, spread, [dtype; 3]));
         }
-        let plain = GateUp::new([150, 3, 200, 88, 5], Spread::Even, [dtype; 3]);
-        tall("f32", GateUp { dtypes: [dtype, dtype, f32], bias: true, ..plain.clone() });
-        tall("packed bias", GateUp { weights: Weights::packed(), bias: true, ..plain.clone() });
-        tall("bias", GateUp { bias: true, ..plain.clone() });
-        tall("rows", GateUp { rows: true, ..plain.clone() });
-        tall("input weights local", GateUp { input_weights: true, local: true, ..plain.clone() });
-        tall("before the activation", GateUp { output: GateUpOutput::PreActivation, ..plain.clone() });
+        for sizes in [[150, 3, 200, 88, 5], [150, 3, 224, 112, 5]] {
+            let plain = GateUp::new(sizes, Spread::Even, [dtype; 3]);
+            tall("f32", GateUp { dtypes: [dtype, dtype, f32], bias: true, ..plain.clone() });
+            tall("packed bias", GateUp { weights: Weights::packed(), bias: true, ..plain.clone() });
+            tall("bias", GateUp { bias: true, ..plain.clone() });
+            tall("rows", GateUp { rows: true, ..plain.clone() });
+            tall("input weights local", GateUp { input_weights: true, local: true, ..plain.clone() });
+            tall("before the activation", GateUp { output: GateUpOutput::PreActivation, ..plain.clone() });
+        }
     }
     for (name, activation) in ACTIVATIONS {
-        tall(name, GateUp { activation, ..GateUp::new([110, 2, 40, 24, 3], Spread::Even, [bf16; 3]) });
+        for intermediate in [24, 32] {
+            tall(name, GateUp { activation, ..GateUp::new([110, 2, 40, intermediate, 3], Spread::Even, [bf16; 3]) });
+        }
     }
     for dtypes in
         [[f32, bf16, f32], [f32, f16, f32], [bf16, f32, bf16], [bf16, bf16, f32], [f16, bf16, f32], [f32, f32, bf16]]

@@ -5,7 +5,7 @@ use crate::kernel::{ActivationKind, Kernel};
 use crate::launch::{Params, Tensor, launch, params};
 use crate::pack::Table;
 use crate::plan::grouped as plan;
-use crate::wgmma::{self, Ends, WgmmaParams, WgmmaTile};
+use crate::wgmma::{self, Ends, SwappedTile, WgmmaParams, WgmmaTile};
 use crate::{Cuda, CudaStream};
 use fused_moe_core::DType;
 
@@ -89,6 +89,7 @@ impl MmaTile {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum GroupedKernel {
     Wgmma { product: Product, format: DType, tile: WgmmaTile, ends: Ends },
+    Swapped { product: Product, format: DType, tile: SwappedTile, ends: Ends },
     Mma { product: Product, format: DType, tile: MmaTile },
     Dot { product: Product, x: DType, weight: DType, vector: u8, outputs: u8, unroll: u8, rows: u8 },
     Tiled { product: Product, x: DType, weight: DType, vector: u8 },
@@ -101,22 +102,42 @@ pub(crate) fn wgmma_parts(tile: WgmmaTile) -> [&'static str; 6] {
     let product = include_str!("include/grouped_wgmma.cuh");
     [products, warpgroups, ring, WgmmaParams::DEFINITION, product, tile.part()]
 }
+/// The same with weights as the left side.
+fn swapped_parts() -> [&'static str; 5] {
+    let [products, warpgroups, ring] = wgmma::INSTRUCTIONS;
+    [products, warpgroups, ring, WgmmaParams::DEFINITION, include_str!("include/grouped_swapped.cuh")]
+}
 pub(crate) const STREAM: &str = include_str!("include/stream.cuh");
 
 impl GroupedKernel {
     fn product(self) -> Product {
         match self {
             Self::Wgmma { product, .. }
+            | Self::Swapped { product, .. }
             | Self::Mma { product, .. }
             | Self::Dot { product, .. }
             | Self::Tiled { product, .. } => product,
         }
     }
 
+    /// Whether it has instructions of sm_90a alone.
+    pub(crate) fn has_warpgroups(self) -> bool {
+        matches!(self, Self::Wgmma { .. } | Self::Swapped { .. })
+    }
+
+    /// Whether it may begin before the launch before it has ended.
+    pub(crate) fn takes_turn(self) -> bool {
+        match self {
+            Self::Wgmma { .. } => false,
+            Self::Swapped { tile, .. } => tile.is_low(),
+            Self::Mma { .. } | Self::Dot { .. } | Self::Tiled { .. } => true,
+        }
+    }
+
     /// The definition of its parameter.
     pub(crate) fn params(self) -> &'static str {
         match self {
-            Self::Wgmma { .. } => WgmmaParams::DEFINITION,
+            Self::Wgmma { .. } | Self::Swapped { .. } => WgmmaParams::DEFINITION,
             _ => GroupedParams::DEFINITION,
         }
     }
@@ -125,10 +146,12 @@ impl GroupedKernel {
     pub(crate) fn entry(self) -> &'static str {
         match (self.product().stage, self) {
             (Stage::GateUp, Self::Wgmma { .. }) => "gate_up_wgmma",
+            (Stage::GateUp, Self::Swapped { .. }) => "gate_up_swapped",
             (Stage::GateUp, Self::Mma { .. }) => "gate_up_mma",
             (Stage::GateUp, Self::Dot { .. }) => "gate_up_dot",
             (Stage::GateUp, Self::Tiled { .. }) => "gate_up",
             (Stage::Down, Self::Wgmma { .. }) => "down_wgmma",
+            (Stage::Down, Self::Swapped { .. }) => "down_swapped",
             (Stage::Down, Self::Mma { .. }) => "down_mma",
             (Stage::Down, Self::Dot { .. }) => "down_dot",
             (Stage::Down, Self::Tiled { .. }) => "down",
@@ -140,16 +163,19 @@ impl GroupedKernel {
         let mut parts = vec![GroupedParams::DEFINITION, GROUPED];
         parts.extend(match self {
             Self::Wgmma { tile, .. } => wgmma_parts(tile).to_vec(),
+            Self::Swapped { .. } => swapped_parts().to_vec(),
             Self::Mma { .. } => vec![include_str!("include/mma.cuh"), include_str!("include/grouped_mma.cuh")],
             Self::Dot { .. } => vec![STREAM, include_str!("include/grouped_dot.cuh")],
             Self::Tiled { .. } => vec![include_str!("include/tiles.cuh"), include_str!("include/grouped_tiled.cuh")],
         });
         parts.push(match (self.product().stage, self) {
             (Stage::GateUp, Self::Wgmma { .. }) => include_str!("gate_up_wgmma.cu"),
+            (Stage::GateUp, Self::Swapped { .. }) => include_str!("gate_up_swapped.cu"),
             (Stage::GateUp, Self::Mma { .. }) => include_str!("gate_up_mma.cu"),
             (Stage::GateUp, Self::Dot { .. }) => include_str!("gate_up_dot.cu"),
             (Stage::GateUp, Self::Tiled { .. }) => include_str!("gate_up.cu"),
             (Stage::Down, Self::Wgmma { .. }) => include_str!("down_wgmma.cu"),
+            (Stage::Down, Self::Swapped { .. }) => include_str!("down_swapped.cu"),
             (Stage::Down, Self::Mma { .. }) => include_str!("down_mma.cu"),
             (Stage::Down, Self::Dot { .. }) => include_str!("down_dot.cu"),
             (Stage::Down, Self::Tiled { .. }) => include_str!("down.cu"),
@@ -165,6 +191,11 @@ impl GroupedKernel {
                 defines.extend([("W_T", format.to_string()), ("TRANSPOSED", "false".into())]);
                 defines.extend(tile.defines());
                 defines.extend(ends.defines());
+            }
+            Self::Swapped { format, tile, ends, .. } => {
+                defines.push(("W_T", format.to_string()));
+                defines.extend(tile.defines());
+                defines.extend(ends.of_pieces());
             }
             Self::Mma { format, tile, .. } => {
                 defines.push(("W_T", format.to_string()));
@@ -273,6 +304,9 @@ pub(crate) fn grouped(cuda: &Cuda, stream: &CudaStream, operands: &Grouped) -> R
     match plan.kernel {
         GroupedKernel::Wgmma { tile, .. } => {
             launch(cuda, stream, kernel, plan.grid, &wgmma::params(cuda, operands, tile, params)?)
+        }
+        GroupedKernel::Swapped { .. } => {
+            launch(cuda, stream, kernel, plan.grid, &wgmma::params_swapped(cuda, operands, params)?)
         }
         _ => launch(cuda, stream, kernel, plan.grid, &params),
     }

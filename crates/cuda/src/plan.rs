@@ -5,6 +5,7 @@ pub(crate) mod down_combine;
 pub(crate) mod grouped;
 pub(crate) mod pieces;
 pub(crate) mod ring;
+mod swapped;
 mod wgmma;
 
 use crate::combine::CombineKernel;

@@ -51,6 +51,22 @@ impl TensorMap {
         let (sizes, distances) = ([columns, rows, matrices], [matrix.stride, distance]);
         encode(matrix.data, dtype, (sizes, distances, [BOX_COLUMNS, box_rows, 1]), during)
     }
+
+    /// The same, from which boxes of 64 columns and four groups of `8 N` rows are copied, of each group first every Nth row,
+    /// then the rows after those, and so on: so a lane of the tensor cores has N neighbours. Rows come in whole groups.
+    ///
+    /// Errors: as [`of_stack`](Self::of_stack).
+    pub(crate) fn of_groups(
+        (matrix, distance): (Tensor, u64),
+        dtype: DType,
+        [matrices, rows, columns]: [u64; 3],
+        neighbours: u64,
+        during: &'static str,
+    ) -> Result<Self> {
+        let (sizes, row) = ([columns, 8, neighbours, rows / (8 * neighbours), matrices], matrix.stride);
+        let distances = [row * neighbours, row, row * 8 * neighbours, distance];
+        encode(matrix.data, dtype, (sizes, distances, [BOX_COLUMNS, 8, neighbours as u32, 4, 1]), during)
+    }
 }
 
 /// N sizes, the innermost first; from the second on, the distance in elements of what lies side by side; a box.

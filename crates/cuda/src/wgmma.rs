@@ -2,7 +2,7 @@
 
 use crate::Cuda;
 use crate::error::Result;
-use crate::grouped::{Grouped, GroupedParams};
+use crate::grouped::{Grouped, GroupedParams, Product};
 use crate::grouped_backward::GroupedBackwardParams;
 use crate::launch::{Tensor, dtype_code, dtype_of, params};
 use crate::tensor_map::TensorMap;
@@ -67,6 +67,50 @@ impl WgmmaTile {
     }
 }
 
+/// A tile whose left side are weights, and the stages of the ring that feeds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct SwappedTile {
+    /// Rows of x at most, a multiple of 32.
+    pub(crate) rows: u16,
+    pub(crate) stages: u8,
+}
+
+impl SwappedTile {
+    /// Rows of x that the copy engine brings at once.
+    const ROWS: u32 = 32;
+    /// Weight rows.
+    pub(crate) const COLUMNS: usize = 256;
+
+    /// Whether it waits for weights and little else, so that copies of a launch that begins early come on top.
+    pub(crate) fn is_low(self) -> bool {
+        self.rows <= 96
+    }
+
+    /// Neighbouring outputs that a thread has of a row.
+    fn neighbours(product: Product) -> usize {
+        4 / product.halves()
+    }
+
+    /// Outputs that the copy engine brings as one.
+    pub(crate) fn group(product: Product) -> usize {
+        8 * Self::neighbours(product)
+    }
+
+    /// Bytes of a stage of the ring.
+    pub(crate) fn stage_bytes(self) -> usize {
+        (usize::from(self.rows) + Self::COLUMNS) * 128
+    }
+
+    /// Bytes beside the ring: barriers, the schedule.
+    pub(crate) fn other_bytes(self, experts: usize) -> usize {
+        16 * usize::from(self.stages) + 8 * (experts + 1)
+    }
+
+    pub(crate) fn defines(self) -> [(&'static str, String); 2] {
+        [("TILE_M", self.rows.to_string()), ("STAGES", self.stages.to_string())]
+    }
+}
+
 /// What becomes of sums besides the activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Ends {
@@ -89,8 +133,13 @@ impl Ends {
     }
 
     pub(crate) fn defines(self) -> [(&'static str, String); 4] {
+        let [biased, format, sigmoid] = self.of_pieces();
+        [("PIECES", self.pieces.to_string()), biased, format, sigmoid]
+    }
+
+    /// The same for a kernel that stores nothing but pieces.
+    pub(crate) fn of_pieces(self) -> [(&'static str, String); 3] {
         [
-            ("PIECES", self.pieces.to_string()),
             ("BIAS", self.bias.is_some().to_string()),
             ("BIAS_T", self.bias.unwrap_or(DType::F32).to_string()),
             // 2-byte formats keep nothing of what it leaves out
@@ -138,6 +187,29 @@ pub(crate) fn params(cuda: &Cuda, operands: &Grouped, tile: WgmmaTile, product: 
     params.weights = TensorMap::of_rows(table.weights(), format, [weight_rows, inner], half, during)?;
     if !kind.gather {
         params.x = TensorMap::of_rows(x, format, [rows as u64, inner], BOX_ROWS, during)?;
+    }
+    Ok(params)
+}
+
+/// The same where weights are the left side: boxes of gate rows, of up rows or, where there is no gate, of any, with zeros
+/// beyond them.
+pub(crate) fn params_swapped(cuda: &Cuda, operands: &Grouped, product: GroupedParams) -> Result<WgmmaParams> {
+    let Grouped { product: kind, x: (x, format), table, rows, .. } = *operands;
+    let mut params = WgmmaParams { product, scale: 1.0, ..WgmmaParams::default() };
+    // the matrices are reckoned from the stack
+    params.product.table = 0;
+    if cuda.recorder().is_some() {
+        return Ok(params);
+    }
+    let (during, inner) = ("grouped product", table.inner as u64);
+    // the driver fills in maps for its current context
+    let _current = cuda.device().bind(during)?;
+    let matrices = (table.here * kind.halves()) as u64;
+    let weights = (table.weights(), (table.expert_stride / kind.halves()) as u64);
+    let sizes = [matrices, table.outputs as u64, inner];
+    params.weights = TensorMap::of_groups(weights, format, sizes, SwappedTile::neighbours(kind) as u64, during)?;
+    if !kind.gather {
+        params.x = TensorMap::of_rows(x, format, [rows as u64, inner], SwappedTile::ROWS, during)?;
     }
     Ok(params)
 }

@@ -1,6 +1,6 @@
 //! Which kernel a grouped product takes, its tile and its grid.
 
-use super::{vector, wgmma};
+use super::{swapped, vector, wgmma};
 use crate::device::DeviceNumbers;
 use crate::grouped::{GroupedKernel, MmaTile, Product, Stage};
 use crate::kernel::ActivationKind;
@@ -89,7 +89,8 @@ pub(crate) fn grouped(sizes: &Sizes, aligned: impl Fn(u64) -> bool, device: &Dev
     if !fast {
         return tiled(sizes, aligned, device);
     }
-    wgmma::wgmma(sizes, device).unwrap_or_else(|| mma(sizes, device))
+    let warpgroups = swapped::swapped(sizes, device).or_else(|| wgmma::wgmma(sizes, device));
+    warpgroups.unwrap_or_else(|| mma(sizes, device))
 }
 
 fn dot(sizes: &Sizes, aligned: impl Fn(u64) -> bool) -> GroupedPlan {
@@ -151,7 +152,10 @@ pub(super) fn row_tiles(rows: usize, experts: usize, tile: usize) -> usize {
 pub(crate) fn neighbours(kernel: GroupedKernel) -> u64 {
     match kernel {
         GroupedKernel::Dot { outputs, .. } => outputs.into(),
-        GroupedKernel::Wgmma { .. } | GroupedKernel::Mma { .. } | GroupedKernel::Tiled { .. } => 2,
+        GroupedKernel::Wgmma { .. }
+        | GroupedKernel::Swapped { .. }
+        | GroupedKernel::Mma { .. }
+        | GroupedKernel::Tiled { .. } => 2,
     }
 }
 
@@ -164,6 +168,9 @@ pub(crate) fn all() -> Vec<GroupedKernel> {
     let ends = |pieces, bias| Ends { pieces, bias };
     for product in [gate_up(true, Some(silu)), Product::DOWN] {
         for format in [DType::F16, DType::BF16] {
+            for tile in swapped::tiles() {
+                all.push(GroupedKernel::Swapped { product, format, tile, ends: ends(true, None) });
+            }
             for tile in wgmma::tiles() {
                 all.push(GroupedKernel::Wgmma { product, format, tile, ends: ends(true, None) });
             }
@@ -198,6 +205,9 @@ pub(crate) fn all() -> Vec<GroupedKernel> {
     products.push(Product { gather: false, ..gate_up(true, Some(silu)) });
     let (x, weight) = (DType::BF16, DType::BF16);
     for product in products {
+        for (tile, bias) in swapped::tiles().zip([None, Some(DType::F32)]) {
+            all.push(GroupedKernel::Swapped { product, format: x, tile, ends: ends(true, bias) });
+        }
         for (tile, ends) in wgmma::tiles().into_iter().zip([ends(true, Some(DType::F32)), ends(false, None)]) {
             all.push(GroupedKernel::Wgmma { product, format: x, tile, ends });
         }

@@ -20,7 +20,7 @@ const WIDTHS: [u16; 4] = [128, 192, 240, 256];
 /// Those that are whole boxes of 64.
 const BOXES: [u16; 3] = [128, 192, 256];
 /// Stages beyond which more do not help, and below which copies are not hidden.
-const STAGES: [usize; 2] = [8, 3];
+pub(super) const STAGES: [usize; 2] = [8, 3];
 
 /// How a tile is cut, and who shares it.
 #[derive(Clone, Copy)]
