@@ -153,6 +153,7 @@ Examples:
   fmoe bench --hidden 2048 --intermediate 768 --experts 128 --top-k 8 --routing zipf
   fmoe bench --shape qwen3-30b-a3b --record
   fmoe bench --backend cuda --shape mixtral-8x7b --tokens 1,64,4096 --from x
+  fmoe bench --backend cuda --numerics batch-invariant
   fmoe bench --backend wgpu --adapter nvidia --beside cuda
   fmoe bench --backend cpu --backward --shape olmoe --tokens 1024
 
@@ -186,6 +187,9 @@ pub(crate) struct Bench {
     /// How tokens spread over the experts
     #[arg(long, value_name = "R", default_value = "uniform", ignore_case = true)]
     pub(crate) routing: Spread,
+    /// What the bits of a token's result may depend on
+    #[arg(long, value_name = "N", default_value = "fast", ignore_case = true, conflicts_with = "backward")]
+    pub(crate) numerics: Bits,
     /// Where a call begins [default: x; on a GPU logits]
     #[arg(long, value_name = "F", ignore_case = true)]
     pub(crate) from: Option<Origin>,
@@ -283,6 +287,15 @@ pub(crate) enum Format {
     F32,
     F16,
     Bf16,
+}
+
+/// What the bits of a token's result may depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Bits {
+    /// The batch too: the fastest road for each batch size
+    Fast,
+    /// The token and the weights alone: the same bits in any batch
+    BatchInvariant,
 }
 
 /// Where a call begins.

@@ -14,14 +14,14 @@ mod training;
 pub(crate) mod weights;
 mod wgpu;
 
-use crate::args::{self, Format, Origin};
+use crate::args::{self, Bits, Format, Origin};
 use crate::devices;
 use crate::output::{self, bytes, misused, progress, remedied};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use cuda::Gpu;
 use fused_moe::config::LayerConfig;
-use fused_moe::{Backend, DType, Device, Options};
+use fused_moe::{Backend, DType, Device, Numerics, Options};
 use fused_moe_conformance::shapes::{self, SHAPES};
 use host::Host;
 use machine::Ceilings;
@@ -150,6 +150,14 @@ impl<'a> Run<'a> {
         }
     }
 
+    fn options(&self) -> Options {
+        let numerics = match self.arguments.numerics {
+            Bits::Fast => Numerics::Fast,
+            Bits::BatchInvariant => Numerics::BatchInvariant,
+        };
+        Options { numerics, ..Options::default() }
+    }
+
     fn origin<M: Meter>(&self) -> Origin {
         self.from.unwrap_or(M::ORIGIN)
     }
@@ -169,6 +177,7 @@ impl<'a> Run<'a> {
             dtype: self.dtype().to_string(),
             routing: value_name(self.arguments.routing),
             from: value_name(self.origin::<M>()),
+            numerics: value_name(self.arguments.numerics),
             layers,
             ceilings,
             arithmetic: meter.arithmetic(),
@@ -247,7 +256,7 @@ impl<'a> Run<'a> {
         let source = Source::new(self.config, self.dtype(), arguments.routing, arguments.seed);
         let mut layers = Vec::with_capacity(count);
         for index in 0..count {
-            let layer = meter.backend().prepare(self.config, &source.layer(index)?, &Options::default());
+            let layer = meter.backend().prepare(self.config, &source.layer(index)?, &self.options());
             layers.push(
                 layer.map_err(|error| remedied(error.to_string(), "take a smaller shape or a narrower --dtype"))?,
             );

@@ -1,6 +1,7 @@
 use crate::error::Result;
 use crate::launch::{Tensor, launch, params};
 use crate::{Cuda, CudaStream, plan};
+use fused_moe_core::DType;
 use fused_moe_core::operation::{Combine, Residual, SlotRows};
 
 params! {
@@ -8,6 +9,49 @@ params! {
         y: Tensor, slot_row: Tensor, weights: Tensor, shared: Tensor, factor: Tensor, logit: Tensor, residual: Tensor,
         norm_weight: Tensor, normed: Tensor, out: Tensor, copied: Tensor, experts: Tensor, tokens: u64, hidden: u64,
         rows: u64, top_k: u32, copies_first: u32, copies_end: u32, routed_scale: f32, shared_scale: f32, eps: f32,
+        early: u32, zero: u32,
+    }
+}
+
+/// What the kernel is specialised by: the experts' outputs, elements and slots that a thread reads at once, whether rows are
+/// too many to stay in the cache, and what else there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct CombineKernel {
+    pub(crate) y: DType,
+    pub(crate) vector: u8,
+    pub(crate) slots: u8,
+    pub(crate) streams: bool,
+    pub(crate) copies: bool,
+    pub(crate) norm: bool,
+    pub(crate) stash: bool,
+}
+
+impl CombineKernel {
+    pub(crate) fn defines(self) -> Vec<(&'static str, String)> {
+        vec![
+            ("Y_T", self.y.to_string()),
+            ("VEC", self.vector.to_string()),
+            ("SLOTS", self.slots.to_string()),
+            ("STREAMS", self.streams.to_string()),
+            ("COPIES", self.copies.to_string()),
+            ("NORM", self.norm.to_string()),
+            ("STASH", self.stash.to_string()),
+        ]
+    }
+
+    /// Those of every plan for outputs in this format.
+    pub(crate) fn all(y: DType) -> Vec<Self> {
+        let mut all = Vec::new();
+        let widest = plan::combine_vector(y);
+        for (norm, stash, widest) in [(false, false, widest), (true, false, 4), (true, true, 4)] {
+            for vector in [1, 4, widest] {
+                for (slots, streams) in [(2, false), (4, false), (8, false), (4, true)] {
+                    let copies = slots == 8;
+                    all.push(Self { y, vector, slots, streams, copies, norm, stash });
+                }
+            }
+        }
+        all
     }
 }
 
@@ -22,6 +66,11 @@ impl CombineParams {
 }
 
 pub(crate) fn combine(cuda: &Cuda, stream: &CudaStream, operands: Combine<'_, Cuda>) -> Result<()> {
+    combine_of(cuda, stream, operands, false)
+}
+
+/// The same; `early` says that slots, weights and experts are older than the launch before.
+pub(crate) fn combine_of(cuda: &Cuda, stream: &CudaStream, operands: Combine<'_, Cuda>, early: bool) -> Result<()> {
     let problem = operands.problem()?;
     let (y, slot_row, rows) = match &operands.rows {
         SlotRows::Slots(y) => (Tensor::of(y)?, Tensor::default(), y.rows()),
@@ -56,7 +105,9 @@ pub(crate) fn combine(cuda: &Cuda, stream: &CudaStream, operands: Combine<'_, Cu
         routed_scale: operands.routed_scale,
         shared_scale: shared.map_or(0.0, |shared| shared.scale),
         eps: norm.map_or(0.0, |norm| norm.eps),
+        early: early.into(),
+        zero: 0,
     };
-    let plan = plan::combine(&problem, copies.is_some(), norm.is_some(), |n| params.aligned(n));
+    let plan = plan::combine(&problem, [copies.is_some(), norm.is_some()], |n| params.aligned(n), cuda.numbers());
     launch(cuda, stream, plan.kernel, plan.grid, &params)
 }

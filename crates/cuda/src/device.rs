@@ -41,6 +41,11 @@ impl DeviceNumbers {
         self.compute_capability.0 >= 9 && self.driver >= OVERLAPPING_DRIVER
     }
 
+    /// Whether blocks of a launch may read each other's shared memory.
+    pub(crate) fn has_clusters(&self) -> bool {
+        self.compute_capability.0 >= 9
+    }
+
     /// What NVRTC is told to compile for: the architecture's own features included where there are any.
     pub fn architecture(&self) -> String {
         let (major, minor) = self.compute_capability;

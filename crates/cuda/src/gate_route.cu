@@ -10,8 +10,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) gate_route(const __grid_co
         f32* logits = row_of<f32>(p.logits, t);
         for (u64 e = warp; e < p.experts; e += THREADS / 32) {
             f32 sum[1], squares[1];
-            dot_rows<X_T, ROUTER_T, 1, VEC>(p.x, t, p.tokens, row_of<const ROUTER_T>(p.router, e), p.norm_weight,
-                                                  p.hidden, sum, squares);
+            const ROUTER_T* router = row_of<const ROUTER_T>(p.router, e);
+            if (p.norm) dot_rows<X_T, ROUTER_T, 1, VEC, true>(p.x, t, p.tokens, router, p.norm_weight, p.hidden, sum, squares);
+            else dot_rows<X_T, ROUTER_T, 1, VEC, false>(p.x, t, p.tokens, router, p.norm_weight, p.hidden, sum, squares);
             const f32 factor = norm_factor(p, squares[0]);
             if (lane == 0) logits[e] = finish_logit(p, sum[0], factor, e);
             if (e == 0 && p.normed.data) write_normed<X_T>(p, t, factor, lane, 32);

@@ -4,6 +4,7 @@ mod all;
 pub(crate) mod backward;
 mod headers;
 
+use crate::combine::CombineKernel;
 use crate::grouped::{self, GroupedKernel, Product};
 use crate::launch::Params;
 #[cfg(test)]
@@ -22,7 +23,7 @@ use headers::*;
 /// A kernel and what it is specialised by. `choice` is the format of logits and how many a lane has, `ring` warps and stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
-    Gate { x: DType, router: DType, vector: u8 },
+    Gate { x: DType, router: DType, vector: u8, tokens: u8 },
     GateTiled { x: DType, router: DType, vector: u8 },
     GateMma { format: DType, weighted: bool, tile: SplitTile },
     GateRoute { x: DType, router: DType, vector: u8 },
@@ -36,7 +37,7 @@ pub(crate) enum Kernel {
     DropOverflow,
     TileSchedule,
     Activation { activation: ActivationKind, pieces: Pieces },
-    Combine { y: DType, vector: u8, copies: bool, norm: bool, stash: bool },
+    Combine(CombineKernel),
     Linear { x: DType, weight: DType, vector: u8 },
     LinearTiled { x: DType, weight: DType, vector: u8 },
     LinearMma { format: DType, tile: SplitTile },
@@ -124,7 +125,7 @@ impl Kernel {
             Self::DropOverflow => "drop_overflow",
             Self::TileSchedule => "tile_schedule",
             Self::Activation { .. } => "activation",
-            Self::Combine { .. } => "combine",
+            Self::Combine(_) => "combine",
             Self::Linear { .. } => "linear",
             Self::LinearTiled { .. } => "linear_tiled",
             Self::LinearMma { .. } => "linear_mma",
@@ -157,7 +158,7 @@ impl Kernel {
             Self::DropOverflow => drop_overflow::DropOverflowParams::DEFINITION,
             Self::TileSchedule => permute::TileScheduleParams::DEFINITION,
             Self::Activation { .. } => activation::ActivationParams::DEFINITION,
-            Self::Combine { .. } => combine::CombineParams::DEFINITION,
+            Self::Combine(_) => combine::CombineParams::DEFINITION,
             Self::Linear { .. } | Self::LinearTiled { .. } | Self::LinearMma { .. } => linear::LinearParams::DEFINITION,
             Self::Zero => accumulate::ZeroParams::DEFINITION,
             Self::Accumulate => accumulate::AccumulateParams::DEFINITION,
@@ -189,7 +190,7 @@ impl Kernel {
             }
             Self::Route { .. } => vec![REDUCE, choice, ROUTE, own, include_str!("route.cu")],
             Self::RoutePermute { .. } => {
-                vec![REDUCE, choice, ROUTE, route, permute, own, include_str!("route_permute.cu")]
+                vec![REDUCE, CLUSTER, choice, ROUTE, route, permute, own, include_str!("route_permute.cu")]
             }
             Self::GatherWeights { .. } => vec![REDUCE, own, include_str!("gather_weights.cu")],
             Self::Permute => vec![own, PERMUTE, include_str!("permute.cu")],
@@ -199,7 +200,7 @@ impl Kernel {
             Self::DropOverflow => vec![REDUCE, own, include_str!("drop_overflow.cu")],
             Self::TileSchedule => vec![permute, PERMUTE, own, include_str!("tile_schedule.cu")],
             Self::Activation { .. } => vec![PIECES, ACTIVATION, own, include_str!("activation.cu")],
-            Self::Combine { .. } => vec![REDUCE, own, include_str!("combine.cu")],
+            Self::Combine(_) => vec![REDUCE, own, include_str!("combine.cu")],
             Self::Linear { .. } => vec![REDUCE, DOT, own, include_str!("linear.cu")],
             Self::LinearTiled { .. } => vec![TILES, own, include_str!("linear_tiled.cu")],
             Self::LinearMma { .. } => vec![MMA, SPLIT, own, include_str!("linear_mma.cu")],
@@ -274,7 +275,7 @@ impl Kernel {
             | Self::PermuteCount
             | Self::PermuteScan
             | Self::PermuteScatter
-            | Self::Combine { .. }
+            | Self::Combine(_)
             | Self::Linear { .. }
             | Self::DownCombine { .. }
             | Self::GateUpRing { .. }
@@ -295,6 +296,11 @@ impl Kernel {
             | Self::Counts
             | Self::ReadAll => false,
         }
+    }
+
+    /// Whether its blocks are one cluster.
+    pub(crate) fn is_cluster(self) -> bool {
+        matches!(self, Self::RoutePermute { .. })
     }
 
     /// What the text is specialised by.
@@ -339,7 +345,9 @@ impl Kernel {
             defines
         };
         match self {
-            Self::Gate { x, router, vector } => with(product(x, "ROUTER_T", router, vector), "TOKENS", number(TOKENS)),
+            Self::Gate { x, router, vector, tokens } => {
+                with(product(x, "ROUTER_T", router, vector), "TOKENS", tokens.to_string())
+            }
             Self::GateTiled { x, router, vector } => product(x, "ROUTER_T", router, vector),
             Self::GateMma { format, weighted, tile } => split(format, weighted, tile),
             Self::GateRoute { x, router, vector } => {
@@ -350,22 +358,12 @@ impl Kernel {
                 ("THREADS", number(threads.into())),
                 ("LANE_LOGITS", number(lane_logits.into())),
             ],
-            Self::RoutePermute { logits, lane_logits } => vec![
-                ("LOGITS_T", logits.to_string()),
-                ("LANE_LOGITS", number(lane_logits.into())),
-                ("COUNTERS", crate::workspace::COUNTERS.to_string()),
-            ],
+            Self::RoutePermute { logits, lane_logits } => route_permute::defines(logits, lane_logits),
             Self::GatherWeights { scores } => vec![("SCORES_T", scores.to_string())],
             Self::Activation { activation, pieces } => {
                 with([&activation.defines()[..], &pieces.defines()].concat(), "SIGMOID", pieces.sigmoid().to_string())
             }
-            Self::Combine { y, vector, copies, norm, stash } => vec![
-                ("Y_T", y.to_string()),
-                ("VEC", number(vector.into())),
-                ("COPIES", copies.to_string()),
-                ("NORM", norm.to_string()),
-                ("STASH", stash.to_string()),
-            ],
+            Self::Combine(kernel) => kernel.defines(),
             Self::Linear { x, weight, vector } => {
                 with(product(x, "WEIGHT_T", weight, vector), "TOKENS", number(TOKENS))
             }

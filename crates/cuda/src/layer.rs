@@ -1,6 +1,7 @@
 mod routing;
 mod shared;
 
+use crate::combine::combine_of;
 use crate::copy;
 use crate::down::{Manner, down_of};
 use crate::down_combine::{DownCombine, down_combine};
@@ -316,7 +317,8 @@ impl CudaLayer {
                 first: config.experts,
                 end: choices,
             });
-            cuda.combine(
+            combine_of(
+                cuda,
                 stream,
                 Combine {
                     rows: if alone { SlotRows::Slots(y_rows) } else { SlotRows::Permuted { y: y_rows, slot_row } },
@@ -328,6 +330,7 @@ impl CudaLayer {
                     norm: norm.map(shorten_norm),
                     out: y,
                 },
+                true,
             )?;
         }
         if let Some(RoutesOut { experts, weights }) = routes {

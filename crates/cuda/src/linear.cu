@@ -8,7 +8,7 @@ extern "C" __global__ void __launch_bounds__(256) linear(const __grid_constant__
     const Tensor none = {};
     for (u64 group = blockIdx.y; group < groups; group += gridDim.y) {
         f32 sum[TOKENS], squares[TOKENS];
-        dot_rows<X_T, WEIGHT_T, TOKENS, VEC>(p.x, group * TOKENS, p.rows, row_of<const WEIGHT_T>(p.weight, n), none,
+        dot_rows<X_T, WEIGHT_T, TOKENS, VEC, false>(p.x, group * TOKENS, p.rows, row_of<const WEIGHT_T>(p.weight, n), none,
                                                     p.inner, sum, squares);
         const f32 bias = p.bias.data ? element(p.bias, 0, n) : 0.0f;
 #pragma unroll

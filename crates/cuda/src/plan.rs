@@ -8,9 +8,11 @@ pub(crate) mod pieces;
 pub(crate) mod ring;
 mod wgmma;
 
+use crate::combine::CombineKernel;
 use crate::device::DeviceNumbers;
 use crate::kernel::{GATE_ROUTE_THREADS, Kernel, SPLIT_THREADS, SplitTile, TOKENS};
 use crate::launch::Grid;
+use crate::route_permute;
 use fused_moe_core::DType;
 use fused_moe_core::config::Selection;
 use fused_moe_core::problem::{
@@ -93,8 +95,9 @@ pub(crate) fn gate(
     let tensor = x == router && x.size() == 2 && !(weighted && x == DType::F16) && aligned(8);
     match Product::of([tokens, hidden, experts], tensor, device) {
         Product::Dot => {
-            let kernel = Kernel::Gate { x, router, vector: vector(dot_vector(x, router), aligned) };
-            Plan { kernel, grid: warp_a_column(experts, tokens, device), why: FEW }
+            let each = dot_tokens(experts, tokens, device);
+            let kernel = Kernel::Gate { x, router, vector: vector(dot_vector(x, router), aligned), tokens: each };
+            Plan { kernel, grid: warp_a_column(experts, tokens.div_ceil(each.into()), device), why: FEW }
         }
         Product::Tiled => {
             let kernel = Kernel::GateTiled { x, router, vector: vector(4, aligned) };
@@ -157,16 +160,22 @@ pub(crate) fn route(problem: &ChoiceProblem, witness: bool) -> Plan {
     Plan { kernel, grid, why: "many experts: a block a token" }
 }
 
-/// Whether one block makes the routes and groups their slots, and how: for tokens that a word holds, a warp each. Every slot
-/// must have an expert that is here.
-pub(crate) fn route_permute(problem: &ChoiceProblem) -> Option<Plan> {
+/// Tokens that a block routes as fast as one: a warp a scheduler.
+const ROUTE_TOKENS: usize = 4;
+
+/// Whether one launch makes the routes and groups their slots, and how. Every slot must have an expert that is here.
+pub(crate) fn route_permute(problem: &ChoiceProblem, device: &DeviceNumbers) -> Option<Plan> {
     let &ChoiceProblem { tokens, logits, .. } = problem;
-    let lane_logits = lane_logits(problem).filter(|_| (1..=32).contains(&tokens))?;
-    Some(Plan {
-        kernel: Kernel::RoutePermute { logits, lane_logits },
-        grid: Grid::line(1, 32 * tokens as u32),
-        why: "few tokens: a warp a token, one block routes and groups them",
-    })
+    let lane_logits = lane_logits(problem)?;
+    let warps = route_permute::warps(lane_logits);
+    let most_blocks = if device.has_clusters() { route_permute::BLOCKS } else { 1 };
+    if tokens == 0 || tokens > most_blocks * warps * route_permute::ROUNDS {
+        return None;
+    }
+    let blocks = tokens.div_ceil(ROUTE_TOKENS).next_power_of_two().min(most_blocks);
+    let threads = 32 * tokens.div_ceil(blocks).min(warps) as u32;
+    let kernel = Kernel::RoutePermute { logits, lane_logits };
+    Some(Plan { kernel, grid: Grid::line(blocks, threads), why: "some tokens: one cluster routes and groups them" })
 }
 
 /// Bytes of one token's keys and groups.
@@ -232,27 +241,40 @@ pub(crate) fn drop_overflow(problem: &DropOverflowProblem) -> Plan {
     Plan { kernel: Kernel::DropOverflow, grid: Grid::line(problem.tokens.div_ceil(4), 128), why }
 }
 
-/// Tokens from which a combine of many slots reads 16 bytes of a row at once.
-const MANY_SUMS: usize = 2048;
+/// The most elements of a row that a thread of combine reads at once: 16 bytes.
+pub(crate) const fn combine_vector(y: DType) -> u8 {
+    if y.size() == 2 { 8 } else { 4 }
+}
 
-pub(crate) fn combine(problem: &CombineProblem, copies: bool, norm: bool, aligned: impl Fn(u64) -> bool) -> Plan {
+/// Threads of a block of combine without norm, at most.
+const COMBINE_THREADS: usize = 128;
+
+pub(crate) fn combine(
+    problem: &CombineProblem,
+    [copies, norm]: [bool; 2],
+    aligned: impl Fn(u64) -> bool,
+    device: &DeviceNumbers,
+) -> Plan {
     let &CombineProblem { tokens, top_k, hidden, y, .. } = problem;
-    // much of few rows at once for many sums to wait for; less for few, so that there are more of them
-    let long = !norm && y.size() == 2 && top_k >= 8 && tokens >= MANY_SUMS && hidden.is_multiple_of(8) && aligned(8);
-    let vector = match long {
-        true => 8,
-        false if hidden.is_multiple_of(4) => vector(4, aligned),
-        false => 1,
-    };
+    let fits = |&vector: &u8| hidden.is_multiple_of(vector.into()) && aligned(vector.into());
+    let widest = if norm { 4 } else { combine_vector(y) };
+    let vector = [widest, 4].into_iter().find(fits).unwrap_or(1);
+    let reads = hidden.div_ceil(vector.into());
+    let pieces = reads.div_ceil(COMBINE_THREADS);
+    // as many on their way as one block a place can have; many blocks hide more with fewer registers
+    let blocks = tokens.saturating_mul(if norm { 1 } else { pieces });
+    let most = if blocks <= 4 * device.multiprocessors as usize { 8 } else { 4 };
+    let slots = top_k.next_power_of_two().clamp(2, most) as u8;
+    let bytes = tokens.saturating_mul(top_k).saturating_mul(hidden).saturating_mul(y.size());
+    let streams = bytes > device.l2_bytes;
     let stash = norm && 4 * hidden <= 40 * 1024;
-    let kernel = Kernel::Combine { y, vector, copies, norm, stash };
-    let (pieces, why) = if norm {
-        (1, "a block a token: its norm needs all of it")
-    } else {
-        (hidden.div_ceil(256 * usize::from(vector)), "tokens and pieces of them in parallel")
-    };
-    let grid = Grid::plane(tokens, pieces, 256).with_shared(if stash { 4 * hidden } else { 0 });
-    Plan { kernel, grid, why }
+    let kernel = Kernel::Combine(CombineKernel { y, vector, slots, streams, copies, norm, stash });
+    if norm {
+        let grid = Grid::plane(tokens, 1, 256).with_shared(if stash { 4 * hidden } else { 0 });
+        return Plan { kernel, grid, why: "a block a token: its norm needs all of it" };
+    }
+    let threads = reads.div_ceil(pieces.max(1)).next_multiple_of(32).max(32);
+    Plan { kernel, grid: Grid::plane(tokens, pieces, threads as u32), why: "tokens and pieces of them in parallel" }
 }
 
 pub(crate) fn linear(problem: &LinearProblem, aligned: impl Fn(u64) -> bool, device: &DeviceNumbers) -> Plan {
@@ -261,7 +283,7 @@ pub(crate) fn linear(problem: &LinearProblem, aligned: impl Fn(u64) -> bool, dev
     match Product::of([rows, inner, outer], tensor, device) {
         Product::Dot => {
             let kernel = Kernel::Linear { x, weight, vector: vector(dot_vector(x, weight), aligned) };
-            Plan { kernel, grid: warp_a_column(outer, rows, device), why: FEW }
+            Plan { kernel, grid: warp_a_column(outer, rows.div_ceil(TOKENS as usize), device), why: FEW }
         }
         Product::Tiled => {
             let kernel = Kernel::LinearTiled { x, weight, vector: vector(4, aligned) };
@@ -274,9 +296,15 @@ pub(crate) fn linear(problem: &LinearProblem, aligned: impl Fn(u64) -> bool, dev
     }
 }
 
+/// Tokens that a warp of the router has at once: one, until every scheduler has two warps, then as many as that takes.
+fn dot_tokens(columns: usize, tokens: usize, device: &DeviceNumbers) -> u8 {
+    let warps = 8 * (device.multiprocessors as usize).max(1);
+    let share = columns.saturating_mul(tokens).div_ceil(warps);
+    share.next_power_of_two().clamp(1, TOKENS as usize) as u8
+}
+
 /// Blocks of up to 8 warps, of fewer where that gives every multiprocessor some.
-fn warp_a_column(columns: usize, rows: usize, device: &DeviceNumbers) -> Grid {
-    let groups = rows.div_ceil(TOKENS as usize);
+fn warp_a_column(columns: usize, groups: usize, device: &DeviceNumbers) -> Grid {
     let share = columns.saturating_mul(groups) / (device.multiprocessors as usize).max(1);
     let warps = share.clamp(1, 8).next_power_of_two();
     Grid::plane(columns.div_ceil(warps), groups, 32 * warps as u32)
@@ -317,8 +345,10 @@ pub(crate) mod tests {
     fn few_tokens_stream_and_many_share() {
         let plan = |tokens, aligned| gate(&gate_problem(tokens), false, |_| aligned, &device());
         assert_eq!(plan(1, true).grid, Grid::plane(128, 1, 32));
+        assert_eq!(plan(8, true).grid, Grid::plane(16, 8, 256));
         assert_eq!(plan(32, true).grid, Grid::plane(16, 8, 256));
-        assert!(matches!(plan(1, true).kernel, Kernel::Gate { vector: 8, .. }));
+        assert!(matches!(plan(1, true).kernel, Kernel::Gate { vector: 8, tokens: 1, .. }));
+        assert!(matches!(plan(16, true).kernel, Kernel::Gate { vector: 8, tokens: 2, .. }));
         assert!(matches!(plan(9, false).kernel, Kernel::Gate { vector: 1, .. }));
         assert_eq!(plan(64, true).grid, Grid::plane(4, 4, 256));
         assert_eq!(plan(2048, true).grid, Grid::plane(64, 2, 256));
@@ -407,39 +437,50 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn one_block_groups_as_many_tokens_as_a_word_has_bits() {
-        let plan = |tokens| {
+    fn one_cluster_groups_as_many_tokens_as_its_words_have_bits() {
+        let plan = |tokens, experts, device: &DeviceNumbers| {
             let (rule, logits) = (RoutingRule::default(), DType::BF16);
-            route_permute(&ChoiceProblem { tokens, experts: 128, top_k: 8, logits, vocabulary: 0, rule })
+            let problem = ChoiceProblem { tokens, experts, top_k: 8, logits, vocabulary: 0, rule };
+            route_permute(&problem, device).map(|plan| (plan.grid.blocks[0], plan.grid.threads))
         };
-        assert_eq!([0, 33].map(plan), [None; 2]);
-        assert_eq!([1, 32].map(|tokens| plan(tokens).map(|plan| plan.grid.threads)), [Some(32), Some(1024)]);
+        let grids = [(1, (1, 32)), (4, (1, 128)), (8, (2, 128)), (33, (8, 160)), (128, (8, 512)), (512, (8, 1024))];
+        for (tokens, grid) in grids {
+            assert_eq!(plan(tokens, 128, &device()), Some(grid));
+        }
+        assert_eq!([0, 513].map(|tokens| plan(tokens, 128, &device())), [None; 2]);
+        assert_eq!([256, 257].map(|tokens| plan(tokens, 300, &device())), [Some((8, 512)), None]);
+        let old = DeviceNumbers { compute_capability: (8, 0), ..device() };
+        assert_eq!([64, 65].map(|tokens| plan(tokens, 128, &old)), [Some((1, 1024)), None]);
+    }
+
+    fn combined(tokens: usize, top_k: usize, hidden: usize, norm: bool) -> (CombineKernel, Grid) {
+        let problem = CombineProblem { tokens, top_k, hidden, y: DType::BF16, out: DType::BF16 };
+        let plan = combine(&problem, [false, norm], |_| true, &device());
+        let Kernel::Combine(kernel) = plan.kernel else { unreachable!() };
+        (kernel, plan.grid)
     }
 
     #[test]
     fn combine_keeps_a_row_where_it_fits() {
-        let problem = |hidden| CombineProblem { tokens: 3, top_k: 2, hidden, y: DType::BF16, out: DType::BF16 };
-        assert!(matches!(
-            combine(&problem(2048), false, true, |_| true).kernel,
-            Kernel::Combine { stash: true, vector: 4, copies: false, .. }
-        ));
-        assert!(matches!(combine(&problem(20000), false, true, |_| true).kernel, Kernel::Combine { stash: false, .. }));
-        assert!(matches!(combine(&problem(2047), false, false, |_| true).kernel, Kernel::Combine { vector: 1, .. }));
-        assert_eq!(combine(&problem(2048), true, false, |_| true).grid.blocks, [3, 2, 1]);
+        assert!(matches!(combined(3, 2, 2048, true).0, CombineKernel { stash: true, vector: 4, .. }));
+        assert!(matches!(combined(3, 2, 20000, true).0, CombineKernel { stash: false, .. }));
     }
 
     #[test]
-    fn combine_reads_long_pieces_where_sums_are_many_and_long() {
-        let vector = |tokens, top_k, hidden| {
-            let problem = CombineProblem { tokens, top_k, hidden, y: DType::BF16, out: DType::BF16 };
-            match combine(&problem, false, false, |_| true).kernel {
-                Kernel::Combine { vector, .. } => vector,
-                _ => 0,
-            }
+    fn combine_reads_16_bytes_of_rows_that_are_whole_in_them() {
+        assert_eq!([2048, 2052, 2047].map(|hidden| combined(3, 2, hidden, false).0.vector), [8, 4, 1]);
+        assert_eq!(combined(3, 2, 2048, false).1, Grid::plane(3, 2, 128));
+        assert_eq!(combined(3, 2, 2816, false).1, Grid::plane(3, 3, 128));
+        assert_eq!(combined(3, 2, 8, false).1, Grid::plane(3, 1, 32));
+    }
+
+    #[test]
+    fn combine_asks_for_all_rows_at_once_where_there_is_room() {
+        let slots = |tokens, top_k| {
+            let kernel = combined(tokens, top_k, 2048, false).0;
+            (kernel.slots, kernel.streams)
         };
-        assert_eq!(
-            [(8192, 8, 2048), (512, 8, 2048), (8192, 2, 2048), (8192, 8, 2052)].map(|(t, k, h)| vector(t, k, h)),
-            [8, 4, 4, 4]
-        );
+        assert_eq!([1, 2, 3, 8, 33].map(|top_k| slots(128, top_k)), [2, 2, 4, 8, 8].map(|slots| (slots, false)));
+        assert_eq!([(512, 8), (8192, 8), (8192, 2)].map(|(t, k)| slots(t, k)), [(4, false), (4, true), (2, true)]);
     }
 }

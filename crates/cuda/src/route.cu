@@ -3,8 +3,9 @@
 extern "C" __global__ void route(const __grid_constant__ RouteParams p) {
     take_turn();
 #if LANE_LOGITS > 0
-    const u32 lane = threadIdx.x % 32;
-    for (u64 t = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; t < p.tokens; t += (u64)gridDim.x * (blockDim.x / 32))
+    // the same in all lanes, which the compiler is to see
+    const u32 warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    for (u64 t = (u64)blockIdx.x * (blockDim.x / 32) + warp; t < p.tokens; t += (u64)gridDim.x * (blockDim.x / 32))
         route_in_registers<LOGITS_T, LANE_LOGITS>(p.choice, row_of<const LOGITS_T>(p.logits, t), lane).write(p.choice, t, lane);
 #else
     extern __shared__ u64 shared[];

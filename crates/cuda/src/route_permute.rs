@@ -7,8 +7,8 @@ use crate::permute::PermuteParams;
 use crate::plan::Plan;
 use crate::route::RouteParams;
 use crate::{Cuda, CudaStream};
-use fused_moe_core::View;
 use fused_moe_core::operation::Route;
+use fused_moe_core::{DType, View};
 
 params! {
     RoutePermuteParams { route: RouteParams, permute: PermuteParams }
@@ -22,6 +22,28 @@ pub(crate) struct Grouped<'a> {
     pub(crate) slot_row: View<Mut<'a>>,
     /// u32 `[E+1]`, and the counters, which become 0.
     pub(crate) offsets: View<Mut<'a>>,
+}
+
+/// Tokens of a warp, at most.
+pub(crate) const ROUNDS: usize = 2;
+/// Blocks: the most that a cluster has everywhere.
+pub(crate) const BLOCKS: usize = 8;
+
+/// Warps of a block, at most: as many as have registers for so many logits of a lane.
+pub(crate) const fn warps(lane_logits: u8) -> usize {
+    if lane_logits > 8 { 16 } else { 32 }
+}
+
+/// What the kernel is specialised by.
+pub(crate) fn defines(logits: DType, lane_logits: u8) -> Vec<(&'static str, String)> {
+    vec![
+        ("LOGITS_T", logits.to_string()),
+        ("LANE_LOGITS", lane_logits.to_string()),
+        ("WARPS", warps(lane_logits).to_string()),
+        ("ROUNDS", ROUNDS.to_string()),
+        ("MOST_BLOCKS", BLOCKS.to_string()),
+        ("COUNTERS", crate::workspace::COUNTERS.to_string()),
+    ]
 }
 
 /// The routes of tokens each of whose slots has an expert that is here, and their slots by expert, as `plan` says.

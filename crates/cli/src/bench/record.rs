@@ -25,6 +25,7 @@ pub(crate) struct Setting<'a> {
     pub(crate) dtype: String,
     pub(crate) routing: String,
     pub(crate) from: String,
+    pub(crate) numerics: String,
     pub(crate) layers: usize,
     pub(crate) ceilings: Ceilings,
     /// Whose arithmetic the rate is.
@@ -37,7 +38,7 @@ pub(crate) struct Setting<'a> {
 /// whole and divided by its calls.
 const HEADER: &str = "date,version,backend,device,threads,shape,hidden,intermediate,experts,top_k,dtype,routing,tokens,\
 layers,runs,median_us,p10_us,p90_us,touched_experts,bytes,flops,gb_s,gflop_s,read_gb_s,arithmetic_gflop_s,floor_us,\
-max_error,from,calls,byte_floor_us,flop_floor_us,arithmetic_by,beside_us,beside";
+max_error,from,calls,byte_floor_us,flop_floor_us,arithmetic_by,beside_us,beside,numerics";
 
 /// Name and value of every column of a row, in the order of the header.
 fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
@@ -78,6 +79,7 @@ fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
         json!(setting.arithmetic),
         timing.beside.map_or(Value::Null, micros),
         json!(setting.beside),
+        json!(setting.numerics),
     ]
 }
 

@@ -14,10 +14,10 @@ use std::io::Write;
 pub(crate) fn setting<M: Meter>(meter: &M, setting: &Setting<'_>, layer: u64, enough: bool) -> Result<()> {
     let mut out = output::stdout();
     let LayerConfig { hidden, intermediate, experts, top_k, .. } = *setting.config;
-    let Setting { shape, dtype, routing, from, layers, .. } = setting;
+    let Setting { shape, dtype, routing, from, numerics, layers, .. } = setting;
     writeln!(
         out,
-        "{BOLD}{shape}{BOLD:#}: H {hidden}, I {intermediate}, E {experts}, K {top_k}; {dtype}; routing {routing}; from {from}"
+        "{BOLD}{shape}{BOLD:#}: H {hidden}, I {intermediate}, E {experts}, K {top_k}; {dtype}; routing {routing}; from {from}; numerics {numerics}"
     )?;
     writeln!(out, "device   {}: {}", setting.backend, meter.backend().describe())?;
     writeln!(out, "timed    {}", meter.clock())?;

@@ -233,6 +233,8 @@ fn benches_that_are_none() {
     fmoe(["bench", "--backward", "--beside", "cpu"]).fails(2);
     fmoe(["bench", "--hidden", "16"]).fails(2);
     fmoe(["bench", "--from", "y"]).fails(2);
+    fmoe(["bench", "--numerics", "exact"]).fails(2);
+    fmoe(["bench", "--backward", "--numerics", "batch-invariant"]).fails(2);
 }
 
 #[test]

@@ -217,10 +217,10 @@ fn a_golden_folder_that_cannot_run_leaves_the_others() {
 fn bench_a_small_shape() {
     let folder = tempfile::tempdir().unwrap();
     let (json, records) = (folder.path().join("bench.json"), folder.path().join("records"));
-    for routing in ["uniform", "zipf", "one"] {
+    for (routing, numerics) in [("uniform", "fast"), ("zipf", "batch-invariant"), ("one", "fast")] {
         let shape = "bench --hidden 64 --intermediate 32 --experts 8 --top-k 2 --threads 2";
         let ran = fmoe(shape.split(' '))
-            .args(["--routing", routing, "--dtype", "F32", "--tokens", "1, 5"])
+            .args(["--routing", routing, "--numerics", numerics, "--dtype", "F32", "--tokens", "1, 5"])
             .args(["--json", json.to_str().unwrap(), "--record", records.to_str().unwrap()])
             .succeeds();
         assert!(ran.stdout.contains("GB/s") && ran.stdout.contains("checked: "), "{ran}");
@@ -228,6 +228,8 @@ fn bench_a_small_shape() {
         assert_eq!((&rows[0]["tokens"], &rows[1]["tokens"]), (&1.into(), &5.into()));
         assert!(rows[0]["median_us"].as_f64().unwrap() > 0.0);
         assert_eq!((&rows[0]["from"], &rows[0]["calls"]), (&"x".into(), &1.into()));
+        assert_eq!(rows[0]["numerics"], numerics);
+        assert!(ran.stdout.contains(&format!("numerics {numerics}")), "{ran}");
         let larger = |a: &str, b: &str| rows[1][a].as_f64().unwrap().max(rows[1][b].as_f64().unwrap());
         assert_eq!(rows[1]["floor_us"], larger("byte_floor_us", "flop_floor_us"));
         if routing == "one" {

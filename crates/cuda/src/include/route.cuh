@@ -40,8 +40,8 @@ struct Scores {
     f32 max, sum;
     u32 kind;
     __device__ __forceinline__ f32 term(f32 logit) const {
-        if (is_nan(logit) || logit == -INFINITE) return 0.0f;
-        return logit == max ? 1.0f : expf(logit - max);
+        const f32 below = expf(logit - max), some = logit == max ? 1.0f : below;
+        return is_nan(logit) || logit == -INFINITE ? 0.0f : some;
     }
     __device__ __forceinline__ f32 of(f32 logit) const {
         if (is_nan(logit)) return 0.0f;
@@ -53,6 +53,10 @@ struct Scores {
         return logit;
     }
 };
+
+// Not inlined: what few rules need is not to lie between the instructions of the others.
+__device__ __noinline__ f32 score_of(f32 max, f32 sum, u32 kind, f32 logit) { return Scores{max, sum, kind}.of(logit); }
+__device__ __noinline__ f32 power(f32 x, f32 y) { return powf(x, y); }
 
 // Shared memory of one token: E words, then a float for each group.
 struct RouteScratch {
@@ -183,13 +187,13 @@ template <int N> __device__ void weigh(const ChoiceParams& p, u64 t, u32 lane, c
     for (u32 k = lane; k < p.top_k; k += N) {
         f32 v = weights[k];
         if (p.scale_when == SCALE_BEFORE && experts[k] != NO_EXPERT) weights[k] = v *= element(p.scale, 0, experts[k]);
-        sum += p.normalize == NORMALIZE_LP ? powf(fabsf(v), p.normalize_by) : v;
+        sum += p.normalize == NORMALIZE_LP ? power(fabsf(v), p.normalize_by) : v;
     }
     if (p.normalize != NORMALIZE_NONE) sum = reduce<Sum, N>(sum, s.parts);
     f32 divisor = 1.0f;
     if (p.normalize == NORMALIZE_SUM) divisor = sum + p.normalize_by;
     if (p.normalize == NORMALIZE_SUM_AT_LEAST) divisor = sum < p.normalize_by ? p.normalize_by : sum;
-    if (p.normalize == NORMALIZE_LP) divisor = powf(sum, 1.0f / p.normalize_by);
+    if (p.normalize == NORMALIZE_LP) divisor = power(sum, 1.0f / p.normalize_by);
     for (u32 k = lane; k < p.top_k; k += N) {
         f32 w = divisor == 0.0f ? 0.0f : weights[k] / divisor;
         if (p.scale_when == SCALE_AFTER && experts[k] != NO_EXPERT) w *= element(p.scale, 0, experts[k]);
@@ -288,6 +292,21 @@ template <int PER_LANE> struct LaneChoice {
     }
 };
 
+// By odd-even merges of MERGED words with as many: N is a power of two.
+template <int N, int MERGED = 1, int APART = 1> __device__ __forceinline__ void sort_descending(u64 (&words)[N]) {
+    if constexpr (MERGED < N) {
+#pragma unroll
+        for (int i = APART % MERGED; i + APART < N; i++) {
+            if ((i - APART % MERGED) / APART % 2 != 0 || i / (2 * MERGED) != (i + APART) / (2 * MERGED)) continue;
+            const u64 a = words[i], b = words[i + APART];
+            words[i] = a > b ? a : b;
+            words[i + APART] = a > b ? b : a;
+        }
+        if constexpr (APART > 1) sort_descending<N, MERGED, APART / 2>(words);
+        else sort_descending<N, 2 * MERGED, 2 * MERGED>(words);
+    }
+}
+
 template <class L, int PER_LANE>
 __device__ __forceinline__ LaneChoice<PER_LANE> choose_in_registers(const ChoiceParams& p, const L* logits, u32 lane) {
     LaneChoice<PER_LANE> choice;
@@ -305,40 +324,62 @@ __device__ __forceinline__ LaneChoice<PER_LANE> choose_in_registers(const Choice
     if (!choice.finite) return choice;
     Scores scores = {};
     if (!p.by_logit) scores = choice.scores(p);
-    // 0 is below what any key has
-    u32 order[PER_LANE], best = 0, at = 0;
+    // a key and, below it, its expert's complement: no two are equal, and 0 is below them all
+    u64 words[PER_LANE];
+    const bool plain = p.by_logit && !p.bias.data;
 #pragma unroll
     for (u32 i = 0; i < PER_LANE; i++) {
         const u32 e = lane + 32 * i;
-        const f32 logit = choice.logit[i];
-        order[i] = 0;
-        if (e < p.experts_total) {
-            f32 key = p.by_logit ? logit : scores.of(logit);
-            if (p.bias.data) key += element(p.bias, 0, e);
-            order[i] = order_of_key(is_nan(logit) || is_nan(key) ? -INFINITE : key);
-        }
-        if (order[i] > best) {
-            best = order[i];
-            at = e;
-        }
+        const f32 key = is_nan(choice.logit[i]) ? -INFINITE : choice.logit[i];
+        words[i] = e < p.experts_total ? (u64)order_of_key(key) << 32 | ~e : 0;
     }
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE && !plain; i++) {
+        const u32 e = lane + 32 * i;
+        if (e >= p.experts_total) break;
+        const f32 logit = choice.logit[i];
+        f32 key = p.by_logit ? logit : score_of(scores.max, scores.sum, scores.kind, logit);
+        if (p.bias.data) key += element(p.bias, 0, e);
+        words[i] = (u64)order_of_key(is_nan(logit) || is_nan(key) ? -INFINITE : key) << 32 | ~e;
+    }
+    sort_descending(words);
+    u32 low[PER_LANE];
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE; i++) low[i] = (u32)words[i];
+    // the rounds that this lane's words win, and who wins the round of this lane's number
+    u32 won = 0, winner = 0;
 #pragma unroll 1
     for (u32 k = 0; k < p.top_k; k++) {
-        const u32 most = __reduce_max_sync(0xffffffffu, best);
-        const u32 e = __reduce_min_sync(0xffffffffu, best == most ? at : 0xffffffffu);
-        if (lane == k) choice.expert = e;
-        if (e % 32 != lane) continue;
-        best = 0;
-#pragma unroll
-        for (u32 i = 0; i < PER_LANE; i++) {
-            if (e == lane + 32 * i) order[i] = 0;
-            if (order[i] > best) {
-                best = order[i];
-                at = lane + 32 * i;
-            }
+        const u32 order = (u32)(words[0] >> 32), next = (u32)words[0];
+        bool mine = order == __reduce_max_sync(0xffffffffu, order);
+        u32 lanes = __ballot_sync(0xffffffffu, mine);
+        if (lanes & (lanes - 1)) {
+            const u32 lowest = __reduce_max_sync(0xffffffffu, mine ? next : 0);
+            mine = mine && next == lowest;
+            lanes = __ballot_sync(0xffffffffu, mine);
         }
+        if (lane == k) winner = lanes;
+        if (mine) won |= 1u << k;
+#pragma unroll
+        for (u32 i = 0; i < PER_LANE; i++)
+            if (mine) words[i] = i + 1 < PER_LANE ? words[i + 1] : 0;
+    }
+    winner = (u32)(__ffs(winner) - 1) % 32;
+    const u32 before = __popc(__shfl_sync(0xffffffffu, won, winner) & ((1u << lane) - 1));
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE; i++) {
+        const u32 e = ~__shfl_sync(0xffffffffu, low[i], winner);
+        if (lane < p.top_k && i == before) choice.expert = e;
     }
     return choice;
+}
+
+// Over the first lanes, `count` of them; the others' x changes nothing.
+template <class Op, class T> __device__ __forceinline__ T reduce_first(T x, u32 count) {
+#pragma unroll
+    for (u32 mask = 16; mask > 0; mask >>= 1)
+        if (mask < count) x = Op::of(x, __shfl_xor_sync(0xffffffffu, x, mask));
+    return x;
 }
 
 template <int PER_LANE>
@@ -354,8 +395,8 @@ __device__ __forceinline__ f32 weight_in_registers(const ChoiceParams& p, const 
     if (p.softmax_of_chosen) {
         Scores of_chosen = {-INFINITE, 0.0f, SCORE_SOFTMAX};
         if (chosen && value > of_chosen.max) of_chosen.max = value;
-        of_chosen.max = reduce_warp<Max>(of_chosen.max);
-        of_chosen.sum = reduce_warp<Sum>(chosen ? of_chosen.term(value) : 0.0f);
+        of_chosen.max = reduce_first<Max>(of_chosen.max, p.top_k);
+        of_chosen.sum = reduce_first<Sum>(chosen ? of_chosen.term(value) : 0.0f, p.top_k);
         value = of_chosen.of(value);
     } else {
         value = choice.scores(p).of(value);
@@ -363,10 +404,11 @@ __device__ __forceinline__ f32 weight_in_registers(const ChoiceParams& p, const 
     if (p.scale_when == SCALE_BEFORE && chosen) value *= element(p.scale, 0, choice.expert);
     f32 divisor = 1.0f;
     if (p.normalize != NORMALIZE_NONE) {
-        const f32 sum = reduce_warp<Sum>(!chosen ? 0.0f : p.normalize == NORMALIZE_LP ? powf(fabsf(value), p.normalize_by) : value);
+        const f32 term = p.normalize == NORMALIZE_LP ? power(fabsf(value), p.normalize_by) : value;
+        const f32 sum = reduce_first<Sum>(chosen ? term : 0.0f, p.top_k);
         if (p.normalize == NORMALIZE_SUM) divisor = sum + p.normalize_by;
         if (p.normalize == NORMALIZE_SUM_AT_LEAST) divisor = sum < p.normalize_by ? p.normalize_by : sum;
-        if (p.normalize == NORMALIZE_LP) divisor = powf(sum, 1.0f / p.normalize_by);
+        if (p.normalize == NORMALIZE_LP) divisor = power(sum, 1.0f / p.normalize_by);
     }
     f32 weight = divisor == 0.0f ? 0.0f : value / divisor;
     if (p.scale_when == SCALE_AFTER && chosen) weight *= element(p.scale, 0, choice.expert);

@@ -2,6 +2,7 @@
 
 use super::Kernel;
 use super::backward::BackwardKernel;
+use crate::combine::CombineKernel;
 use crate::grouped::{self, Product};
 use crate::plan::few::FewTile;
 use crate::plan::pieces::Pieces;
@@ -40,18 +41,10 @@ impl Kernel {
                 all.extend(fews(Activation::default(), DType::BF16, x, lane_logits));
             }
             all.push(Self::GatherWeights { scores: x });
-            for vector in [1, 4] {
-                for (norm, stash) in [(false, false), (true, false), (true, true)] {
-                    all.extend([false, true].map(|copies| Self::Combine { y: x, vector, copies, norm, stash }));
-                }
-            }
-            if x.size() == 2 {
-                let (y, vector, norm, stash) = (x, 8, false, false);
-                all.extend([false, true].map(|copies| Self::Combine { y, vector, copies, norm, stash }));
-            }
+            all.extend(CombineKernel::all(x).into_iter().map(Self::Combine));
             for w in FLOATS {
                 for vector in [1, crate::plan::dot_vector(x, w)] {
-                    all.push(Self::Gate { x, router: w, vector });
+                    all.extend([1, 2, 4].map(|tokens| Self::Gate { x, router: w, vector, tokens }));
                     all.push(Self::GateRoute { x, router: w, vector });
                     all.push(Self::DownCombine { x, weight: w, vector, slots: 4, unroll: 3 });
                     all.push(Self::Linear { x, weight: w, vector });

@@ -8,6 +8,7 @@ pub(super) const MMA: &str = include_str!("../include/mma.cuh");
 pub(super) const SPLIT: &str = include_str!("../include/split_mma.cuh");
 pub(super) const GATE: &str = include_str!("../include/gate.cuh");
 pub(super) const ROUTE: &str = include_str!("../include/route.cuh");
+pub(super) const CLUSTER: &str = include_str!("../include/cluster.cuh");
 pub(super) const PERMUTE: &str = include_str!("../include/permute.cuh");
 pub(super) const PIECES: &str = include_str!("../include/pieces.cuh");
 pub(super) const ACTIVATION: &str = include_str!("../include/activation.cuh");

@@ -106,7 +106,8 @@ impl CudaLayer {
             let left = Some(Routes { params, logits: problem.logits, lane_logits });
             return Ok(Outcome { left, ..Outcome::default() });
         }
-        let Some(plan) = crate::plan::route_permute(&problem).filter(|_| wanted == Wanted::Groups) else {
+        let Some(plan) = crate::plan::route_permute(&problem, cuda.numbers()).filter(|_| wanted == Wanted::Groups)
+        else {
             cuda.route(stream, operands)?;
             return Ok(Outcome::default());
         };
