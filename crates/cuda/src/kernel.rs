@@ -1,5 +1,6 @@
 //! Every kernel, what it is specialised by, and the text it is compiled from.
 
+mod all;
 pub(crate) mod backward;
 mod headers;
 
@@ -8,10 +9,11 @@ use crate::grouped::{self, GroupedKernel, Product};
 use crate::launch::Params;
 #[cfg(test)]
 use crate::launch::Tensor;
+use crate::plan::few::FewTile;
 use crate::plan::pieces::Pieces;
 use crate::{
-    accumulate, activation, combine, copy, down_combine, drop_overflow, gate, linear, measure, permute, ring, route,
-    route_permute,
+    accumulate, activation, combine, copy, down_combine, drop_overflow, few, gate, linear, measure, permute, ring,
+    route, route_permute,
 };
 use backward::BackwardKernel;
 use fused_moe_core::DType;
@@ -49,6 +51,8 @@ pub(crate) enum Kernel {
     DownCombine { x: DType, weight: DType, vector: u8, slots: u8, unroll: u8 },
     GateUpRing { product: Product, format: DType, choice: (DType, u8), ring: [u8; 2] },
     DownCombineRing { format: DType, choice: (DType, u8), ring: [u8; 2] },
+    GateUpFew { product: Product, format: DType, choice: (DType, u8), tile: FewTile },
+    DownCombineFew { format: DType, choice: (DType, u8), tile: FewTile },
 }
 
 /// Rows and columns that a block of a matrix product has, its warps a slice of the inner dimension each.
@@ -135,6 +139,8 @@ impl Kernel {
             Self::DownCombine { .. } => "down_combine",
             Self::GateUpRing { .. } => "gate_up_ring",
             Self::DownCombineRing { .. } => "down_combine_ring",
+            Self::GateUpFew { .. } => "gate_up_few",
+            Self::DownCombineFew { .. } => "down_combine_few",
         }
     }
 
@@ -164,6 +170,8 @@ impl Kernel {
             Self::DownCombine { .. } => down_combine::DownCombineParams::DEFINITION,
             Self::GateUpRing { .. } => ring::GateUpRingParams::DEFINITION,
             Self::DownCombineRing { .. } => ring::DownCombineRingParams::DEFINITION,
+            Self::GateUpFew { .. } => few::GateUpFewParams::DEFINITION,
+            Self::DownCombineFew { .. } => few::DownCombineFewParams::DEFINITION,
         }
     }
 
@@ -216,6 +224,15 @@ impl Kernel {
                 let parts = [choice, ROUTE, route, own, RING, include_str!("down_combine_ring.cu")];
                 [&[REDUCE, ACTIVATION, MMA, down, grouped::GROUPED][..], &combine, &parts].concat()
             }
+            Self::GateUpFew { .. } => {
+                let parts = [choice, ROUTE, route, own, FEW, include_str!("gate_up_few.cu")];
+                [&[REDUCE, ACTIVATION, MMA, down, grouped::GROUPED][..], &parts].concat()
+            }
+            Self::DownCombineFew { .. } => {
+                let combine = [down_combine::DownCombineParams::DEFINITION, DOWN_COMBINE];
+                let parts = [choice, ROUTE, route, own, FEW, include_str!("down_combine_few.cu")];
+                [&[REDUCE, ACTIVATION, MMA, down, grouped::GROUPED][..], &combine, &parts].concat()
+            }
         }
     }
 
@@ -237,7 +254,9 @@ impl Kernel {
             | Self::Permute
             | Self::Grouped(_)
             | Self::GateUpRing { .. }
-            | Self::DownCombineRing { .. } => true,
+            | Self::DownCombineRing { .. }
+            | Self::GateUpFew { .. }
+            | Self::DownCombineFew { .. } => true,
             Self::Backward(kernel) => kernel.asks_for_shared(),
             _ => false,
         }
@@ -260,7 +279,9 @@ impl Kernel {
             | Self::Linear { .. }
             | Self::DownCombine { .. }
             | Self::GateUpRing { .. }
-            | Self::DownCombineRing { .. } => true,
+            | Self::DownCombineRing { .. }
+            | Self::GateUpFew { .. }
+            | Self::DownCombineFew { .. } => true,
             Self::Grouped(kernel) => kernel.takes_turn(),
             Self::Backward(_)
             | Self::GatherWeights { .. }
@@ -313,6 +334,16 @@ impl Kernel {
             ]);
             defines
         };
+        let few = |product: Product, format: DType, (logits, lane_logits): (DType, u8), tile: FewTile| {
+            let mut defines = product.defines();
+            defines.extend([
+                ("W_T", format.to_string()),
+                ("LOGITS_T", logits.to_string()),
+                ("LANE_LOGITS", number(lane_logits.into())),
+            ]);
+            defines.extend(tile.defines());
+            defines
+        };
         match self {
             Self::Gate { x, router, vector, tokens } => {
                 with(product(x, "ROUTER_T", router, vector), "TOKENS", tokens.to_string())
@@ -359,6 +390,10 @@ impl Kernel {
             }
             Self::GateUpRing { product, format, choice, ring: of } => ring(product, format, choice, of),
             Self::DownCombineRing { format, choice, ring: of } => ring(Product::DOWN, format, choice, of),
+            Self::GateUpFew { product, format, choice, tile } => {
+                with(few(product, format, choice, tile), "CHUNKS", number(tile.chunks.into()))
+            }
+            Self::DownCombineFew { format, choice, tile } => few(Product::DOWN, format, choice, tile),
         }
     }
 
@@ -371,90 +406,6 @@ impl Kernel {
         };
         !warpgroups || architecture == "sm_90a"
     }
-
-    /// Every kernel of every plan.
-    pub(crate) fn all() -> Vec<Self> {
-        let mut all = vec![
-            Self::Permute,
-            Self::PermuteCount,
-            Self::PermuteScan,
-            Self::PermuteScatter,
-            Self::DropOverflow,
-            Self::TileSchedule,
-            Self::Zero,
-            Self::Accumulate,
-            Self::Copy,
-            Self::Counts,
-            Self::ReadAll,
-        ];
-        all.extend(crate::plan::grouped::all().into_iter().map(Self::Grouped));
-        all.extend(BackwardKernel::all().into_iter().map(Self::Backward));
-        for tile in crate::plan::SPLIT_TILES {
-            all.extend([DType::F16, DType::BF16].map(|format| Self::LinearMma { format, tile }));
-            all.extend([DType::F16, DType::BF16].map(|format| Self::GateMma { format, weighted: false, tile }));
-            all.push(Self::GateMma { format: DType::BF16, weighted: true, tile });
-        }
-        for x in FLOATS {
-            all.extend([32, 256].map(|threads| Self::Route { logits: x, threads, lane_logits: 0 }));
-            for lane_logits in crate::plan::LANE_LOGITS {
-                all.push(Self::Route { logits: x, threads: 32, lane_logits });
-                all.push(Self::RoutePermute { logits: x, lane_logits });
-                all.extend(rings(Activation::default(), DType::BF16, x, lane_logits));
-            }
-            all.push(Self::GatherWeights { scores: x });
-            all.extend(CombineKernel::all(x).into_iter().map(Self::Combine));
-            for w in FLOATS {
-                for vector in [1, crate::plan::dot_vector(x, w)] {
-                    all.extend([1, 2, 4].map(|tokens| Self::Gate { x, router: w, vector, tokens }));
-                    all.push(Self::GateRoute { x, router: w, vector });
-                    all.push(Self::DownCombine { x, weight: w, vector, slots: 4, unroll: 3 });
-                    all.push(Self::Linear { x, weight: w, vector });
-                }
-                for vector in [1, 4] {
-                    all.push(Self::GateTiled { x, router: w, vector });
-                    all.push(Self::LinearTiled { x, weight: w, vector });
-                }
-            }
-        }
-        for pieces in Pieces::all() {
-            all.extend(activations().map(|activation| Self::Activation { activation: activation.into(), pieces }));
-        }
-        for format in [DType::F16, DType::BF16] {
-            all.extend(activations().flat_map(|activation| rings(activation, format, DType::F32, 0)));
-        }
-        all
-    }
-}
-
-const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
-
-/// The kernels for one token.
-fn rings(activation: Activation, format: DType, logits: DType, lane_logits: u8) -> [Kernel; 2] {
-    let (gated, activation) = (activation.is_gated(), Some(activation.into()));
-    let product = Product { stage: grouped::Stage::GateUp, gather: true, gated, activation };
-    let (choice, ring) = ((logits, lane_logits), [12, 4]);
-    [Kernel::GateUpRing { product, format, choice, ring }, Kernel::DownCombineRing { format, choice, ring: [8, 4] }]
-}
-
-/// One activation of every kind.
-fn activations() -> impl Iterator<Item = Activation> {
-    let functions = [
-        Function::Silu,
-        Function::GeluTanh,
-        Function::GeluErf,
-        Function::Relu,
-        Function::ReluSquared,
-        Function::Identity,
-    ];
-    let (alpha, limit) = (1.0, 1.0);
-    let clamped = [
-        Activation::ClampedSilu { limit },
-        Activation::ClampedSwish { alpha, limit },
-        Activation::SiluThenClamp { limit },
-        Activation::SoftcappedSilu { gate_cap: 1.0, up_cap: 1.0 },
-    ];
-    let plain = functions.into_iter().flat_map(|f| [Activation::Gated(f), Activation::Plain(f)]);
-    clamped.into_iter().chain(plain)
 }
 
 #[cfg(test)]

@@ -6,11 +6,13 @@ use crate::copy;
 use crate::down::{Manner, down_of};
 use crate::down_combine::{DownCombine, down_combine};
 use crate::error::Result;
+use crate::few::{down_combine_few, gate_up_few};
 use crate::gate_up::gate_up_of;
 use crate::grouped::Groups;
 use crate::launch::Tensor;
 use crate::memory::{Memory, Mut, Ref};
 use crate::pack::Experts;
+use crate::plan::few::{self, FewPlan};
 use crate::plan::ring::{self, RingPlan};
 use crate::ring::{GateUpRing, Routes, down_combine_ring, gate_up_ring};
 use crate::workspace::{Buffer, Scratch, SharedScratch, Workspace};
@@ -217,9 +219,13 @@ impl CudaLayer {
         let Forward { source, token_ids, sequences, residual, norm, routes, counts, y, .. } = call;
 
         let ring = if alone { self.rings(cuda, reads.experts)? } else { None };
+        let whole = norm.is_none() && counts.is_none() && self.expert_out.is_none();
+        let few = if ours && whole && self.problem.slots_are_rows() { self.few(cuda, reads.experts)? } else { None };
+        let from_logits = !matches!(source, Source::Router);
         let wanted = match ring {
             // a router's launch ends with the routes
-            Some(_) if !matches!(source, Source::Router) => Wanted::Logits,
+            Some(_) if from_logits => Wanted::Logits,
+            None if few.is_some() => Wanted::Logits,
             None if !alone && ours && self.problem.slots_are_rows() => Wanted::Groups,
             _ => Wanted::Routes,
         };
@@ -231,7 +237,7 @@ impl CudaLayer {
             }
             Source::Router => self.routing(cuda, stream, from(None), &mut scratch.routing, &mut scratch.permutation)?,
         };
-        let counted = match alone || outcome.grouped {
+        let counted = match alone || few.is_some() || outcome.grouped {
             true => outcome.grouped,
             false => self.permute(cuda, stream, routing.experts, local.clone(), &mut scratch.permutation)?,
         };
@@ -252,10 +258,15 @@ impl CudaLayer {
         let there = || Routes::there(&routing);
         let ring =
             ring.map(|plans| Ok::<_, crate::Error>((plans, outcome.left.map_or_else(there, Ok)?))).transpose()?;
+        let there = || Routes::there(&routing).map(|routes| routes.of(tokens, choices));
+        let few = few.map(|plans| Ok::<_, crate::Error>((plans, outcome.left.map_or_else(there, Ok)?))).transpose()?;
         let (matrices, activation) = (&self.experts, config.activation);
         let out = scratch.a.view_mut(between, [rows, config.intermediate])?;
         if let Some(([plan, _], routes)) = &ring {
             gate_up_ring(cuda, stream, &GateUpRing { x, routes, matrices, activation, on_input, out }, *plan)?;
+        } else if let Some(([plan, _], routes)) = &few {
+            let operands = GateUpRing { x, routes, matrices, activation, on_input, out };
+            gate_up_few(cuda, stream, &operands, from_logits, *plan)?;
         } else {
             let gate_up = GateUp {
                 x,
@@ -272,14 +283,15 @@ impl CudaLayer {
         }
         let weights = (!on_input).then_some(routing.weights);
         let residual = residual.map(shorten_residual);
-        if alone && norm.is_none() && self.expert_out.is_none() {
+        if few.is_some() || (alone && norm.is_none() && self.expert_out.is_none()) {
             let shared = self.shared_output(cuda, stream, x, &mut scratch.shared)?;
             let a = scratch.a.view(between, [rows, config.intermediate])?;
             let (experts, routed_scale) = (routing.experts, config.routed_scale);
             let operands = DownCombine { a, experts, weights, matrices, routed_scale, shared, residual, out: y };
-            match &ring {
-                Some(([_, plan], routes)) => down_combine_ring(cuda, stream, &operands, routes, *plan)?,
-                None => down_combine(cuda, stream, &operands)?,
+            match (&ring, &few) {
+                (Some(([_, plan], routes)), _) => down_combine_ring(cuda, stream, &operands, routes, *plan)?,
+                (None, Some(([_, plan], routes))) => down_combine_few(cuda, stream, &operands, routes, *plan)?,
+                (None, None) => down_combine(cuda, stream, &operands)?,
             }
         } else {
             down_of(
@@ -340,6 +352,17 @@ impl CudaLayer {
         let halves = if config.activation.is_gated() { 2 } else { 1 };
         let sizes = ring::Sizes { slots, hidden, intermediate, halves };
         Ok(if one && pieces { ring::ring(&sizes, cuda.numbers()) } else { None })
+    }
+
+    /// How a few tokens that read `x` go through experts that are all here, if they can.
+    fn few(&self, cuda: &Cuda, x: In<'_>) -> Result<Option<[FewPlan; 2]>> {
+        let LayerProblem { core: config, gate_up, down, .. } = &self.problem;
+        let &LayerConfig { top_k, hidden, intermediate, .. } = config;
+        let one = x.dtype() == *gate_up && x.dtype() == *down && x.dtype().size() == 2;
+        let pieces =
+            Tensor::of(&x)?.aligned(8) && hidden.is_multiple_of(8) && intermediate.is_multiple_of(few::COLUMNS);
+        let sizes = few::Sizes { tokens: x.rows(), top_k, experts: config.choices(), hidden, intermediate };
+        Ok(if one && pieces { few::few(&sizes, cuda.numbers()) } else { None })
     }
 
     /// What the shared expert makes of every token, if there is one.

@@ -84,6 +84,7 @@ mod down_backward;
 mod down_combine;
 mod drop_overflow;
 mod error;
+mod few;
 mod gate;
 mod gate_backward;
 mod gate_up;

@@ -2,6 +2,7 @@
 
 pub(crate) mod backward;
 pub(crate) mod down_combine;
+pub(crate) mod few;
 pub(crate) mod grouped;
 pub(crate) mod pieces;
 pub(crate) mod ring;

@@ -159,6 +159,50 @@ fn few_tokens(dtypes: [DType; 3]) -> Vec<Case> {
             }
         }
     }
+    // nothing asked for but their output, which a backend may make in fewer launches
+    let with =
+        |tokens, config| LayerCase { routes: false, source: Origin::Logits, ..LayerCase::new(tokens, config, dtypes) };
+    let sizes = [
+        [2, 8, 32, 1, 1],
+        [8, 64, 64, 8, 2],
+        [7, 63, 47, 9, 4],
+        [8, 136, 288, 6, 1],
+        [5, 264, 544, 9, 9],
+        [8, 2712, 32, 5, 3],
+        [8, 4104, 32, 3, 2],
+        [8, 4072, 32, 3, 2],
+        [3, 8, 1568, 4, 2],
+        [4, 40, 256, 130, 32],
+        [8, 24, 32, 512, 16],
+        [8, 24, 32, 600, 5],
+        [9, 40, 32, 9, 3],
+        [6, 40, 24, 9, 3],
+    ];
+    for [tokens, h, i, e, k] in sizes {
+        cases.push(case("few alone", with(tokens, LayerConfig::new(h, i, e, k))));
+    }
+    let shared = SharedConfig { intermediate: 40, activation: Activation::default(), gated: true, scale: 0.5 };
+    let config = LayerConfig { routed_scale: 1.75, ..LayerConfig::new(72, 288, 12, 5) };
+    for residual in [ResidualPart::None, ResidualPart::Of, ResidualPart::InPlace] {
+        for (kind, shared) in [("", None), (" shared", Some(shared))] {
+            for weight_on in [WeightOn::Output, WeightOn::Input] {
+                let config = LayerConfig { shared, weight_on, ..config.clone() };
+                let layer = LayerCase { residual, bias: true, ..with(6, config) };
+                let name = format!("few alone {residual:?}{kind} {weight_on:?}");
+                cases.push(case(&name, layer.clone()));
+                cases.push(case(&name, layer).strided());
+            }
+        }
+    }
+    let plain = LayerConfig { activation: Activation::Plain(Function::Relu), ..config.clone() };
+    cases.push(case("few alone plain", LayerCase { bias: true, ..with(6, plain) }));
+    for (name, rule) in rules() {
+        let config = LayerConfig { routing: rule, ..LayerConfig::new(24, 32, 16, 3) };
+        cases.push(case(&format!("few alone {name}"), with(5, config)));
+    }
+    for source in [Origin::Router, Origin::BadLogits] {
+        cases.push(case(&format!("few alone {source:?}"), LayerCase { source, ..with(8, config.clone()) }));
+    }
     // more than a block's
     for (tokens, [experts, top_k]) in [(300, [130, 9]), (512, [3, 3]), (513, [40, 2])] {
         let config = LayerConfig::new(40, 24, experts, top_k);

@@ -1,6 +1,7 @@
 //! The kernels of the gradients.
 
-use super::{ACTIVATION, ActivationKind, FLOATS, PIECES, REDUCE, activations};
+use super::all::{FLOATS, activations};
+use super::{ACTIVATION, ActivationKind, PIECES, REDUCE};
 use crate::grouped::{GROUPED, GroupedParams};
 use crate::grouped_backward::GroupedBackwardKernel;
 use crate::launch::Params;

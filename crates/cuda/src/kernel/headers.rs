@@ -14,3 +14,4 @@ pub(super) const PIECES: &str = include_str!("../include/pieces.cuh");
 pub(super) const ACTIVATION: &str = include_str!("../include/activation.cuh");
 pub(super) const DOWN_COMBINE: &str = include_str!("../include/down_combine.cuh");
 pub(super) const RING: &str = include_str!("../include/ring.cuh");
+pub(super) const FEW: &str = include_str!("../include/few.cuh");

@@ -193,7 +193,7 @@ pub(crate) fn experts_beyond_4_gib() -> Result<()> {
     );
     let layer = cuda.prepare(&config, &weights, &Options::default()).unwrap();
     assert!(layer.weight_bytes() > 6 << 30);
-    for tokens in [1, 20, 640] {
+    for tokens in [1, 8, 20, 640] {
         let stream = cuda.stream().unwrap();
         let x = upload(&cuda, &numbers(tokens * hidden, 12));
         let mut workspace = layer.workspace(tokens).unwrap();
