@@ -186,8 +186,12 @@ impl<'a> Run<'a> {
     }
 
     fn sizes(&self) -> Result<LayerSizes> {
-        let LayerConfig { hidden, intermediate, experts, top_k, .. } = *self.config;
-        let rows = self.config.gate_up_rows() as u128 + intermediate as u128;
+        let LayerConfig { experts, top_k, .. } = *self.config;
+        // A backend may pad rows and columns: the panels of the CPU have 32 rows.
+        let [hidden, intermediate, gate_up] =
+            [self.config.hidden, self.config.intermediate, self.config.gate_up_rows()]
+                .map(|size| size.saturating_add(31) / 32 * 32);
+        let rows = gate_up as u128 + intermediate as u128;
         let bytes_of = |rows: u128| {
             u64::try_from(rows * hidden as u128 * self.dtype().size() as u128)
                 .map_err(|_| remedied("a layer of this shape is larger than any memory", "give smaller sizes"))

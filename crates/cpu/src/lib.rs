@@ -5,7 +5,8 @@
 //!
 //! Operations and layers allocate nothing when they run. Work that comes from a thread outside the pool goes through
 //! rayon's queue, which allocates a block now and then: call from inside the pool (`ThreadPool::install`) for none.
-//! What an operation works on lies on the stack of its threads: half a MiB in a gradient, less in all others.
+//! What an operation works on lies on the stack of its threads: half a MiB in a gradient and with tiles, less
+//! in all others.
 #![deny(unsafe_code)]
 
 mod activation;
@@ -84,7 +85,7 @@ impl Cpu {
     /// On the rayon pool of the thread that calls an operation, else on the global one; with the fastest instruction set
     /// here.
     ///
-    /// The variable `FMOE_CPU_ISA` (`scalar`, `neon`, `avx2`, `avx512`, `avx512bf16`) forces another one, here and in the
+    /// The variable `FMOE_CPU_ISA` (`scalar`, `neon`, `avx2`, `avx512`, `avx512bf16`, `amx`) forces another one, here and in the
     /// constructors below.
     ///
     /// Errors: `Isa` when it names one that is unknown or not here.

@@ -12,10 +12,10 @@
 //! caches. Each sum is one chain in ascending order, so its bits do not depend on blocks, passes, threads or other rows.
 
 use crate::Cpu;
-use crate::arch::{Kernels, PANEL, PANEL_BLOCK, PanelGroup, PanelSums, group};
+use crate::arch::{Kernels, PAIR_STEPS, PANEL, PANEL_BLOCK, PanelGroup, PanelSums, group};
 use crate::error::Result;
-use crate::grouped::{Busy, Epilogue, Grouped, Inputs};
-use crate::plan::{FEW_ROWS, PART_WORDS, PASS_ROWS, PASS_WORDS, PanelPlan};
+use crate::grouped::{Busy, Epilogue, Grouped, Groups, Inputs};
+use crate::plan::{FEW_ROWS, FEW_WORDS, PASS_ROWS, PASS_WORDS, PanelPlan, Share, TILES_ROWS, TILES_WORDS};
 use crate::rows::Floats;
 use crate::table::OutRows;
 use bytemuck::cast_slice_mut;
@@ -101,7 +101,9 @@ fn typed<W: Float>(cpu: &Cpu, plan: &PanelPlan, panels: Panels<'_>, operands: Gr
     let sizes = panels.sizes;
     let product = Product::<W> {
         kernels: cpu.kernels,
+        plan,
         pairs: plan.pairs,
+        tiles: plan.tiles(),
         sizes,
         weights: bytemuck::try_cast_slice(panels.bytes).unwrap_or_default(),
         bias: panels.bias,
@@ -111,23 +113,71 @@ fn typed<W: Float>(cpu: &Cpu, plan: &PanelPlan, panels: Panels<'_>, operands: Gr
         out: OutRows::new(out)?,
     };
     let busy = Busy::new(groups, rows);
-    let share = plan.share(busy.experts().len());
-    let blocks = sizes.panels().div_ceil(share.block);
-    let block = |item: usize| {
-        let e = usize::from(*busy.experts().get(item / blocks)?);
-        let (&place, first) = (panels.places.get(e)?.as_ref()?, item % blocks * share.block);
-        Some((Block { place, panels: first..sizes.panels().min(first + share.block) }, groups.rows(e, rows)))
-    };
-    cpu.pool.for_each(busy.experts().len() * blocks * share.chunks, share.grain, |item| {
-        let (item, chunk) = (item / share.chunks, item % share.chunks);
-        let Some((now, range)) = block(item) else { return };
-        let cut = |i: usize| range.start + range.len() * i / share.chunks;
-        // Meanwhile other threads take the blocks between.
-        let next = block(item + share.stride).map_or(Block { place: now.place, panels: 0..0 }, |(next, _)| next);
-        product.rows(&[now, next], cut(chunk)..cut(chunk + 1));
-    });
+    let most = busy.experts().iter().map(|&e| groups.rows(usize::from(e), rows).len()).max().unwrap_or(0);
+    let work = Work { cpu, plan, panels, groups, rows, busy };
+    match (plan.pass_rows(most), plan.tiles()) {
+        (FEW_ROWS, _) => work.run::<W, FEW_WORDS, FEW_ROWS>(product),
+        (_, false) => work.run::<W, PASS_WORDS, PASS_ROWS>(product),
+        (_, true) => work.run::<W, TILES_WORDS, TILES_ROWS>(product),
+    }
     Ok(())
 }
+
+/// All blocks of all experts with rows.
+struct Work<'a> {
+    cpu: &'a Cpu,
+    plan: &'a PanelPlan,
+    panels: Panels<'a>,
+    groups: Groups<'a>,
+    rows: usize,
+    busy: Busy,
+}
+
+impl Work<'_> {
+    /// Shares them out among the threads, each with room for so many words of x and so many rows.
+    fn run<W: Float, const WORDS: usize, const ROWS: usize>(&self, product: Product<'_, W>) {
+        let (sizes, busy) = (self.panels.sizes, self.busy.experts());
+        let share = self.plan.share(busy.len());
+        let blocks = sizes.panels().div_ceil(share.block);
+        let block = |item: usize| {
+            let e = usize::from(*busy.get(item / blocks)?);
+            let (&place, first) = (self.panels.places.get(e)?.as_ref()?, item % blocks * share.block);
+            let panels = first..sizes.panels().min(first + share.block);
+            Some((Block { place, panels }, self.groups.rows(e, self.rows)))
+        };
+        let Share { chunks, grain, stride, .. } = share;
+        let room = || Room::<WORDS, ROWS> { x: [0; WORDS], sums: [[0.0; _]; ROWS], loaded: None };
+        self.cpu.pool.for_each_with([busy.len() * blocks * chunks, grain], room, |room, item| {
+            let (item, chunk) = (item / chunks, item % chunks);
+            let Some((now, range)) = block(item) else { return };
+            let cut = |i: usize| range.start + range.len() * i / chunks;
+            // Meanwhile other threads take the blocks between.
+            let next = block(item + stride).map_or(Block { place: now.place, panels: 0..0 }, |(next, _)| next);
+            let Room { x, sums, loaded } = room;
+            product.rows(&[now, next], cut(chunk)..cut(chunk + 1), &mut Buffers { x, sums, loaded });
+        });
+    }
+}
+
+/// What a thread works in.
+#[repr(C, align(64))]
+struct Room<const WORDS: usize, const ROWS: usize> {
+    x: [u32; WORDS],
+    sums: [PanelSums; ROWS],
+    loaded: Option<Loaded>,
+}
+
+/// The same, of any size.
+struct Buffers<'a> {
+    /// Some columns of the rows of a pass.
+    x: &'a mut [u32],
+    sums: &'a mut [PanelSums],
+    /// What x has, where these are all columns.
+    loaded: &'a mut Option<Loaded>,
+}
+
+/// The first and the last row of a pass, and how many it has.
+type Loaded = [usize; 3];
 
 /// Some panels of an expert's matrix.
 struct Block {
@@ -138,7 +188,7 @@ struct Block {
 /// Some rows of an expert.
 struct Pass {
     /// Rows, where they come from and what they are multiplied by.
-    rows: [(usize, usize, f32); PASS_ROWS],
+    rows: [(usize, usize, f32); TILES_ROWS],
     len: usize,
 }
 
@@ -151,7 +201,10 @@ struct Part<'a> {
 /// Everything that the blocks have in common.
 struct Product<'a, W> {
     kernels: Kernels,
+    plan: &'a PanelPlan,
+    /// Whether x is multiplied in bf16, and in tiles.
     pairs: bool,
+    tiles: bool,
     sizes: PanelSizes,
     weights: &'a [W],
     bias: Option<&'a [f32]>,
@@ -163,60 +216,53 @@ struct Product<'a, W> {
 
 /// Numbers of 4 bytes in a line of the cache.
 const LINE_WORDS: usize = 16;
+const _: () = assert!(LINE_WORDS == PAIR_STEPS, "columns are cut at whole lines");
 /// Where the sums of the gate rows end, and those of the up rows begin.
 const HALF: usize = PANEL_BLOCK * PANEL / 2;
 
 impl<W: Float> Product<'_, W> {
     /// The outputs of the first block for the rows `rows`, all of one expert; the other comes next.
-    fn rows(&self, blocks: &[Block; 2], rows: Range<usize>) {
-        let passes = rows.len().div_ceil(PASS_ROWS).max(1);
-        let most = rows.len().div_ceil(passes);
-        let mut pass = Pass { rows: [(0, 0, 0.0); PASS_ROWS], len: 0 };
+    fn rows(&self, blocks: &[Block; 2], rows: Range<usize>, buffers: &mut Buffers<'_>) {
+        let most = rows.len().div_ceil(rows.len().div_ceil(buffers.sums.len()).max(1));
+        let mut pass = Pass { rows: [(0, 0, 0.0); TILES_ROWS], len: 0 };
         for row in rows {
             let Some((source, weight)) = self.inputs.find(row) else { continue };
             pass.rows[pass.len] = (row, source, weight);
             pass.len += 1;
             if pass.len == most {
-                self.pass(blocks, &pass);
+                self.pass(blocks, &pass, buffers);
                 pass.len = 0;
             }
         }
         if pass.len > 0 {
-            self.pass(blocks, &pass);
-        }
-    }
-
-    /// Buffers for no more rows than there are: clearing them takes time, and room in the cache.
-    fn pass(&self, blocks: &[Block; 2], pass: &Pass) {
-        match pass.len {
-            ..=FEW_ROWS => {
-                let (mut x, mut sums) = ([0; PASS_WORDS], [[0.0; _]; FEW_ROWS]);
-                self.pass_in(blocks, pass, &mut x, &mut sums);
-            }
-            _ => {
-                let (mut x, mut sums) = ([0; PASS_ROWS * PART_WORDS], [[0.0; _]; PASS_ROWS]);
-                self.pass_in(blocks, pass, &mut x, &mut sums);
-            }
+            self.pass(blocks, &pass, buffers);
         }
     }
 
     /// Columns are cut where the rows' part of x ends: the fewer rows, the longer they are.
-    fn pass_in(&self, [now, next]: &[Block; 2], pass: &Pass, x: &mut [u32], sums: &mut [PanelSums]) {
+    fn pass(&self, [now, next]: &[Block; 2], pass: &Pass, buffers: &mut Buffers<'_>) {
+        let Buffers { x, sums, loaded } = buffers;
         let (steps, words) = (self.sizes.steps(), if self.pairs { 1 } else { group(W::DTYPE) });
         let sums = &mut sums[..pass.len];
+        sums.fill([0.0; _]);
+        let lines = self.plan.words(pass.len, x.len()).min(steps * words + 2 * LINE_WORDS) / LINE_WORDS;
         // An odd number of lines keeps rows that are read together out of each other's places in the cache.
-        let lines = (x.len() / pass.len).min(steps * words + 2 * LINE_WORDS) / LINE_WORDS;
-        let stride = (lines.saturating_sub(1) | 1) * LINE_WORDS;
+        let stride = if self.tiles { lines } else { lines.saturating_sub(1) | 1 } * LINE_WORDS;
         let chunk = stride / words;
+        let row = |i: usize| pass.rows.get(i).map_or(0, |row| row.0);
+        let all = (chunk >= steps).then(|| [row(0), row(pass.len.saturating_sub(1)), pass.len]);
         for first in (0..steps).step_by(chunk) {
             let part = |first: usize| first..steps.min(first + chunk);
-            for (x, &(_, source, _)) in x.chunks_exact_mut(stride).zip(&pass.rows[..pass.len]) {
-                self.load(source, first * group(W::DTYPE), &mut x[..part(first).len() * words]);
+            // The thread's last block may have had the same rows.
+            if all.is_none() || **loaded != all {
+                self.load(pass, part(first), x, stride);
+                **loaded = all;
             }
             let weights = self.parts(now, part(first));
             let next =
                 if first + chunk < steps { self.parts(now, part(first + chunk)) } else { self.parts(next, part(0)) };
-            let x = Part { x: &x[..pass.len * stride], stride };
+            let used = if self.tiles { part(first).len().next_multiple_of(LINE_WORDS) } else { stride };
+            let x = Part { x: &x[..pass.len * used], stride };
             self.multiply([&weights[..now.panels.len()], &next], x, sums);
         }
         self.finish(now, pass, sums);
@@ -225,8 +271,9 @@ impl<W: Float> Product<'_, W> {
     fn multiply(&self, [weights, next]: [&[&[W]]; 2], part: Part<'_>, sums: &mut [PanelSums]) {
         let (width, Part { x, stride }) = (self.sizes.width(), part);
         let columns = if self.sizes.gated { [0, HALF] } else { [0, PANEL / 2] };
+        let unaided = self.plan.unaided();
         if !self.pairs {
-            return self.kernels.panels(PanelGroup { weights, next, x, stride, sums, columns, width });
+            return self.kernels.panels(PanelGroup { weights, next, x, stride, sums, columns, width, unaided });
         }
         let mut pairs: [[&[bf16]; PANEL_BLOCK]; 2] = [[&[]; PANEL_BLOCK]; 2];
         for (pairs, parts) in pairs.iter_mut().zip([weights, next]) {
@@ -236,7 +283,7 @@ impl<W: Float> Product<'_, W> {
         }
         let [now, next] = &pairs;
         let weights = &now[..weights.len()];
-        self.kernels.pair_panels(PanelGroup { weights, next, x, stride, sums, columns, width });
+        self.kernels.pair_panels(PanelGroup { weights, next, x, stride, sums, columns, width, unaided });
     }
 
     /// The lines `steps` of a block's panels.
@@ -255,22 +302,42 @@ impl<W: Float> Product<'_, W> {
         self.weights.get((first + steps.start) * line..(first + steps.end) * line).unwrap_or_default()
     }
 
-    /// A row of x from a column on, as the kernel reads it.
-    fn load(&self, row: usize, col: usize, to: &mut [u32]) {
-        if self.pairs
-            && let Floats::BF16(x) = self.x
-        {
-            let from = x.row(row).get(col..).unwrap_or_default();
-            let to: &mut [bf16] = cast_slice_mut(to);
-            let count = from.len().min(to.len());
-            to[..count].copy_from_slice(&from[..count]);
-            to[count..].fill(bf16::ZERO);
+    /// The steps `steps` of a pass's rows as the kernel reads them: `stride` numbers a row; of tiles 16 of each row, then the
+    /// next 16.
+    fn load(&self, pass: &Pass, steps: Range<usize>, x: &mut [u32], stride: usize) {
+        let rows = &pass.rows[..pass.len];
+        if self.pairs {
+            let (row, line) = if self.tiles { (1, pass.len) } else { (stride / LINE_WORDS, 1) };
+            let lines = x.as_chunks_mut::<LINE_WORDS>().0;
+            for (n, &(_, source, _)) in rows.iter().enumerate() {
+                self.load_pairs(source, steps.clone(), lines.iter_mut().skip(n * row).step_by(line));
+            }
             return;
         }
-        let count = self.sizes.inner.saturating_sub(col).min(to.len());
-        let to: &mut [f32] = cast_slice_mut(to);
-        self.x.load(self.kernels, row, col, &mut to[..count]);
-        to[count..].fill(0.0);
+        let col = steps.start * group(W::DTYPE);
+        for (to, &(_, source, _)) in x.chunks_exact_mut(stride).zip(rows) {
+            let to: &mut [f32] = cast_slice_mut(&mut to[..steps.len() * group(W::DTYPE)]);
+            let count = self.sizes.inner.saturating_sub(col).min(to.len());
+            self.x.load(self.kernels, source, col, &mut to[..count]);
+            to[count..].fill(0.0);
+        }
+    }
+
+    /// Pairs of a row, and zeros to the end of the last line that has some.
+    fn load_pairs<'l>(&self, row: usize, steps: Range<usize>, lines: impl Iterator<Item = &'l mut [u32; LINE_WORDS]>) {
+        let Floats::BF16(x) = self.x else { return };
+        let from = x.row(row).get(2 * steps.start..).unwrap_or_default();
+        let mut from = from[..from.len().min(2 * steps.len())].chunks(2 * LINE_WORDS);
+        for to in lines.take(steps.len().div_ceil(LINE_WORDS)) {
+            let (to, from): (&mut [bf16], _) = (cast_slice_mut(to), from.next().unwrap_or_default());
+            match <&[bf16; 2 * LINE_WORDS]>::try_from(from) {
+                Ok(from) => to.copy_from_slice(from),
+                Err(_) => {
+                    to.fill(bf16::ZERO);
+                    to[..from.len()].copy_from_slice(from);
+                }
+            }
+        }
     }
 
     /// From sums to outputs.

@@ -6,7 +6,9 @@ mod layer;
 mod panels;
 
 pub(crate) use layer::LayerPlan;
-pub(crate) use panels::{FEW_ROWS, PART_WORDS, PASS_ROWS, PASS_WORDS, PanelPlan, operand};
+pub(crate) use panels::{
+    FEW_ROWS, FEW_WORDS, PASS_ROWS, PASS_WORDS, PanelPlan, Share, TILES_ROWS, TILES_WORDS, operand,
+};
 
 use crate::arch::Isa;
 use crate::device::Caches;
@@ -68,7 +70,7 @@ pub(crate) struct GroupedPlan {
 /// Weights in a block, at most: a share of the second-level cache, of which x, the sums and what is on its way take the
 /// rest.
 const BLOCK_SHARE_OF_CACHE: usize = 8;
-/// So many parts of work, at least, keep a thread busy while others finish.
+/// So many parts of work for each thread let all of them end at about the same time.
 const PARTS_PER_THREAD: usize = 4;
 /// So many rows of x take no longer than fetching the weights that they meet.
 const ROWS_FREE: usize = 4;
@@ -268,7 +270,7 @@ const LIMITED_PER_THREAD: usize = 1 << 12;
 /// How rows that do not meet are shared out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RowsPlan {
-    /// Rows that a thread takes at a time at least.
+    /// So many rows, or fewer, are not shared.
     pub(crate) grain: usize,
 }
 
@@ -316,7 +318,10 @@ impl RowsPlan {
 
 impl fmt::Display for RowsPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} tokens to a thread at least", self.grain)
+        match self.grain {
+            1 => write!(f, "tokens shared by the threads"),
+            grain => write!(f, "{grain} tokens or fewer on one thread, more shared"),
+        }
     }
 }
 

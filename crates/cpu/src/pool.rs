@@ -38,6 +38,16 @@ impl Pool {
     /// `work(i)` for every i below `count`, some at once; a thread takes the next `grain` whenever it is free, so that all end
     /// together however fast each is, and memory is read about in the order of i.
     pub(crate) fn for_each(&self, count: usize, grain: usize, work: impl Fn(usize) + Send + Sync) {
+        self.for_each_with([count, grain], || (), |(), i| work(i));
+    }
+
+    /// `work(state, i)` for every i below `count`, likewise; each thread makes a state of its own before its first.
+    pub(crate) fn for_each_with<S>(
+        &self,
+        [count, grain]: [usize; 2],
+        state: impl Fn() -> S + Send + Sync,
+        work: impl Fn(&mut S, usize) + Send + Sync,
+    ) {
         let (grain, next) = (grain.clamp(1, count.max(1)), AtomicUsize::new(0));
         let take = || {
             let first = next.fetch_add(grain, Ordering::Relaxed);
@@ -45,9 +55,9 @@ impl Pool {
         };
         let threads = self.threads().min(count.div_ceil(grain));
         if threads <= 1 {
-            serially(take, &work);
+            serially(take, &state, &work);
         } else {
-            self.install(|| together(threads, &|| serially(take, &work)));
+            self.install(|| together(threads, &|| serially(take, &state, &work)));
         }
     }
 }
@@ -64,9 +74,13 @@ fn together(threads: usize, work: &(impl Fn() + Sync)) {
 /// Apart, so that what `work` has on the stack is not also on the stack of a call that waits for other threads: a thread
 /// that waits begins other work on top of it.
 #[inline(never)]
-fn serially(take: impl Fn() -> Option<Range<usize>>, work: &impl Fn(usize)) {
-    while let Some(range) = take() {
-        range.for_each(work);
+fn serially<S>(take: impl Fn() -> Option<Range<usize>>, state: &impl Fn() -> S, work: &impl Fn(&mut S, usize)) {
+    let Some(mut range) = take() else { return };
+    let mut state = state();
+    loop {
+        range.for_each(|i| work(&mut state, i));
+        let Some(next) = take() else { return };
+        range = next;
     }
 }
 
@@ -80,9 +94,12 @@ mod tests {
             let pool = Pool::with_threads(threads).unwrap();
             for (count, grain) in [(0, 0), (1, 0), (7, 1), (7, 3), (1000, 1), (1000, 999), (5, usize::MAX)] {
                 let done: Vec<_> = (0..count).map(|_| AtomicUsize::new(0)).collect();
-                pool.for_each(count, grain, |i| {
+                let states = AtomicUsize::new(0);
+                let state = || states.fetch_add(1, Ordering::Relaxed);
+                pool.for_each_with([count, grain], state, |_, i| {
                     done[i].fetch_add(1, Ordering::Relaxed);
                 });
+                assert!(states.load(Ordering::Relaxed) <= threads.min(count));
                 assert!(
                     done.iter().all(|done| done.load(Ordering::Relaxed) == 1),
                     "{threads} threads, {count}, {grain}"

@@ -10,6 +10,8 @@
 mod activation;
 mod activation_backward;
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -28,7 +30,7 @@ mod simd;
 mod tests;
 
 pub(crate) use outer::{OUTER_COLUMNS, Outer, Place};
-pub(crate) use panel::{PANEL, PANEL_BLOCK, PanelGroup, PanelSums, group};
+pub(crate) use panel::{PAIR_STEPS, PANEL, PANEL_BLOCK, PanelGroup, PanelSums, group};
 pub(crate) use shared::SharedSlice;
 
 use activation::{Activate, Buffers};
@@ -59,11 +61,14 @@ pub enum Isa {
     Avx512,
     /// The same with AVX-512 BF16.
     Avx512Bf16,
+    /// The same with AMX tiles of bf16, which Linux lets a process use that asks for them: [`is_available`](Self::is_available)
+    /// does.
+    Amx,
 }
 
 impl Isa {
     /// All of them, the fastest last.
-    pub const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 6] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// Those that this CPU has, the fastest last.
     pub fn available() -> Vec<Self> {
@@ -78,7 +83,12 @@ impl Isa {
     /// Whether products of bf16 numbers have an instruction of their own, which takes both operands in that format and
     /// counts numbers below 2^-126 as zeros.
     pub fn has_bf16_products(self) -> bool {
-        self == Self::Avx512Bf16
+        matches!(self, Self::Avx512Bf16 | Self::Amx)
+    }
+
+    /// Whether it multiplies tiles of rows and of weights.
+    pub(crate) fn has_tiles(self) -> bool {
+        self == Self::Amx
     }
 
     /// Whether this CPU has it.
@@ -100,8 +110,10 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512Bf16.is_available() && amx::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => false,
         }
     }
 }
@@ -114,13 +126,14 @@ impl fmt::Display for Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
         })
     }
 }
 
 /// A name that is no [`Isa`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("isa: expected scalar, neon, avx2, avx512 or avx512bf16, got {name:?}")]
+#[error("isa: expected scalar, neon, avx2, avx512, avx512bf16 or amx, got {name:?}")]
 pub struct UnknownIsa {
     /// The name.
     pub name: String,
@@ -180,11 +193,13 @@ impl Kernels {
         match (self.isa, W::DTYPE, X::DTYPE) {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
-            (Isa::Avx512Bf16, DType::BF16, DType::BF16) => unsafe {
+            (Isa::Avx512Bf16 | Isa::Amx, DType::BF16, DType::BF16) => unsafe {
                 avx512::run_bf16(PairDot(Dot { weights, tokens, out }));
             },
             #[cfg(not(target_arch = "x86_64"))]
-            (Isa::Avx512Bf16, DType::BF16, DType::BF16) => scalar::run(PairDot(Dot { weights, tokens, out })),
+            (Isa::Avx512Bf16 | Isa::Amx, DType::BF16, DType::BF16) => {
+                scalar::run(PairDot(Dot { weights, tokens, out }))
+            }
             _ => self.dot_tile(weights, tokens, out),
         }
     }
@@ -194,14 +209,18 @@ impl Kernels {
         self.run(group);
     }
 
-    /// The same with rows of bf16; nothing where the instruction set does not form products of such numbers.
+    /// The same with rows of bf16; nothing where the instruction set does not form products of such numbers. Lines may be cut
+    /// into calls at multiples of [`PAIR_STEPS`].
     pub(crate) fn pair_panels(self, group: PanelGroup<'_, bf16>) {
         match self.isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
             Isa::Avx512Bf16 => unsafe { avx512::run_bf16(panel::PairPanelGroup(group)) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: likewise.
+            Isa::Amx => unsafe { amx::panels(group) },
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx512Bf16 => scalar::run(panel::PairPanelGroup(group)),
+            Isa::Avx512Bf16 | Isa::Amx => scalar::run(panel::PairPanelGroup(group)),
             _ => {}
         }
     }
@@ -219,8 +238,11 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
             Isa::Avx512Bf16 if format == DType::BF16 => unsafe { avx512::run_bf16(Peak::<true> { rounds }) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: likewise.
+            Isa::Amx if format == DType::BF16 => unsafe { amx::multiply_adds(rounds) },
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx512Bf16 if format == DType::BF16 => scalar::run(Peak::<true> { rounds }),
+            Isa::Avx512Bf16 | Isa::Amx if format == DType::BF16 => scalar::run(Peak::<true> { rounds }),
             _ => self.run(Peak::<false> { rounds }),
         }
     }
@@ -286,9 +308,9 @@ impl Kernels {
         match self.isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
-            Isa::Avx512Bf16 => unsafe { avx512::run_bf16(PairOuter(outer)) },
+            Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512::run_bf16(PairOuter(outer)) },
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx512Bf16 => scalar::run(PairOuter(outer)),
+            Isa::Avx512Bf16 | Isa::Amx => scalar::run(PairOuter(outer)),
             _ => {}
         }
     }
@@ -322,9 +344,9 @@ impl Kernels {
             Isa::Avx2 => unsafe { avx2::run(task) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is private and only set to what is_available() confirmed.
-            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::run(task) },
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512::run(task) },
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => scalar::run(task),
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => scalar::run(task),
         }
     }
 }

@@ -207,7 +207,7 @@ fn slices<S: Simd, W: Word<S>, Y: Float, const V: usize>(s: S, op: Outer<'_, Y>)
                         let c = c.as_mut_ptr().add(m).cast::<f32>().add(n);
                         let acc = tile::<S, W, $count, V>(s, (a, steps), b, (c.cast_const(), fresh), n);
                         match out {
-                            None => put::<_, f32, $count, V, false>(s, acc, (c, OUTER_COLUMNS)),
+                            None => keep(s, acc, c),
                             Some((to, stride, stream)) => {
                                 let to = (to.add(m * stride + n), stride);
                                 if stream {
@@ -267,6 +267,20 @@ unsafe fn tile<S: Simd, W: Word<S>, const M: usize, const V: usize>(
         }
     }
     acc
+}
+
+/// M rows of sums, V vectors each, to rows of `OUTER_COLUMNS` elements that are this call's alone.
+///
+/// # Safety
+/// They are writable there.
+#[inline(always)]
+unsafe fn keep<S: Simd, const M: usize, const V: usize>(s: S, acc: [[S::Vector; V]; M], c: *mut f32) {
+    for (m, acc) in acc.into_iter().enumerate() {
+        for (v, acc) in acc.into_iter().enumerate() {
+            // SAFETY: as the caller vouches.
+            unsafe { s.store_raw(acc, c.add(m * OUTER_COLUMNS + v * S::LANES)) };
+        }
+    }
 }
 
 /// M rows of results, V vectors each, to rows `stride` apart.

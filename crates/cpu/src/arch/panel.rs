@@ -30,6 +30,9 @@ pub(crate) const PANEL_BLOCK: usize = 8;
 /// Sums of a row that several panels add to.
 pub(crate) type PanelSums = [f32; PANEL_BLOCK * PANEL];
 
+/// Lines of pairs that an instruction set may add up before it adds them to the sums: what is cut into calls is cut between.
+pub(crate) const PAIR_STEPS: usize = 16;
+
 /// Elements of a matrix row that lie together in a panel: pairs of bf16, as dot products of them are formed.
 pub(crate) const fn group(dtype: DType) -> usize {
     if matches!(dtype, DType::BF16) { 2 } else { 1 }
@@ -51,6 +54,27 @@ pub(crate) struct PanelGroup<'a, W> {
     pub(crate) columns: [usize; 2],
     /// How much further those of the next one lie.
     pub(crate) width: usize,
+    /// So many rows leave the processor time to look far enough ahead by itself, and requests would only hold it up.
+    pub(crate) unaided: usize,
+}
+
+impl<W: Float> PanelGroup<'_, W> {
+    /// Whether there are rows, and sums of all panels' columns.
+    pub(super) fn fits(&self) -> bool {
+        let last = self.weights.len().saturating_sub(1).saturating_mul(self.width);
+        let room = size_of::<PanelSums>() / size_of::<f32>() - PANEL / 2;
+        !self.sums.is_empty() && self.columns.iter().all(|column| column.saturating_add(last) <= room)
+    }
+
+    /// Lines that every panel has: nothing depends on how many are read at once.
+    pub(super) fn lines(&self) -> usize {
+        self.weights.iter().map(|panel| panel.len() / (PANEL * group(W::DTYPE))).min().unwrap_or(0)
+    }
+
+    /// Lines that every row has x for, `words` of it a line.
+    pub(super) fn steps(&self, words: usize) -> usize {
+        self.x.len().saturating_sub((self.sums.len().max(1) - 1).saturating_mul(self.stride)) / words
+    }
 }
 
 /// The same for rows of bf16, by the instruction set's own products of pairs.
@@ -63,9 +87,6 @@ const STEPS: usize = 4;
 const LINE: usize = 64;
 /// Bytes of a panel that are asked for ahead of what is multiplied: as many as come while the first of them is on its way.
 const AHEAD: usize = 4096;
-/// So many rows leave the processor time to look as far ahead by itself, and requests would only hold it up.
-const UNAIDED: usize = 4;
-
 /// Where a tile reads and writes.
 struct Tile<'a, W, const P: usize> {
     weights: [*const W; P],
@@ -124,19 +145,17 @@ impl Task for PairPanelGroup<'_> {
 /// All panels; rows are of pairs of bf16 where PAIRS says so.
 #[inline(always)]
 fn panels<S: Simd, W: Float, const PAIRS: bool>(s: S, mut group: PanelGroup<'_, W>) {
-    let rows = group.sums.len();
-    let last = group.weights.len().saturating_sub(1).saturating_mul(group.width);
-    let room = size_of::<PanelSums>() / size_of::<f32>() - PANEL / 2;
-    if rows == 0 || group.columns.iter().any(|column| column.saturating_add(last) > room) {
+    if !group.fits() {
         return;
     }
-    // the shortest of all, so that nothing depends on how many are read at once
-    let length = group.weights.iter().map(|panel| panel.len()).min().unwrap_or(0);
+    let (rows, words) = (group.sums.len(), if PAIRS { 1 } else { self::group(W::DTYPE) });
+    let steps = group.steps(words).min(group.lines());
     while !group.weights.is_empty() {
-        let beside = match group.weights.len().min(S::PANEL_ROWS / rows) {
-            4.. => rows_of::<S, W, PAIRS, 4>(s, &mut group, length),
-            2.. => rows_of::<S, W, PAIRS, 2>(s, &mut group, length),
-            _ => rows_of::<S, W, PAIRS, 1>(s, &mut group, length),
+        let most = if rows <= group.unaided { 4 } else { 2 };
+        let beside = match group.weights.len().min(S::PANEL_ROWS / rows).min(most) {
+            4.. => rows_of::<S, W, PAIRS, 4>(s, &mut group, steps),
+            2.. => rows_of::<S, W, PAIRS, 2>(s, &mut group, steps),
+            _ => rows_of::<S, W, PAIRS, 1>(s, &mut group, steps),
         };
         group.weights = &group.weights[beside..];
         group.columns = group.columns.map(|column| column + beside * group.width);
@@ -144,27 +163,24 @@ fn panels<S: Simd, W: Float, const PAIRS: bool>(s: S, mut group: PanelGroup<'_, 
 }
 
 /// The first P panels times all rows, in tiles of nearly equal size; returns P. Sums of the panels' columns must lie in a row
-/// of sums, and P panels of `length` elements and one row be there.
+/// of sums, and P panels and all rows have so many steps.
 #[inline(always)]
 fn rows_of<S: Simd, W: Float, const PAIRS: bool, const P: usize>(
     s: S,
     group: &mut PanelGroup<'_, W>,
-    length: usize,
+    steps: usize,
 ) -> usize {
-    let (line, words) = (PANEL * self::group(W::DTYPE), if PAIRS { 1 } else { self::group(W::DTYPE) });
-    let rows = group.sums.len();
-    let steps = group.x.len().saturating_sub((rows - 1).saturating_mul(group.stride)) / words;
-    let steps = steps.min(length / line);
+    let (line, rows) = (PANEL * self::group(W::DTYPE), group.sums.len());
     let (now, others) = group.weights.split_at(P);
     let mut weights = [std::ptr::null(); P];
     for (weights, panel) in weights.iter_mut().zip(now) {
         *weights = panel.as_ptr();
     }
     let next = if others.is_empty() { group.next } else { others };
-    let tiles = rows.div_ceil(S::PANEL_ROWS);
+    let (tiles, unaided) = (rows.div_ceil(S::PANEL_ROWS), rows <= group.unaided);
     // One tile is through with its panels before those that follow could come: it asks for lines of its own.
     let own = match tiles {
-        1 if rows <= UNAIDED => 0,
+        1 if unaided => 0,
         1 => AHEAD / (line * size_of::<W>()),
         _ => steps,
     };
@@ -174,7 +190,7 @@ fn rows_of<S: Simd, W: Float, const PAIRS: bool, const P: usize>(
             continue;
         }
         let lines = match tiles {
-            1 if rows <= UNAIDED => 0,
+            1 if unaided => 0,
             1 => STEPS * line * size_of::<W>() / LINE,
             _ => {
                 let lines = next.first().map_or(0, |next| size_of_val(*next) / LINE);

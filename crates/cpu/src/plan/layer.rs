@@ -100,7 +100,7 @@ impl fmt::Display for LayerPlan {
         }
         writeln!(f, "route: {route}")?;
         if let Some(RowsPlan { grain }) = overflow {
-            writeln!(f, "overflow: permuted, then {grain} experts to a thread at least, each by a radix search")?;
+            writeln!(f, "overflow: permuted, then {grain} experts to a thread at a time, each by a radix search")?;
         }
         writeln!(f, "permute: {permute}")?;
         writeln!(f, "gate_up: {gate_up}; with the activation")?;

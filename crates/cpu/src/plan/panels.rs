@@ -9,11 +9,21 @@ use std::fmt;
 pub(crate) const PASS_ROWS: usize = 48;
 /// Rows of a pass that is one of few: as many as meet a panel at once where vectors are longest.
 pub(crate) const FEW_ROWS: usize = 12;
+/// Rows of a pass of tiles: few experts of a large batch have more, and those that do read their panels twice.
+pub(crate) const TILES_ROWS: usize = 96;
 /// Numbers of x that few rows have in the first-level cache, f32 or pairs of bf16: the longer their parts, the less often
 /// reading jumps from panel to panel.
-pub(crate) const PASS_WORDS: usize = 8 << 10;
+pub(crate) const FEW_WORDS: usize = 8 << 10;
 /// The same of each of many rows: a panel's part is in the first-level cache too while they pass.
-pub(crate) const PART_WORDS: usize = 272;
+const PART_WORDS: usize = 272;
+/// The same of all rows of a pass.
+pub(crate) const PASS_WORDS: usize = PASS_ROWS * PART_WORDS;
+/// The same of tiles, which take x from the second-level cache: whole rows of 2048 bf16, or a part of longer ones.
+pub(crate) const TILES_WORDS: usize = TILES_ROWS * (1024 + 16);
+
+/// Up to so many rows are no slower than memory, and processors without tiles look far enough ahead by themselves: requests
+/// would only hold them up. Those with tiles, which are Intel's, do not.
+const UNAIDED: usize = 4;
 
 /// How a grouped product with packed matrices is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +50,7 @@ pub(crate) struct Share {
     pub(crate) chunks: usize,
     /// Blocks that a thread takes at a time.
     pub(crate) grain: usize,
-    /// How far after a block the one lies that its thread takes next.
+    /// How far after a block, or a part of its rows, what its thread takes next lies.
     pub(crate) stride: usize,
 }
 
@@ -67,13 +77,40 @@ impl PanelPlan {
         Self { rows, experts, outputs, weight, panels, panel_bytes, threads: device.threads, isa: device.isa, pairs }
     }
 
+    /// Whether products are of tiles.
+    pub(crate) fn tiles(&self) -> bool {
+        self.pairs && self.isa.has_tiles()
+    }
+
+    /// The most rows of a pass where an expert has `most` rows.
+    pub(crate) fn pass_rows(&self, most: usize) -> usize {
+        match self.tiles() {
+            false if most <= FEW_ROWS => FEW_ROWS,
+            false => PASS_ROWS,
+            // what few rows have is room for wide rows of fewer
+            true if most <= FEW_ROWS / 3 => FEW_ROWS,
+            true => TILES_ROWS,
+        }
+    }
+
+    /// Numbers of x that each of `rows` rows of a pass has in the cache, of the `room` that there is for all.
+    pub(crate) fn words(&self, rows: usize, room: usize) -> usize {
+        let room = if rows <= FEW_ROWS && !self.tiles() { room.min(FEW_WORDS) } else { room };
+        room / rows.max(1)
+    }
+
+    /// The most rows for which no memory is asked for ahead of time.
+    pub(crate) fn unaided(&self) -> usize {
+        if self.isa.has_tiles() { 0 } else { UNAIDED }
+    }
+
     /// For so many experts with rows.
     pub(crate) fn share(&self, busy: usize) -> Share {
         let (all, parts) = (self.panels.saturating_mul(busy).max(1), PARTS_PER_THREAD * self.threads);
         // Experts differ in rows: smaller parts than equal ones would have to be.
         let block = (all / (2 * parts)).clamp(1, PANEL_BLOCK);
         let rows = self.rows.div_ceil(busy.max(1));
-        let chunks = parts.div_ceil(all).min(rows / PASS_ROWS).max(1);
+        let chunks = parts.div_ceil(all).min(rows / self.pass_rows(rows)).max(1);
         let passes = rows.div_ceil(chunks).div_ceil(ROWS_FREE).max(1);
         let work = self.panel_bytes.saturating_mul(block).saturating_mul(passes).max(1);
         let grain = GRAIN_BYTES.div_ceil(work);
@@ -96,7 +133,7 @@ impl fmt::Display for PanelPlan {
             "{block} of {} panels of {} outputs at a time ({kib} KiB of {}",
             self.panels, self.outputs, self.weight
         )?;
-        write!(f, " weights), {PASS_ROWS} rows of the expert by {PASS_ROWS}")?;
+        write!(f, " weights), {} rows of an expert at a time at most", self.pass_rows(self.rows))?;
         match (self.pairs, self.weight) {
             (true, _) => write!(f, ", products of bf16 as {} forms them", self.isa)?,
             (false, DType::F32) => {}
@@ -149,6 +186,24 @@ mod tests {
     }
 
     #[test]
+    fn rows_have_room_for_the_columns_of_a_line() {
+        for isa in [Isa::Avx512, Isa::Avx512Bf16, Isa::Amx] {
+            let plan = plan([4096, 1], [64, 2048], isa, 8);
+            assert_eq!(plan.tiles(), isa == Isa::Amx);
+            for most in [1, FEW_ROWS, FEW_ROWS + 1, PASS_ROWS, 4096] {
+                let rows = plan.pass_rows(most);
+                let room = match rows {
+                    FEW_ROWS => FEW_WORDS,
+                    PASS_ROWS => PASS_WORDS,
+                    _ => TILES_WORDS,
+                };
+                assert!(rows >= most.min(FEW_ROWS) && rows <= TILES_ROWS);
+                assert!((1..=rows).all(|rows| plan.words(rows, room) >= 256), "{isa}, {rows} rows");
+            }
+        }
+    }
+
+    #[test]
     fn small_products_stay_on_one_thread() {
         let plan = plan([1, 4], [1, 16], Isa::Scalar, 8);
         assert!(plan.share(4).grain >= 4 && plan.to_string().contains("since each is small"), "{plan}");
@@ -159,6 +214,7 @@ mod tests {
         use DType::{BF16, F16, F32};
         let (with, without) = (Isa::Avx512Bf16, Isa::Avx512);
         assert_eq!([operand(BF16, BF16, with), operand(BF16, BF16, without)], [BF16, F32]);
+        assert_eq!(operand(BF16, BF16, Isa::Amx), BF16);
         assert_eq!([operand(F32, BF16, with), operand(BF16, F32, with), operand(F16, F16, with)], [F32; 3]);
         assert!(plan([1, 4], [1, 16], with, 8).to_string().contains("products of bf16 as avx512bf16 forms them"));
         assert!(plan([1, 4], [1, 16], without, 8).to_string().contains("avx512 has no such products"));

@@ -1,4 +1,4 @@
-use super::super::{Isa, Kernels, PANEL, PanelGroup, PanelSums, group};
+use super::super::{Isa, Kernels, PAIR_STEPS, PANEL, PanelGroup, PanelSums, group};
 use super::{Numbers, all, bits};
 use bytemuck::cast_slice_mut;
 use fused_moe_core::dtype::Float;
@@ -10,6 +10,16 @@ const WIDTH: usize = 16;
 /// From a row of x to the next: more than is used.
 const STRIDE: usize = 256 + 16;
 const BLANK: PanelSums = [0.5; _];
+
+/// Rows of pairs as kernels read them: `steps` of each, row after row or in tiles.
+fn pairs(kernels: Kernels, x: &[[u32; STRIDE]], steps: usize) -> Vec<u32> {
+    if !kernels.isa().has_tiles() {
+        return x.as_flattened().to_vec();
+    }
+    let pair = |first: usize, n: usize, k: usize| if first + k < steps { x[n][first + k] } else { 0 };
+    let tile = |first: usize| (0..x.len()).flat_map(move |n| (0..PAIR_STEPS).map(move |k| pair(first, n, k)));
+    (0..steps).step_by(PAIR_STEPS).flat_map(tile).collect()
+}
 
 /// Panels of rows of W, and rows of x.
 struct Operands<W> {
@@ -58,6 +68,7 @@ impl<W: Float> Operands<W> {
         sums
     }
 
+    /// Adds to sums, with and without requests of memory, which change no bit.
     fn add(
         &self,
         kernels: Kernels,
@@ -66,22 +77,25 @@ impl<W: Float> Operands<W> {
         x: &[[u32; STRIDE]],
         sums: &mut [PanelSums],
     ) {
-        let (x, stride) = (x.as_flattened(), STRIDE);
-        match self.pairs {
-            true => {
-                let weights: Vec<&[bf16]> = weights.iter().map(|weights| bytemuck::cast_slice(weights)).collect();
-                kernels.pair_panels(PanelGroup {
-                    weights: &weights,
-                    next: &weights,
-                    x,
-                    stride,
-                    sums,
-                    columns,
-                    width: WIDTH,
-                });
+        let (next, stride, width, mut after) = (weights, STRIDE, WIDTH, Vec::new());
+        for unaided in [0, 4] {
+            let mut now = sums.to_vec();
+            match self.pairs {
+                true => {
+                    let weights: Vec<&[bf16]> = weights.iter().map(|weights| bytemuck::cast_slice(weights)).collect();
+                    let (x, next, sums) = (pairs(kernels, x, weights[0].len() / (2 * PANEL)), &weights, &mut now);
+                    let (weights, x) = (&weights, &x);
+                    kernels.pair_panels(PanelGroup { weights, next, x, stride, sums, columns, width, unaided });
+                }
+                false => {
+                    let (x, sums) = (x.as_flattened(), &mut now);
+                    kernels.panels(PanelGroup { weights, next, x, stride, sums, columns, width, unaided });
+                }
             }
-            false => kernels.panels(PanelGroup { weights, next: weights, x, stride, sums, columns, width: WIDTH }),
+            assert!(unaided == 0 || bits(now.as_flattened()) == bits(after.as_flattened()), "{kernels:?}");
+            after = now;
         }
+        sums.copy_from_slice(&after);
     }
 
     fn check(&self, kernels: Kernels) {
@@ -111,8 +125,8 @@ impl<W: Float> Operands<W> {
         }
     }
 
-    /// Neither the tile that a row is in, nor the panels beside its own, nor the calls that its columns are cut into change
-    /// a bit.
+    /// Neither the tile that a row is in, nor the panels beside its own, nor the calls that its columns are cut into (those of
+    /// tiles where it is allowed) change a bit.
     fn check_bits(&self, kernels: Kernels) {
         let whole = self.sums(kernels, 0);
         for first in 0..self.x.len() {
@@ -125,7 +139,8 @@ impl<W: Float> Operands<W> {
             self.add(kernels, &[panel], COLUMNS.map(|column| column + p * WIDTH), &self.x, &mut sums);
         }
         assert!(sums == whole, "{kernels:?}, one panel after another");
-        let (cut, words) = (self.steps() / 3, if self.pairs { 1 } else { group(W::DTYPE) });
+        let unit = if self.pairs && kernels.isa() == Isa::Amx { PAIR_STEPS } else { 1 };
+        let (cut, words) = (self.steps() / 3 / unit * unit, if self.pairs { 1 } else { group(W::DTYPE) });
         let mut sums = vec![BLANK; self.x.len()];
         self.add(kernels, &self.parts(0..cut), COLUMNS, &self.x, &mut sums);
         let mut shifted = self.x.clone();
@@ -172,6 +187,22 @@ fn panels_are_close_to_f64_with_the_same_bits_in_every_tile() {
 }
 
 #[test]
+fn pairs_of_any_number_are_close_to_f64_with_the_same_bits_in_every_tile() {
+    for kernels in all().into_iter().filter(|kernels| kernels.isa().has_bf16_products()) {
+        for rows in 15..=49 {
+            let operands = Operands::<bf16>::new([1 + rows % 3, 2 * rows - 13, rows], true);
+            operands.check(kernels);
+            operands.check_bits(kernels);
+        }
+        for steps in 1..=100 {
+            let operands = Operands::<bf16>::new([2, steps, [1, 16, 17, 32, 33][steps % 5]], true);
+            operands.check(kernels);
+            operands.check_bits(kernels);
+        }
+    }
+}
+
+#[test]
 fn panels_keep_what_is_not_finite() {
     for kernels in all() {
         for pairs in [false, true] {
@@ -198,8 +229,9 @@ fn panels_of_the_wrong_length_stay_within_bounds() {
     let weights = [1f32; 3 * PANEL + 5];
     let x = [1f32.to_bits(); 2 * STRIDE];
     let mut call = |weights: &[&[f32]], x: &[u32], columns| {
-        kernels.panels(PanelGroup { weights, next: &[], x, stride: STRIDE, sums: &mut sums, columns, width: WIDTH });
-        assert_eq!(sums, [BLANK; 2]);
+        let (sums, stride, width, unaided) = (&mut sums, STRIDE, WIDTH, 4);
+        kernels.panels(PanelGroup { weights, next: &[], x, stride, sums, columns, width, unaided });
+        assert_eq!(*sums, [BLANK; 2]);
     };
     for columns in [[0, 241], [usize::MAX, 0]] {
         call(&[&weights], &x, columns);
@@ -210,8 +242,22 @@ fn panels_of_the_wrong_length_stay_within_bounds() {
     call(&[&weights], &x[..STRIDE], COLUMNS);
     call(&[], &x, COLUMNS);
     call(&[&vec![1f32; 2 * STRIDE * PANEL]], &[0; 2 * STRIDE], COLUMNS);
-    let (scalar, weights) = (Kernels::new(Isa::Scalar).unwrap(), [bf16::ONE; 64]);
-    let (weights, next, stride, columns): (&[&[bf16]], &[&[bf16]], _, _) = (&[&weights], &[], STRIDE, COLUMNS);
-    scalar.pair_panels(PanelGroup { weights, next, x: &x, stride, sums: &mut sums, columns, width: WIDTH });
-    assert_eq!(sums, [BLANK; 2]);
+    let weights = [bf16::ONE; 32 * PANEL + 5];
+    for kernels in all() {
+        let mut call = |weights: &[&[bf16]], x: &[u32], columns| {
+            let (sums, stride, width, unaided) = (&mut sums, STRIDE, WIDTH, 4);
+            kernels.pair_panels(PanelGroup { weights, next: &[], x, stride, sums, columns, width, unaided });
+            assert_eq!(*sums, [BLANK; 2], "{kernels:?}");
+        };
+        if !kernels.isa().has_bf16_products() {
+            call(&[&weights], &x, COLUMNS);
+        }
+        for columns in [[0, 241], [usize::MAX, 0]] {
+            call(&[&weights], &x, columns);
+        }
+        call(&[&weights, &weights, &weights], &x, [0, 224]);
+        call(&[&weights, &weights[..63]], &x, COLUMNS);
+        call(&[&weights], &x[..15], COLUMNS);
+        call(&[], &x, COLUMNS);
+    }
 }
