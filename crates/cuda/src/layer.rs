@@ -220,8 +220,11 @@ impl CudaLayer {
 
         let ring = if alone { self.rings(cuda, reads.experts)? } else { None };
         let whole = norm.is_none() && counts.is_none() && self.expert_out.is_none();
-        let few = if ours && whole && self.problem.slots_are_rows() { self.few(cuda, reads.experts)? } else { None };
         let from_logits = !matches!(source, Source::Router);
+        let few = match ours && whole && self.problem.slots_are_rows() {
+            true => self.few(cuda, reads.experts, !from_logits)?,
+            false => None,
+        };
         let wanted = match ring {
             // a router's launch ends with the routes
             Some(_) if from_logits => Wanted::Logits,
@@ -355,13 +358,14 @@ impl CudaLayer {
     }
 
     /// How a few tokens that read `x` go through experts that are all here, if they can.
-    fn few(&self, cuda: &Cuda, x: In<'_>) -> Result<Option<[FewPlan; 2]>> {
+    fn few(&self, cuda: &Cuda, x: In<'_>, behind_router: bool) -> Result<Option<[FewPlan; 2]>> {
         let LayerProblem { core: config, gate_up, down, .. } = &self.problem;
         let &LayerConfig { top_k, hidden, intermediate, .. } = config;
         let one = x.dtype() == *gate_up && x.dtype() == *down && x.dtype().size() == 2;
         let pieces =
             Tensor::of(&x)?.aligned(8) && hidden.is_multiple_of(8) && intermediate.is_multiple_of(few::COLUMNS);
-        let sizes = few::Sizes { tokens: x.rows(), top_k, experts: config.choices(), hidden, intermediate };
+        let experts = config.choices();
+        let sizes = few::Sizes { tokens: x.rows(), top_k, experts, hidden, intermediate, behind_router };
         Ok(if one && pieces { few::few(&sizes, cuda.numbers()) } else { None })
     }
 

@@ -203,6 +203,8 @@ fn few_tokens(dtypes: [DType; 3]) -> Vec<Case> {
     for source in [Origin::Router, Origin::BadLogits] {
         cases.push(case(&format!("few alone {source:?}"), LayerCase { source, ..with(8, config.clone()) }));
     }
+    let two = LayerConfig { top_k: 2, ..config };
+    cases.push(case("few alone Router K=2", LayerCase { source: Origin::Router, ..with(7, two) }));
     // more than a block's
     for (tokens, [experts, top_k]) in [(300, [130, 9]), (512, [3, 3]), (513, [40, 2])] {
         let config = LayerConfig::new(40, 24, experts, top_k);
