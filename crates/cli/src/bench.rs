@@ -186,24 +186,32 @@ impl<'a> Run<'a> {
     }
 
     fn sizes(&self) -> Result<LayerSizes> {
-        let LayerConfig { experts, top_k, .. } = *self.config;
-        // A backend may pad rows and columns: the panels of the CPU have 32 rows.
-        let [hidden, intermediate, gate_up] =
-            [self.config.hidden, self.config.intermediate, self.config.gate_up_rows()]
-                .map(|size| size.saturating_add(31) / 32 * 32);
-        let rows = gate_up as u128 + intermediate as u128;
-        let bytes_of = |rows: u128| {
-            u64::try_from(rows * hidden as u128 * self.dtype().size() as u128)
+        let LayerConfig { hidden, intermediate, experts, top_k, .. } = *self.config;
+        let gate_up = self.config.gate_up_rows() as u128;
+        let bytes_of = |elements: u128| {
+            u64::try_from(elements.saturating_mul(self.dtype().size() as u128))
                 .map_err(|_| remedied("a layer of this shape is larger than any memory", "give smaller sizes"))
         };
+        // panels of the CPU have 32 rows
+        let whole = |rows: u128| rows.div_ceil(32) * 32;
+        let (hidden, intermediate) = (hidden as u128, intermediate as u128);
         let (experts, top_k) = (experts as u128, top_k as u128);
-        Ok(LayerSizes { layer: bytes_of(experts * (rows + 1))?, chosen: bytes_of(top_k.min(experts) * rows)? })
+        let of = |[gate_up, down]: [u128; 2], experts: u128| {
+            let expert = gate_up.saturating_mul(hidden).saturating_add(down.saturating_mul(intermediate));
+            expert.saturating_mul(experts)
+        };
+        let router = experts * hidden;
+        Ok(LayerSizes {
+            layer: bytes_of(of([gate_up, hidden], experts).saturating_add(router))?,
+            packed: bytes_of(of([whole(gate_up), whole(hidden)], experts).saturating_add(router))?,
+            chosen: bytes_of(of([gate_up, hidden], top_k.min(experts)))?,
+        })
     }
 
     /// How many layers take turns.
     fn layers<M: Meter>(&self, meter: &M, source: u64) -> Result<usize> {
         let (sizes, room) = (self.sizes()?, meter.room(source)?);
-        let layer = sizes.layer.max(1);
+        let layer = sizes.packed.max(1);
         let fit = room / layer;
         if fit == 0 {
             return Err(remedied(
@@ -254,7 +262,7 @@ impl<'a> Run<'a> {
         let sizes = self.sizes()?;
         let source_bytes = Source::size(self.config, self.dtype()) as u64;
         let count = self.layers(meter, source_bytes)?;
-        self.check_tokens(meter, source_bytes, count as u64 * sizes.layer)?;
+        self.check_tokens(meter, source_bytes, count as u64 * sizes.packed)?;
 
         let bar = progress(count as u64, "random weights");
         let source = Source::new(self.config, self.dtype(), arguments.routing, arguments.seed);

@@ -9,7 +9,8 @@
 //!         out = epilogue(input_weight * sums + bias)              rounded once, when stored
 //! ```
 //! A block comes from memory once a call, in the order in which it lies there; what further passes need of it is in the
-//! caches. Each sum is one chain in ascending order, so its bits do not depend on blocks, passes, threads or other rows.
+//! caches. A sum's order is fixed, ascending by steps or, of tiles, by 16 of them, and columns are cut between: so its bits do
+//! not depend on blocks, passes, threads or other rows.
 
 use crate::Cpu;
 use crate::arch::{Kernels, PAIR_STEPS, PANEL, PANEL_BLOCK, PanelGroup, PanelSums, group};

@@ -39,14 +39,14 @@ impl CombineKernel {
         ]
     }
 
-    /// Those of every plan for outputs in this format.
+    /// Those of every plan for outputs in this format, with copies or without.
     pub(crate) fn all(y: DType) -> Vec<Self> {
         let mut all = Vec::new();
         let widest = plan::combine_vector(y);
         for (norm, stash, widest) in [(false, false, widest), (true, false, 4), (true, true, 4)] {
             for vector in [1, 4, widest] {
-                for (slots, streams) in [(2, false), (4, false), (8, false), (4, true)] {
-                    let copies = slots == 8;
+                for (slots, streams) in [(2, false), (2, true), (4, false), (4, true), (8, false), (8, true)] {
+                    let copies = !streams;
                     all.push(Self { y, vector, slots, streams, copies, norm, stash });
                 }
             }

@@ -19,17 +19,17 @@ params! {
 
 /// Operands of [`down_combine`].
 pub(crate) struct DownCombine<'a> {
-    /// `[K, I]`, by slot.
+    /// `[T K, I]`, by slot; [`down_combine`] takes one token.
     pub(crate) a: View<Ref<'a>>,
-    /// u32 `[1, K]`, each in range and here; there already when the launch before began.
+    /// u32 `[T, K]`, each in range and here; for [`down_combine`] there already when the launch before began.
     pub(crate) experts: View<Ref<'a>>,
-    /// f32 `[1, K]`; absent: every slot counts once.
+    /// f32 `[T, K]`; absent: every slot counts once.
     pub(crate) weights: Option<View<Ref<'a>>>,
     pub(crate) matrices: &'a Experts,
     pub(crate) routed_scale: f32,
     pub(crate) shared: Option<Shared<'a, Cuda>>,
     pub(crate) residual: Option<Residual<'a, Cuda>>,
-    /// Written: `[1, H]`.
+    /// Written: `[T, H]`.
     pub(crate) out: View<Mut<'a>>,
 }
 

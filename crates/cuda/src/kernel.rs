@@ -262,7 +262,7 @@ impl Kernel {
         }
     }
 
-    /// Whether it waits by itself for the launch before, and so may begin before that one has ended.
+    /// Whether it may begin before the launch before has ended; then it waits for that one by itself.
     pub(crate) fn takes_turn(self) -> bool {
         match self {
             Self::Gate { .. }
@@ -419,7 +419,7 @@ mod tests {
             assert!(source.contains(&format!(" {}(const __grid_constant__", kernel.entry())), "{kernel:?}");
             assert!(source.contains(kernel.params()), "{kernel:?}");
             assert_eq!(source.matches("extern \"C\"").count(), 1, "{kernel:?}");
-            // low and high tiles have one text; to wait is nothing where launches follow each other
+            // high tiles, launched behind the launch before, have the text of low ones: they wait for nothing
             let waits = kernel.takes_turn() || matches!(kernel, Kernel::Grouped(GroupedKernel::Swapped { .. }));
             assert_eq!(source.contains("take_turn();"), waits, "{kernel:?}");
             for (name, value) in kernel.defines() {

@@ -33,7 +33,7 @@ type In<'a> = View<Ref<'a>>;
 type Out<'a> = View<Mut<'a>>;
 
 /// Tokens that the router and the shared gate take at a time where a token's bits must not depend on the batch: so few
-/// that one kernel is chosen for any number of them.
+/// that the kernels chosen for any number of them add in one order.
 const INVARIANT_TOKENS: usize = crate::plan::FEW_TOKENS;
 
 /// A layer prepared for this backend: its weights, copied once in the format that they came in.

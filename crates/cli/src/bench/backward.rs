@@ -7,7 +7,7 @@ use super::gradients::Left;
 use super::host::Host;
 use super::machine::Ceilings;
 use super::measure::{STEPS, Spans, Timing, Verified, mean};
-use super::meter::{ErrorOf, Meter, Pass, StreamOf, Times};
+use super::meter::{ErrorOf, LayerSizes, Meter, Pass, StreamOf, Times};
 use super::record::{Rows, Setting};
 use super::report;
 use super::training::{Kept, MatrixMemory, Sizes};
@@ -54,7 +54,7 @@ impl<'a> Run<'a> {
     fn backward<M: Meter<Backend: BackendBackward>>(&self, meter: &M) -> Result<()> {
         let (config, dtype) = (self.config, self.dtype());
         let training = TrainingLayer::new(config)?;
-        let layer_bytes = self.sizes()?.layer;
+        let LayerSizes { layer: layer_bytes, packed, .. } = self.sizes()?;
         let tokens = if self.tokens.is_empty() { M::TRAINED } else { self.tokens };
         let source_bytes = Source::size(config, dtype) as u64;
         let from_router = self.from.unwrap_or(Origin::X) == Origin::X;
@@ -62,7 +62,7 @@ impl<'a> Run<'a> {
         for &tokens in tokens {
             let sizes = Sizes { config, dtype, tokens, from_router };
             let of_tokens = (sizes.token_bytes(meter.batches(tokens)) as u64).saturating_mul(tokens as u64);
-            let needed = Sizes::matrix_bytes(layer_bytes).saturating_add(of_tokens);
+            let needed = Sizes::matrix_bytes(packed).saturating_add(of_tokens);
             if needed > room {
                 let message =
                     format!("--tokens {tokens}: training takes about {}, {} can be had", bytes(needed), bytes(room));

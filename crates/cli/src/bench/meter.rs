@@ -111,10 +111,11 @@ impl Pass {
 /// Enqueues a pass of the call of a number.
 pub(crate) type Passes<'a, M> = &'a mut dyn FnMut(Pass, usize) -> Result<(), ErrorOf<M>>;
 
-/// Bytes of a layer, and of the K experts of a token.
+/// Bytes of a layer, at most what it takes as a backend packs it, and of the K experts of a token.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LayerSizes {
     pub(crate) layer: u64,
+    pub(crate) packed: u64,
     pub(crate) chosen: u64,
 }
 

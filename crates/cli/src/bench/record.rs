@@ -213,6 +213,10 @@ pub(crate) fn append(directory: &Path, device: &str, rows: &Rows) -> Result<Path
             return Err(remedied(message, "move the file away, or give another directory to --record"));
         }
     }
+    // an earlier run may have been stopped within a row
+    if !present.is_empty() && !present.ends_with('\n') {
+        text.push('\n');
+    }
     for row in &rows.rows {
         let cells: Vec<String> = row.iter().map(cell).collect();
         text += &cells.join(",");

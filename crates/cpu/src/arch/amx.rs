@@ -130,7 +130,7 @@ impl Tiles {
 impl Drop for Tiles {
     fn drop(&mut self) {
         if self.rows > 0 {
-            // SAFETY: registers were in shape, so the CPU has the instruction; tiles are used by this module alone.
+            // SAFETY: registers were in shape, so the CPU has the instruction; a caller keeps no tiles across a call.
             unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
         }
     }
@@ -161,16 +161,16 @@ struct At {
 type Row = [u32; TILE];
 
 macro_rules! ask {
-    ($hint:literal $($line:literal)*) => { concat!($($hint, " [{ahead} + ", $line, " * 64]\n",)* "") };
+    ($($line:literal)*) => { concat!($("prefetcht1 [{ahead} + ", $line, " * 64]\n",)* "") };
 }
 
 /// The products of up to 16 rows (`$upper`) and of 17 to 32 (`$both`), each of which asks for so many lines ahead.
 ///
 /// # Safety
-/// `Tiles` exist for as many rows; `at.products` tiles of x are readable, `at.step` apart, and as many times 16 lines of the
+/// `Tiles` exist for as many rows; there is a product; `at.products` tiles of x are readable, `at.step` apart, and as many times 16 lines of the
 /// panel; sums of all rows are writable, `SUMS_BYTES` apart, 16 at each of `at.sums`.
 macro_rules! kernels {
-    ($upper:ident $both:ident $lines:literal $hint:literal [$($first:literal)*] [$($second:literal)*]) => {
+    ($upper:ident $both:ident $lines:literal [$($first:literal)*] [$($second:literal)*]) => {
         unsafe fn $upper(at: At) {
             // SAFETY: as the caller vouches; what is ahead is only asked for.
             unsafe {
@@ -180,10 +180,10 @@ macro_rules! kernels {
                     "2:",
                     "tileloadd tmm4, [{x} + {row}]",
                     "tileloadd tmm6, [{lines} + {line}]",
-                    ask!($hint $($first)*),
+                    ask!($($first)*),
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tileloadd tmm7, [{lines} + {line} + 64]",
-                    ask!($hint $($second)*),
+                    ask!($($second)*),
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "add {x}, {step}",
                     "add {lines}, {product}",
@@ -213,12 +213,12 @@ macro_rules! kernels {
                     "2:",
                     "tileloadd tmm6, [{lines} + {line}]",
                     "tileloadd tmm4, [{x} + {row}]",
-                    ask!($hint $($first)*),
+                    ask!($($first)*),
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tileloadd tmm7, [{lines} + {line} + 64]",
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "tileloadd tmm5, [{x} + {row} + {tile}]",
-                    ask!($hint $($second)*),
+                    ask!($($second)*),
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "add {x}, {step}",
@@ -243,12 +243,11 @@ macro_rules! kernels {
     };
 }
 
-kernels!(upper_8 both_8 8 "prefetcht1" [0 1 2 3] [4 5 6 7]);
-kernels!(upper_16 both_16 16 "prefetcht1" [0 1 2 3 4 5 6 7] [8 9 10 11 12 13 14 15]);
-kernels!(upper_32 both_32 32 "prefetcht1"
+kernels!(upper_16 both_16 16 [0 1 2 3 4 5 6 7] [8 9 10 11 12 13 14 15]);
+kernels!(upper_32 both_32 32
     [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15] [16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31]);
 
-/// A panel times rows that registers are in shape for; each product asks for so many lines ahead: 32, 16 or 8.
+/// A panel times rows that registers are in shape for; each product asks for so many lines ahead: 32 or 16.
 ///
 /// # Safety
 /// As for the kernels, of `steps` pairs and lines; `Tiles` are for `count` rows.
@@ -257,13 +256,11 @@ unsafe fn tile(at: At, steps: usize, count: usize, asked: usize) {
         let kernel = match (asked, count > TILE) {
             (32.., false) => upper_32,
             (32.., true) => both_32,
-            (16.., false) => upper_16,
-            (16.., true) => both_16,
-            (_, false) => upper_8,
-            (_, true) => both_8,
+            (_, false) => upper_16,
+            (_, true) => both_16,
         };
         if at.products > 0 {
-            // SAFETY: as the caller vouches.
+            // SAFETY: as the caller vouches, and there is a product.
             unsafe { kernel(at) };
         }
     };
@@ -295,15 +292,12 @@ pub(super) unsafe fn panels(group: PanelGroup<'_, bf16>) {
     let (x, sums, products) = (x.as_ptr(), sums.as_mut_ptr(), steps / TILE);
     // One tile of rows asks for lines of its own, and several for a part of the next panel each, so that memory never rests.
     let tiles = rows.div_ceil(2 * TILE);
-    let asked = match tiles {
-        1 => 32,
-        2 | 3 => 16,
-        _ => 8,
-    };
+    let asked = if tiles == 1 { 32 } else { 16 };
     let mut shapes = Tiles { rows: 0 };
     for (p, panel) in weights.iter().enumerate() {
         let lines = panel.as_ptr();
-        let next = weights.get(p + 1).or(next.first()).map_or(lines, |next| next.as_ptr());
+        let next = weights.get(p + 1).or(next.first()).filter(|next| !next.is_empty());
+        let next = next.map_or(lines, |next| next.as_ptr());
         for tile in 0..tiles {
             // There and back, since a change of shapes takes as long as some products.
             let place = if p % 2 == 0 { tile } else { tiles - 1 - tile };

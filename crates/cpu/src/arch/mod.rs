@@ -1,8 +1,9 @@
 //! The vector kernels of the CPU backend, and all of its unsafe code.
 //!
 //! An algorithm is written once, as a `Task` over the `Simd` trait; an instruction set is one file that implements the
-//! trait and has one function with the instruction set enabled, into which everything is inlined. [`Kernels`] is the
-//! proof that the CPU has an instruction set, and offers the tasks as safe functions on slices.
+//! trait and has one function with the instruction set enabled, into which everything is inlined. Only panels have a second
+//! form, of AMX's tiles. [`Kernels`] is the proof that the CPU has an instruction set, and offers the tasks as safe functions
+//! on slices.
 //!
 //! Slices that should have equal lengths are cut to the shortest of them.
 //! For the same inputs and the same [`Isa`] the results have the same bits, wherever the slices lie.
@@ -62,7 +63,7 @@ pub enum Isa {
     /// The same with AVX-512 BF16.
     Avx512Bf16,
     /// The same with AMX tiles of bf16, which Linux lets a process use that asks for them: [`is_available`](Self::is_available)
-    /// does.
+    /// does. From then on the system wants signal stacks with room for the tiles.
     Amx,
 }
 
@@ -91,7 +92,7 @@ impl Isa {
         self == Self::Amx
     }
 
-    /// Whether this CPU has it.
+    /// Whether this CPU has it and, of [`Amx`](Self::Amx), the system lets this process use it, which is asked of it once.
     pub fn is_available(self) -> bool {
         match self {
             Self::Scalar => true,

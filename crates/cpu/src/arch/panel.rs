@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Constraint: a sum is one chain of multiply-adds, ascending in k, from where an earlier call left it. So its bits depend
-//! on the matrix row and the row of x alone, whatever the tile and however k is cut into calls.
+//! on the matrix row and the row of x alone, whatever the tile and however k is cut into calls. Tiles of AMX (`amx.rs`) have
+//! an order of their own, and calls that are cut at multiples of [`PAIR_STEPS`].
 //!
 //! Few rows take as long as their panels come from memory. Then several panels are read at once: one chain of sums waits for
 //! itself, and the hardware's prefetch follows several streams better than one that jumps from panel to panel. More rows
@@ -44,9 +45,10 @@ pub(crate) struct PanelGroup<'a, W> {
     pub(crate) weights: &'a [&'a [W]],
     /// What will be wanted next.
     pub(crate) next: &'a [&'a [W]],
-    /// Some elements of each row, as many as the weights have: f32.
+    /// Some elements of each row, as many as the weights have: f32, or pairs of bf16; for tiles 16 pairs of each row, then the
+    /// next 16, with zeros behind the last.
     pub(crate) x: &'a [u32],
-    /// From a row of x to the next.
+    /// From a row of x to the next; tiles lie one after the other.
     pub(crate) stride: usize,
     /// As many rows.
     pub(crate) sums: &'a mut [PanelSums],
@@ -54,7 +56,8 @@ pub(crate) struct PanelGroup<'a, W> {
     pub(crate) columns: [usize; 2],
     /// How much further those of the next one lie.
     pub(crate) width: usize,
-    /// So many rows leave the processor time to look far enough ahead by itself, and requests would only hold it up.
+    /// So many rows leave the processor time to look far enough ahead by itself, and requests would only hold it up; tiles ask
+    /// always.
     pub(crate) unaided: usize,
 }
 

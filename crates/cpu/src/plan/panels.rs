@@ -4,12 +4,12 @@ use fused_moe_core::DType;
 use fused_moe_core::problem::{DownProblem, GateUpProblem};
 use std::fmt;
 
-/// The most rows of a pass: their part of x and their sums lie on the stack, and in the second-level cache while the panels
-/// of a block pass.
+/// The most rows of a pass of vectors: their part of x and their sums lie on the stack, and in the second-level cache while
+/// the panels of a block pass.
 pub(crate) const PASS_ROWS: usize = 48;
 /// Rows of a pass that is one of few: as many as meet a panel at once where vectors are longest.
 pub(crate) const FEW_ROWS: usize = 12;
-/// Rows of a pass of tiles: few experts of a large batch have more, and those that do read their panels twice.
+/// Rows of a pass of tiles; what an expert has beyond them reads its panels again.
 pub(crate) const TILES_ROWS: usize = 96;
 /// Numbers of x that few rows have in the first-level cache, f32 or pairs of bf16: the longer their parts, the less often
 /// reading jumps from panel to panel.
@@ -21,8 +21,8 @@ pub(crate) const PASS_WORDS: usize = PASS_ROWS * PART_WORDS;
 /// The same of tiles, which take x from the second-level cache: whole rows of 2048 bf16, or a part of longer ones.
 pub(crate) const TILES_WORDS: usize = TILES_ROWS * (1024 + 16);
 
-/// Up to so many rows are no slower than memory, and processors without tiles look far enough ahead by themselves: requests
-/// would only hold them up. Those with tiles, which are Intel's, do not.
+/// Up to so many rows are no slower than memory, and Zen 5, where this was found, looks far enough ahead by itself: requests
+/// would only hold it up. A Xeon with tiles does not, and loses a quarter of the bandwidth without them.
 const UNAIDED: usize = 4;
 
 /// How a grouped product with packed matrices is carried out.

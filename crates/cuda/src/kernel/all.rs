@@ -1,4 +1,4 @@
-//! Every kernel of every plan.
+//! Every kernel of every plan, or one of each kind where plans differ in sizes alone.
 
 use super::Kernel;
 use super::backward::BackwardKernel;
@@ -10,7 +10,7 @@ use fused_moe_core::DType;
 use fused_moe_core::config::{Activation, Function};
 
 impl Kernel {
-    /// Every kernel of every plan.
+    /// Every kernel of every plan, or one of each kind where plans differ in sizes alone.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = vec![
             Self::Permute,
@@ -77,12 +77,13 @@ fn rings(activation: Activation, format: DType, logits: DType, lane_logits: u8) 
 }
 
 /// The kernels for a few tokens.
-fn fews(activation: Activation, format: DType, logits: DType, lane_logits: u8) -> [Kernel; 2] {
+fn fews(activation: Activation, format: DType, logits: DType, lane_logits: u8) -> [Kernel; 3] {
     let (gated, activation) = (activation.is_gated(), Some(activation.into()));
     let product = Product { stage: grouped::Stage::GateUp, gather: true, gated, activation };
     let (choice, tile) = ((logits, lane_logits), |warps, groups| FewTile { warps, chunks: 4, stages: 4, groups });
     [
         Kernel::GateUpFew { product, format, choice, tile: tile(8, 2) },
+        Kernel::DownCombineFew { format, choice, tile: tile(12, 2) },
         Kernel::DownCombineFew { format, choice, tile: tile(12, 3) },
     ]
 }

@@ -28,7 +28,7 @@ pub(super) fn swapped(sizes: &Sizes, device: &DeviceNumbers) -> Option<GroupedPl
     if sizes.invariant || !hidden || !ROWS.contains(&mean) {
         return None;
     }
-    let tile = SwappedTile { rows: height(mean), stages: 0 };
+    let tile = SwappedTile { rows: height(mean), stages: STAGES[0] as u8 };
     let room = device.shared_per_block.saturating_sub(tile.other_bytes(experts));
     let stages = (room / tile.stage_bytes()).min(STAGES[0]);
     if stages < STAGES[1] {
@@ -87,11 +87,13 @@ mod tests {
 
     #[test]
     fn blocks_fit_the_device() {
-        for rows in [2000, 20_000] {
-            for experts in [100, 1500] {
-                let plan = swapped(&Sizes { experts, ..sizes(rows) }, &device());
-                assert!(plan.is_none_or(|plan| plan.grid.shared as usize <= device().shared_per_block));
-            }
+        for mean in [16, 40, 60, 100, 130] {
+            let planned = |experts: &usize| {
+                let plan = swapped(&Sizes { experts: *experts, inner: 4096, ..sizes(mean * experts) }, &device());
+                assert!(plan.is_none_or(|plan| plan.grid.shared as usize <= device().shared_per_block), "{plan:?}");
+                plan.is_some()
+            };
+            assert!((1..20_000).filter(planned).count() > 1000);
         }
     }
 

@@ -108,8 +108,8 @@ pub(crate) fn replays_with_new_tokens(cuda: &Cuda, layer: &CudaLayer) {
     }
 }
 
-/// One token's launches have blocks that wait for each other; those of several streams come in between and must not hold each
-/// other up.
+/// One token's second launch waits beside the first; those of several streams come in between and must not hold each other
+/// up.
 pub(crate) fn a_token_on_each_of_several_streams() -> Result<()> {
     let cuda = Cuda::new(0)?;
     let layer = prepare(&cuda, Numerics::Fast)?;
