@@ -44,7 +44,7 @@ impl CombineKernel {
         let mut all = Vec::new();
         let widest = plan::combine_vector(y);
         for (norm, stash, widest) in [(false, false, widest), (true, false, 4), (true, true, 4)] {
-            for vector in [1, 4, widest] {
+            for vector in [1, 4, 8].into_iter().filter(|&vector| vector <= widest) {
                 for (slots, streams) in [(2, false), (2, true), (4, false), (4, true), (8, false), (8, true)] {
                     let copies = !streams;
                     all.push(Self { y, vector, slots, streams, copies, norm, stash });

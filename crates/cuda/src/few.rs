@@ -1,12 +1,11 @@
 //! A few tokens whose slots all have experts that are here: their experts in two launches, each of which finds the routes
 //! for itself.
 
-use crate::activation::constants;
 use crate::down_combine::{DownCombine, DownCombineParams};
 use crate::error::Result;
-use crate::grouped::{GroupedParams, Product, Stage};
+use crate::grouped::GroupedParams;
 use crate::kernel::Kernel;
-use crate::launch::{Tensor, launch, params};
+use crate::launch::{launch, params};
 use crate::plan::few::FewPlan;
 use crate::ring::{GateUpRing, Routes};
 use crate::route::{ChoiceParams, RouteParams};
@@ -28,7 +27,8 @@ impl Routes {
     }
 }
 
-/// [`gate_up_ring`](crate::ring::gate_up_ring) of x `[T, H]`; out is `[T*K, I]`, by slot.
+/// [`gate_up_ring`](crate::ring::gate_up_ring) of x `[T, H]`; out is `[T K, I]`, by slot, its columns in the order that
+/// [`down_combine_few`] reads (`place_of` in `include/few.cuh`).
 ///
 /// `rehearse`: the launch is to go once through what comes before its first products while it waits for its turn.
 ///
@@ -40,25 +40,8 @@ pub(crate) fn gate_up_few(
     rehearse: bool,
     plan: FewPlan,
 ) -> Result<()> {
-    let GateUpRing { routes, matrices, activation, .. } = *operands;
-    let (limit, alpha) = constants(activation);
-    let weights = Tensor { data: routes.params.choice.weights.data, ..Tensor::default() };
-    let gate_up = GroupedParams {
-        x: Tensor::of(&operands.x)?,
-        out: Tensor::of(&operands.out)?,
-        input_weights: if operands.on_input { weights } else { Tensor::default() },
-        rows: operands.out.rows() as u64,
-        limit,
-        alpha,
-        ..matrices.gate_up().params()
-    };
-    let product = Product {
-        stage: Stage::GateUp,
-        gather: true,
-        gated: activation.is_gated(),
-        activation: Some(activation.into()),
-    };
-    let &Routes { params: route, logits, lane_logits } = routes;
+    let (gate_up, product) = (operands.params()?, operands.product());
+    let &Routes { params: route, logits, lane_logits } = operands.routes;
     let kernel =
         Kernel::GateUpFew { product, format: operands.x.dtype(), choice: (logits, lane_logits), tile: plan.tile };
     if let Some(recorder) = cuda.recorder() {

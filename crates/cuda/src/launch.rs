@@ -168,16 +168,22 @@ pub(crate) fn launch<P: Params>(
     let [x, y, z] = grid.blocks;
     // SAFETY: plain numbers and pointers, for which zeros are values.
     let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
-    let [first, second] = &mut attributes;
-    let overlaps = kernel.takes_turn() && cuda.numbers().overlaps_launches();
-    let cluster = if overlaps { second } else { &mut *first };
-    cluster.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    cluster.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
-    if overlaps {
-        first.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        first.value.programmaticStreamSerializationAllowed = 1;
+    let mut free = attributes.iter_mut();
+    if kernel.takes_turn()
+        && cuda.numbers().overlaps_launches()
+        && let Some(attribute) = free.next()
+    {
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
     }
-    let in_cluster = kernel.is_cluster() && x > 1;
+    if kernel.is_cluster()
+        && x > 1
+        && let Some(attribute) = free.next()
+    {
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attribute.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
+    }
+    let left = free.len();
     let config = sys::CUlaunchConfig {
         gridDimX: x,
         gridDimY: y,
@@ -188,7 +194,7 @@ pub(crate) fn launch<P: Params>(
         sharedMemBytes: grid.shared,
         hStream: stream.driver().cu_stream(),
         attrs: attributes.as_mut_ptr(),
-        numAttrs: u32::from(overlaps) + u32::from(in_cluster),
+        numAttrs: (attributes.len() - left) as u32,
     };
     // SAFETY: the function lives as long as the backend, and its one parameter is a P: the text it was compiled from holds
     // P's own definition. Its operands were checked by the operation's `problem`, and their owners promise that they stay. A

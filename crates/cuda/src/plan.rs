@@ -45,7 +45,7 @@ const FEW_TILES: usize = 8;
 pub(crate) const SPLIT_TILES: [SplitTile; 2] =
     [SplitTile { rows: 16, columns: 32 }, SplitTile { rows: 32, columns: 64 }];
 
-const FEW: &str = "few tokens: a warp a column streams the weights once";
+const FEW: &str = "few tokens: a warp a column streams the weights";
 const MANY: &str = "many tokens: 64 x 64 tiles in multiply-adds, groups of warps have slices of the rows";
 const SMALL: &str =
     "some tokens: tensor cores, tiles of 16 x 32 for every multiprocessor, warps have slices of the rows";

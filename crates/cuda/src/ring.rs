@@ -45,17 +45,41 @@ impl Routes {
     }
 }
 
-/// Operands of [`gate_up_ring`].
+/// Operands of [`gate_up_ring`], for one token, and of [`gate_up_few`](crate::few::gate_up_few).
 pub(crate) struct GateUpRing<'a> {
-    /// `[1, H]`.
+    /// `[T, H]`.
     pub(crate) x: View<Ref<'a>>,
     pub(crate) routes: &'a Routes,
     pub(crate) matrices: &'a Experts,
     pub(crate) activation: Activation,
     /// Whether a slot's weight multiplies what its expert reads.
     pub(crate) on_input: bool,
-    /// Written: `[K, I]`, by slot.
+    /// Written: `[T K, I]`, by slot.
     pub(crate) out: View<Mut<'a>>,
+}
+
+impl GateUpRing<'_> {
+    /// Errors: `Misaligned`.
+    pub(crate) fn params(&self) -> Result<GroupedParams> {
+        let (limit, alpha) = constants(self.activation);
+        let weights = Tensor { data: self.routes.params.choice.weights.data, ..Tensor::default() };
+        Ok(GroupedParams {
+            x: Tensor::of(&self.x)?,
+            out: Tensor::of(&self.out)?,
+            input_weights: if self.on_input { weights } else { Tensor::default() },
+            rows: self.out.rows() as u64,
+            // pairs and fours of outputs are aligned in rows of a multiple of 8
+            neighbours: Tensor::of(&self.out)?.aligned(4).into(),
+            limit,
+            alpha,
+            ..self.matrices.gate_up().params()
+        })
+    }
+
+    pub(crate) fn product(&self) -> Product {
+        let (gated, activation) = (self.activation.is_gated(), Some(self.activation.into()));
+        Product { stage: Stage::GateUp, gather: true, gated, activation }
+    }
 }
 
 /// `out[k] = act(gate_k . x) * (up_k . x)` for the experts that are chosen; the routes are written where `routes` says, if
@@ -63,27 +87,8 @@ pub(crate) struct GateUpRing<'a> {
 ///
 /// Errors: `Misaligned`.
 pub(crate) fn gate_up_ring(cuda: &Cuda, stream: &CudaStream, operands: &GateUpRing<'_>, plan: RingPlan) -> Result<()> {
-    let GateUpRing { routes, matrices, activation, .. } = *operands;
-    let (limit, alpha) = constants(activation);
-    let weights = Tensor { data: routes.params.choice.weights.data, ..Tensor::default() };
-    let gate_up = GroupedParams {
-        x: Tensor::of(&operands.x)?,
-        out: Tensor::of(&operands.out)?,
-        input_weights: if operands.on_input { weights } else { Tensor::default() },
-        rows: operands.out.rows() as u64,
-        // pairs and fours of outputs are aligned in rows of a multiple of 8
-        neighbours: Tensor::of(&operands.out)?.aligned(4).into(),
-        limit,
-        alpha,
-        ..matrices.gate_up().params()
-    };
-    let product = Product {
-        stage: Stage::GateUp,
-        gather: true,
-        gated: activation.is_gated(),
-        activation: Some(activation.into()),
-    };
-    let &Routes { params: route, logits, lane_logits } = routes;
+    let (gate_up, product) = (operands.params()?, operands.product());
+    let &Routes { params: route, logits, lane_logits } = operands.routes;
     let kernel =
         Kernel::GateUpRing { product, format: operands.x.dtype(), choice: (logits, lane_logits), ring: plan.ring() };
     if let Some(recorder) = cuda.recorder() {

@@ -172,44 +172,46 @@ fn are_found(x: Tensor, rows: usize) -> bool {
 
 /// The parameters of a launch; maps of operands that are not there are left empty.
 pub(crate) fn params(cuda: &Cuda, operands: &Grouped, tile: WgmmaTile, product: GroupedParams) -> Result<WgmmaParams> {
-    let Grouped { product: kind, x: (x, format), table, rows, .. } = *operands;
-    let mut params = WgmmaParams { product, scale: 1.0, ..WgmmaParams::default() };
-    // the matrices are reckoned from the stack
-    params.product.table = 0;
-    if cuda.recorder().is_some() {
-        return Ok(params);
-    }
-    let (during, inner) = ("grouped product", table.inner as u64);
-    // the driver fills in maps for its current context
-    let _current = cuda.device().bind(during)?;
-    let weight_rows = (table.here * kind.halves() * table.outputs) as u64;
-    let half = u32::from(tile.columns) / 2;
-    params.weights = TensorMap::of_rows(table.weights(), format, [weight_rows, inner], half, during)?;
-    if !kind.gather {
-        params.x = TensorMap::of_rows(x, format, [rows as u64, inner], BOX_ROWS, during)?;
-    }
-    Ok(params)
+    params_with(cuda, operands, product, BOX_ROWS, |during| {
+        let Grouped { product: kind, x: (_, format), table, .. } = operands;
+        let weight_rows = (table.here * kind.halves() * table.outputs) as u64;
+        let sizes = [weight_rows, table.inner as u64];
+        TensorMap::of_rows(table.weights(), *format, sizes, u32::from(tile.columns) / 2, during)
+    })
 }
 
 /// The same where weights are the left side: boxes of gate rows, of up rows or, where there is no gate, of any, with zeros
 /// beyond them.
 pub(crate) fn params_swapped(cuda: &Cuda, operands: &Grouped, product: GroupedParams) -> Result<WgmmaParams> {
-    let Grouped { product: kind, x: (x, format), table, rows, .. } = *operands;
+    params_with(cuda, operands, product, SwappedTile::ROWS, |during| {
+        let Grouped { product: kind, x: (_, format), table, .. } = operands;
+        let stack = (table.weights(), (table.expert_stride / kind.halves()) as u64);
+        let sizes = [(table.here * kind.halves()) as u64, table.outputs as u64, table.inner as u64];
+        TensorMap::of_groups(stack, *format, sizes, SwappedTile::neighbours(*kind) as u64, during)
+    })
+}
+
+/// With the map of the weights that `weights` makes, and rows of x in boxes of so many.
+fn params_with(
+    cuda: &Cuda,
+    operands: &Grouped,
+    product: GroupedParams,
+    x_rows: u32,
+    weights: impl FnOnce(&'static str) -> Result<TensorMap>,
+) -> Result<WgmmaParams> {
+    let &Grouped { product: kind, x: (x, format), table, rows, .. } = operands;
     let mut params = WgmmaParams { product, scale: 1.0, ..WgmmaParams::default() };
     // the matrices are reckoned from the stack
     params.product.table = 0;
     if cuda.recorder().is_some() {
         return Ok(params);
     }
-    let (during, inner) = ("grouped product", table.inner as u64);
+    let during = "grouped product";
     // the driver fills in maps for its current context
     let _current = cuda.device().bind(during)?;
-    let matrices = (table.here * kind.halves()) as u64;
-    let weights = (table.weights(), (table.expert_stride / kind.halves()) as u64);
-    let sizes = [matrices, table.outputs as u64, inner];
-    params.weights = TensorMap::of_groups(weights, format, sizes, SwappedTile::neighbours(kind) as u64, during)?;
+    params.weights = weights(during)?;
     if !kind.gather {
-        params.x = TensorMap::of_rows(x, format, [rows as u64, inner], SwappedTile::ROWS, during)?;
+        params.x = TensorMap::of_rows(x, format, [rows as u64, table.inner as u64], x_rows, during)?;
     }
     Ok(params)
 }
