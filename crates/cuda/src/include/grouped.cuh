@@ -84,6 +84,14 @@ __device__ __forceinline__ void store_outputs(const GroupedParams& p, u64 bias, 
     }
 }
 
+// Where the experts' rows begin, and where the last one's end: [E + 1], by N threads.
+template <int N> __device__ __forceinline__ void find_first_rows(const GroupedParams& p, u32* first_row) {
+    for (u32 e = threadIdx.x; e <= p.experts; e += N) {
+        const u32 begin = e < p.experts ? rows_of(p, e).begin : rows_of(p, p.experts - 1).end;
+        first_row[e] = begin < p.rows ? begin : (u32)p.rows;
+    }
+}
+
 // Which tile of which expert is whose: tiles of M rows and some outputs, expert by expert, rows before columns, so
 // that blocks that run together read the same weights. Every block makes the list of first tiles for itself.
 struct Tile {

@@ -58,10 +58,7 @@ struct Tiles {
 
     __device__ __forceinline__ void make(const GroupedParams& p, u32* memory) {
         first_row = memory + p.experts + 1;
-        for (u32 e = threadIdx.x; e <= p.experts; e += THREADS) {
-            const u32 begin = e < p.experts ? rows_of(p, e).begin : rows_of(p, p.experts - 1).end;
-            first_row[e] = begin < p.rows ? begin : (u32)p.rows;
-        }
+        find_first_rows<THREADS>(p, first_row);
         schedule.make<THREADS, DEALT_ROWS, LATE_ROWS>(p, memory, (p.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS);
     }
 
