@@ -16,7 +16,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down_combine_few(con
     const u32 inner = (u32)p.inner, chunks = (inner + CHUNK * WARPS - 1) / (CHUNK * WARPS), column = warp * chunks * CHUNK;
     const u32 first = (u32)(p.outputs * blockIdx.x / gridDim.x), count = (u32)(p.outputs * (blockIdx.x + 1) / gridDim.x) - first;
     f32* parts = reinterpret_cast<f32*>(memory);
+    clear_lists(q.route.choice.experts_total, reinterpret_cast<u32*>(parts), touched);
     find_touched(q.route, p, true, false, reinterpret_cast<u32*>(parts), touched);
+    __syncthreads();
 
     Ring ring(shared_address(parts + 2 * PART));
     f32* products = reinterpret_cast<f32*>(memory + 2 * PART * 4 + WARPS * STAGES * STAGE_BYTES);

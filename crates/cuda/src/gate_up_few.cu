@@ -1,7 +1,7 @@
 // Gate and up rows of a few tokens' experts, with the activation, and their routes: a block a multiprocessor.
 //
 //   `rehearse`: once before this launch's turn and for nothing, but that it brings the instructions here; then once more:
-//     each warp loads its columns of all tokens; the experts that are touched (the first block writes the routes); rings fill
+//     each warp's columns of all tokens; the experts that are touched (the first block writes the routes); rings fill
 //   a block has as many outputs of the touched experts as any other, some neighbours at a time: gate rows, then their up
 //     rows are its tile; the warps' sums meet, some threads store the outputs of the tokens that chose the expert
 //
@@ -24,6 +24,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up_few(const __
     f32* parts = reinterpret_cast<f32*>(memory);
     Ring ring(0);
     u32 x[CHUNKS][CHUNK / 8];
+    // on their way to registers, rows of x lie where this warp's ring will be
+    static_assert(CHUNKS * TOKENS * CHUNK * 2 <= STAGES * STAGE_BYTES, "no room for rows of x");
+    const u32 x_of_warp = shared_address(parts + 2 * PART) + warp * STAGES * STAGE_BYTES;
     const auto bound = [&](Portion& tile) {
         tile.count = OUTPUTS;
         if (outputs - tile.first < tile.count) tile.count = outputs - tile.first;
@@ -65,22 +68,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up_few(const __
 #pragma unroll 1
     for (u32 pass = q.rehearse ? 0 : 1; pass < 2; pass++) {
         const bool live = pass == 1, first = live && blockIdx.x == 0;
-        if (live) {
-            wait_copies<0>();
-            take_turn();
-            __syncthreads();
-        }
+        wait_copies<0>();
+        clear_lists(q.route.choice.experts_total, reinterpret_cast<u32*>(parts), touched);
+        if (live) take_turn();
 #pragma unroll
         for (u32 c = 0; c < CHUNKS; c++)
 #pragma unroll
-            for (u32 i = 0; i < CHUNK / 8; i++) {
-                const u32 t = lane / 4, k = column + c * CHUNK + i * 8 + lane % 4 * 2;
-                x[c][i] = 0;
-                if (live && t < tokens && k < inner) x[c][i] = *reinterpret_cast<const u32*>(row_of<const u16>(p.x, t) + k);
+            for (u32 t = lane / 8; t < TOKENS; t += 4) {
+                const bool inside = live && t < tokens && own + c * CHUNK < inner;
+                const u16* from = row_of<const u16>(p.x, inside ? t : 0) + own + c * CHUNK;
+                copy_async(x_of_warp + ((c * TOKENS + t) * 8 + (lane % 8 ^ t)) * 16, from, inside);
             }
+        commit_copies();
         find_touched(q.route, p, first || weighted, first, reinterpret_cast<u32*>(parts), touched);
-        const u64 all = (u64)touched.count * outputs;
-        const u32 from = (u32)(all * blockIdx.x / gridDim.x), to = (u32)(all * (blockIdx.x + 1) / gridDim.x);
+        wait_copies<0>();
+        __syncwarp();
+#pragma unroll
+        for (u32 c = 0; c < CHUNKS; c++)
+#pragma unroll
+            for (u32 h = 0; h < 2; h++) {
+                u32 (&half)[4] = reinterpret_cast<u32 (&)[4]>(x[c][h * 4]);
+                load_matrices(half, x_of_warp + ((c * TOKENS + lane % 8) * 8 + (h * 4 + lane / 8 ^ lane % 8)) * 16);
+            }
+        __syncwarp();
+        const u32 all = touched.count * outputs, each = all / gridDim.x, over = all % gridDim.x;
+        const u32 from = each * blockIdx.x + over * blockIdx.x / gridDim.x;
+        const u32 to = each * (blockIdx.x + 1) + over * (blockIdx.x + 1) / gridDim.x;
         begin = {from / outputs, from % outputs, 0, to - from};
         bound(begin);
         ring = Ring(shared_address(parts + 2 * PART));

@@ -18,6 +18,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 /// More shared memory than this has to be asked for.
 const SHARED_WITHOUT_ASKING: usize = 48 * 1024;
+/// Percent of a multiprocessor's memory that are to be shared memory, where that can be had.
+const MOST_SHARED: i32 = 100;
 
 /// The kernels of a context.
 pub(crate) struct Kernels {
@@ -125,6 +127,11 @@ fn load(kernel: Kernel, code: &[u8], device: &Device) -> Result<Loaded> {
             }?;
             // SAFETY: as above.
             unsafe { result::function::set_function_attribute(function, attribute, shared as i32 - fixed) }?;
+        }
+        if kernel.leaves_shared() {
+            let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            // SAFETY: as above.
+            unsafe { result::function::set_function_attribute(function, attribute, MOST_SHARED) }?;
         }
         Ok(function)
     });

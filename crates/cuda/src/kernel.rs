@@ -262,6 +262,20 @@ impl Kernel {
         }
     }
 
+    /// Whether a multiprocessor is to have as much shared memory while it runs as it can: it needs little, but others before
+    /// and behind it need much, and a multiprocessor's memory is divided anew only when it is idle.
+    pub(crate) fn leaves_shared(self) -> bool {
+        matches!(
+            self,
+            Self::Gate { .. }
+                | Self::GateRoute { .. }
+                | Self::Route { .. }
+                | Self::RoutePermute { .. }
+                | Self::Permute
+                | Self::Combine(_)
+        )
+    }
+
     /// Whether it may begin before the launch before has ended; then it waits for that one by itself.
     pub(crate) fn takes_turn(self) -> bool {
         match self {
@@ -422,6 +436,8 @@ mod tests {
             // high tiles, launched behind the launch before, have the text of low ones: they wait for nothing
             let waits = kernel.takes_turn() || matches!(kernel, Kernel::Grouped(GroupedKernel::Swapped { .. }));
             assert_eq!(source.contains("take_turn();"), waits, "{kernel:?}");
+            // only beside such launches does it matter
+            assert!(!kernel.leaves_shared() || kernel.takes_turn(), "{kernel:?}");
             for (name, value) in kernel.defines() {
                 assert!(source.contains(name), "{kernel:?}: {name} is not read");
                 assert!(!value.contains("UNKNOWN"), "{kernel:?}");

@@ -222,7 +222,7 @@ impl CudaLayer {
         let whole = norm.is_none() && counts.is_none() && self.expert_out.is_none();
         let from_logits = !matches!(source, Source::Router);
         let few = match ours && whole && self.problem.slots_are_rows() {
-            true => self.few(cuda, reads.experts, !from_logits)?,
+            true => self.few(cuda, reads.experts)?,
             false => None,
         };
         let wanted = match ring {
@@ -358,14 +358,14 @@ impl CudaLayer {
     }
 
     /// How a few tokens that read `x` go through experts that are all here, if they can.
-    fn few(&self, cuda: &Cuda, x: In<'_>, behind_router: bool) -> Result<Option<[FewPlan; 2]>> {
+    fn few(&self, cuda: &Cuda, x: In<'_>) -> Result<Option<[FewPlan; 2]>> {
         let LayerProblem { core: config, gate_up, down, .. } = &self.problem;
         let &LayerConfig { top_k, hidden, intermediate, .. } = config;
         let one = x.dtype() == *gate_up && x.dtype() == *down && x.dtype().size() == 2;
         let pieces =
             Tensor::of(&x)?.aligned(8) && hidden.is_multiple_of(8) && intermediate.is_multiple_of(few::COLUMNS);
         let experts = config.choices();
-        let sizes = few::Sizes { tokens: x.rows(), top_k, experts, hidden, intermediate, behind_router };
+        let sizes = few::Sizes { tokens: x.rows(), top_k, experts, hidden, intermediate };
         Ok(if one && pieces { few::few(&sizes, cuda.numbers()) } else { None })
     }
 

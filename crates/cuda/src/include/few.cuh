@@ -32,15 +32,23 @@ struct Touched {
     f32 weight[MOST_SLOTS];
 };
 
-// A warp a token: routes of its logits where LANE_LOGITS says how many a lane has, else as they were written. All of it past
-// this multiprocessor's own cache, as it may be read before this launch's turn. `weigh`: weights too, and `write`: for others.
-// place [E] is scratch: tokens of each expert, then its place among those that are touched.
-__device__ __forceinline__ void find_touched(const RouteParams& p, const GroupedParams& product, bool weigh, bool write, u32* place,
-                                             Touched& to) {
-    const u32 lane = threadIdx.x % 32, t = threadIdx.x / 32, experts = p.choice.experts_total, slot = t * p.choice.top_k + lane;
-    for (u32 e = threadIdx.x; e < experts; e += 32 * WARPS) place[e] = 0;
+// Before `find_touched`. tokens_of [E] is where sums will be: which tokens have an expert.
+__device__ __forceinline__ void clear_lists(u32 experts, u32* tokens_of, Touched& to) {
+    // who rehearses may still read them
+    __syncthreads();
+    for (u32 e = threadIdx.x; e < experts; e += 32 * WARPS) tokens_of[e] = 0;
     for (u32 n = threadIdx.x; n < MOST_SLOTS; n += 32 * WARPS) *reinterpret_cast<u64*>(to.slot[n]) = ~0ull;
     __syncthreads();
+}
+
+// A warp a token: routes of its logits where LANE_LOGITS says how many a lane has, else as they were written. All of it past
+// this multiprocessor's own cache, as it may be read before this launch's turn. `weigh`: weights too, and `write`: for others.
+// The tokens' slots are there for other threads behind the next barrier.
+__device__ __forceinline__ void find_touched(const RouteParams& p, const GroupedParams& product, bool weigh, bool write, u32* tokens_of,
+                                             Touched& to) {
+    const u32 lane = threadIdx.x % 32, t = threadIdx.x / 32, experts = p.choice.experts_total, slot = t * p.choice.top_k + lane;
+    // an expert's place among those that are touched, where the second tile's sums will be
+    u32* place = tokens_of + PART;
     u32 expert = NO_EXPERT;
     if (t < p.tokens) {
         f32 weight = 0.0f;
@@ -58,47 +66,44 @@ __device__ __forceinline__ void find_touched(const RouteParams& p, const Grouped
         if (expert < experts) {
             to.expert_of[slot] = expert;
             to.weight[slot] = weight;
-            atomicOr(&place[expert], 1u << t);
+            atomicOr(&tokens_of[expert], 1u << t);
         }
     }
     __syncthreads();
-    if (t == 0) {
-        u32 count = 0;
-        for (u32 base = 0; base < experts; base += 32) {
-            const u32 e = base + lane;
-            const bool touched = e < experts && place[e] != 0;
-            const u32 all = __ballot_sync(0xffffffffu, touched), n = count + __popc(all & ((1u << lane) - 1));
-            if (touched) to.matrix[place[e] = n] = expert_at<W_T>(product, e).matrix;
-            count += __popc(all);
-        }
-        if (lane == 0) to.count = count;
+    // each warp counts all that are touched, and lists some
+    u32 count = 0;
+#pragma unroll 4
+    for (u32 base = 0; base < experts; base += 32) {
+        const u32 e = base + lane;
+        const bool touched = e < experts && tokens_of[e] != 0;
+        const u32 all = __ballot_sync(0xffffffffu, touched), n = count + __popc(all & ((1u << lane) - 1));
+        if (touched && base / 32 % WARPS == t) to.matrix[place[e] = n] = expert_at<W_T>(product, e).matrix;
+        count += __popc(all);
     }
+    if (threadIdx.x == 0) to.count = count;
     __syncthreads();
     if (expert < experts) to.slot[place[expert]][t] = (u8)slot;
-    __syncthreads();
 }
 
 // A warp's ring of STAGES times ROWS rows of a CHUNK. A row's pieces of 16 bytes are exchanged by its number, so that the
 // same piece of 8 rows is in different banks.
 struct Ring {
-    u32 begin, to, from, write, read;
-    __device__ __forceinline__ Ring(u32 memory) : write(0), read(0) {
+    // where this lane copies to next and first, and where it reads
+    u32 to, first, from, read;
+    __device__ __forceinline__ Ring(u32 memory) : read(0) {
         const u32 lane = threadIdx.x % 32;
-        begin = memory + threadIdx.x / 32 * STAGES * STAGE_BYTES;
-        to = begin + lane / 8 * CHUNK * 2 + (lane % 8 ^ lane / 8) * 16;
+        const u32 begin = memory + threadIdx.x / 32 * STAGES * STAGE_BYTES;
+        first = to = begin + lane / 8 * CHUNK * 2 + (lane % 8 ^ lane / 8) * 16;
         // a lane's row of the four matrices of 8 x 8 that are read at once: two groups of rows, two pieces
         from = begin + lane % 8 * CHUNK * 2 + (lane / 16 ^ lane % 8) * 16;
     }
-    static __device__ __forceinline__ u32 after(u32 stage) {
-        return stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
-    }
     // This lane's piece of rows 4n .. 4n + 4 of the stage that is filled, a row for 8 lanes; zeros if not `inside`.
     __device__ __forceinline__ void copy(int n, const u16* piece, bool inside) const {
-        copy_async((to ^ n % 2 * 64) + write + n * 4 * CHUNK * 2, piece, inside);
+        copy_async_once((to ^ n % 2 * 64) + n * 4 * CHUNK * 2, piece, inside);
     }
     __device__ __forceinline__ void filled() {
         commit_copies();
-        write = after(write);
+        to = to == first + (STAGES - 1) * STAGE_BYTES ? first : to + STAGE_BYTES;
     }
     // The oldest of STAGES stages that were filled, 16 columns after 16, which then is free. An odd group is there twice.
     __device__ __forceinline__ void take(u32 (&w)[PAIRS][CHUNK / 16][4]) {
@@ -111,7 +116,7 @@ struct Ring {
             for (int k = 0; k < CHUNK / 16; k++)
                 load_matrices(w[n][k], (from ^ k * 32) + read + n * 16 * CHUNK * 2 + (2 * n + 1 < GROUPS ? second : 0));
         __syncwarp();
-        read = after(read);
+        read = read == (STAGES - 1) * STAGE_BYTES ? 0 : read + STAGE_BYTES;
     }
 };
 

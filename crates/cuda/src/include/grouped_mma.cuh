@@ -75,7 +75,10 @@ struct Loader {
 #pragma unroll
             for (int i = 0; i < W_COPIES && WEIGHTS; i++) {
                 const bool inside = within && (w_inside >> i & 1);
-                copy_async(to + X_BYTES + i * ROWS_AT_ONCE * 128, weights + k + i * apart, inside);
+                const u32 at = to + X_BYTES + i * ROWS_AT_ONCE * 128;
+                // with few rows an expert is one tile
+                if (TILE_M == 16) copy_async_once(at, weights + k + i * apart, inside);
+                else copy_async(at, weights + k + i * apart, inside);
             }
             if (++step == steps) {
                 any = schedule.find<TILE_M>(p, item_after(tile.item, turn), tile);

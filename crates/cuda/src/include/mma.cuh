@@ -6,6 +6,14 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
+// The same of what is read once: the second-level cache gives it up first. `to` must be a sum that each thread keeps for itself:
+// of an address with a part that all threads share, NVRTC 13 makes an illegal instruction here.
+__device__ __forceinline__ void copy_async_once(u32 to, const void* from, bool inside) {
+    asm volatile(
+        "{.reg .b64 first; createpolicy.fractional.L2::evict_first.b64 first, 1.0;"
+        "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, first;}" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
+        : "memory");
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 

@@ -7,9 +7,6 @@ use std::ops::RangeInclusive;
 
 /// Tokens, which are the columns of a product of tensor cores.
 const TOKENS: RangeInclusive<usize> = 2..=8;
-/// Choices of a token behind a router's launch. That launch is too short to hide how these begin, some 11 us of an H200, and
-/// the fewer experts a token has, the more is gained.
-const CHOICES_BEHIND_ROUTER: usize = 2;
 /// What lists in shared memory have room for; see `include/few.cuh`.
 const MOST_SLOTS: usize = 128;
 const MOST_EXPERTS: usize = 512;
@@ -47,8 +44,6 @@ pub(crate) struct Sizes {
     pub(crate) hidden: usize,
     /// I.
     pub(crate) intermediate: usize,
-    /// Whether the launch before is the router's.
-    pub(crate) behind_router: bool,
 }
 
 /// Warps of a block, chunks of a row that each has, stages of its ring, and rows of a stage by 8.
@@ -78,10 +73,7 @@ pub(crate) struct FewPlan {
 /// gate_up, and down with combine. None where lists, registers or shared memory have no room for both at once, or another way
 /// is faster.
 pub(crate) fn few(sizes: &Sizes, device: &DeviceNumbers) -> Option<[FewPlan; 2]> {
-    let &Sizes { tokens, top_k, experts, hidden, intermediate, behind_router } = sizes;
-    if behind_router && top_k > CHOICES_BEHIND_ROUTER {
-        return None;
-    }
+    let &Sizes { tokens, top_k, experts, hidden, intermediate } = sizes;
     let slots = tokens.checked_mul(top_k)?;
     let listed = TOKENS.contains(&tokens) && slots <= MOST_SLOTS && experts <= MOST_EXPERTS && top_k <= MOST_CHOICES;
     let multiprocessors = (device.multiprocessors as usize).max(1);
@@ -165,7 +157,7 @@ mod tests {
     use crate::plan::tests::device;
 
     fn sizes(tokens: usize, top_k: usize, hidden: usize, intermediate: usize) -> Sizes {
-        Sizes { tokens, top_k, experts: 128, hidden, intermediate, behind_router: false }
+        Sizes { tokens, top_k, experts: 128, hidden, intermediate }
     }
 
     fn tiles(tokens: usize, top_k: usize, hidden: usize, intermediate: usize) -> Option<[[u8; 4]; 2]> {
@@ -183,12 +175,6 @@ mod tests {
         assert_eq!(tiles(8, 4, 2880, 2880), Some([[15, 3, 3, 2], [9, 0, 3, 3]]));
         assert_eq!(tiles(8, 2, 4096, 14336), Some([[8, 8, 6, 2], [16, 0, 3, 2]]));
         assert_eq!(tiles(2, 1, 8, 8), Some([[8, 1, 6, 2], [8, 0, 6, 2]]));
-    }
-
-    #[test]
-    fn a_router_is_too_short_to_begin_behind_for_many_choices() {
-        let behind = |top_k| few(&Sizes { behind_router: true, ..sizes(8, top_k, 2048, 768) }, &device());
-        assert!(behind(2).is_some() && behind(3).is_none());
     }
 
     #[test]
