@@ -1,7 +1,8 @@
 // down_combine with all that is but the rows fetched while the launch before still makes them: a block a multiprocessor has
 // some outputs, a warp every WARPS-th pair of WIDE of them and a slot, whose rows of weights go through its ring.
 //
-//   the first warp finds the routes, each warp fills its ring; then this launch's turn
+//   the first warp finds the routes, each warp fills its ring; the next launch may begin: it waits for this one by itself
+//   this launch's turn
 //   the token's rows to shared memory; dot products to shared memory; a thread an output: slots in order
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) down_combine_ring(const __grid_constant__ DownCombineRingParams q) {
@@ -13,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) down_combine_ring(co
     const u32 most = (u32)((p.outputs + gridDim.x - 1) / gridDim.x);
     const u32 first = (u32)(p.outputs * blockIdx.x / gridDim.x), count = (u32)(p.outputs * (blockIdx.x + 1) / gridDim.x) - first;
     const u32 units = (count + WIDE - 1) / WIDE * slots;
-    find_routes(q.route, true, false, chosen);
+    const Choice choice = find_experts(q.route, chosen);
     __syncthreads();
 
     f32* products = reinterpret_cast<f32*>(memory + slots * spans * SPAN * 2);
@@ -42,8 +43,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) down_combine_ring(co
     };
     find_rows();
 #pragma unroll 1
-    for (u32 i = 0; i < STAGES - 1; i++) fill();
-    take_turn();
+    for (u32 i = 0; i < STAGES; i++) fill();
+    LaneRoute route = {};
+    if (warp == 0) route = find_weights(q.route, choice, chosen);
+    let_next_launch_begin();
+    wait_for_launch_before();
+    if (blockIdx.x == 0 && warp == 0) write_routes(q.route, route);
     u16* a = reinterpret_cast<u16*>(memory);
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < slots * spans * 32; i += 32 * WARPS) {
@@ -58,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) down_combine_ring(co
             const u32 k = i * SPAN + lane * 8;
             uint4 v = {0, 0, 0, 0};
             if (k < inner) v = *reinterpret_cast<const uint4*>(a + slot * spans * SPAN + k);
-            ring.wait();
+            ring.wait<STAGES>();
             sums.add(ring, v);
             fill();
         }
@@ -72,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) down_combine_ring(co
     __syncthreads();
     for (u32 o = threadIdx.x; o < count; o += 32 * WARPS) {
         f32 value = 0.0f;
+#pragma unroll 4
         for (u32 slot = 0; slot < slots; slot++) {
             const f32 bias = p.bias.data ? bias_at(p, expert_at<W_T>(p, chosen.expert[slot]).bias, first + o) : 0.0f;
             value = fmaf(q.combine.weights.data ? chosen.weight[slot] : 1.0f, products[o * slots + slot] + bias, value);

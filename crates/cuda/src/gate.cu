@@ -1,6 +1,7 @@
 // logits = softcap(scale * (n . router^T) + bias): a warp an expert, TOKENS tokens at once.
 
 extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ GateParams p) {
+    if (p.early) let_next_launch_begin();
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u64 expert = (u64)blockIdx.x * (blockDim.x / 32) + warp;
     const u64 e = expert < p.experts ? expert : p.experts - 1;

@@ -7,7 +7,7 @@ use fused_moe_core::operation::{Gate, GateRoute};
 params! {
     GateParams {
         x: Tensor, router: Tensor, bias: Tensor, norm_weight: Tensor, normed: Tensor, logits: Tensor,
-        tokens: u64, hidden: u64, experts: u64, scale: f32, softcap: f32, eps: f32, norm: u32,
+        tokens: u64, hidden: u64, experts: u64, scale: f32, softcap: f32, eps: f32, norm: u32, early: u32, zero: u32,
     }
 }
 
@@ -31,6 +31,7 @@ impl GateParams {
             softcap: operands.config.softcap.unwrap_or(0.0),
             eps: operands.config.norm.map_or(0.0, |norm| norm.eps),
             norm: operands.config.norm.is_some().into(),
+            ..Self::default()
         })
     }
 
@@ -41,9 +42,10 @@ impl GateParams {
     }
 }
 
-pub(crate) fn gate(cuda: &Cuda, stream: &CudaStream, operands: &Gate<'_, Cuda>) -> Result<()> {
+/// `early`: the next launch may begin before this one's turn, as it uses nothing of what it reads before its own.
+pub(crate) fn gate(cuda: &Cuda, stream: &CudaStream, operands: &Gate<'_, Cuda>, early: bool) -> Result<()> {
     let problem = operands.problem()?;
-    let params = GateParams::new(operands)?;
+    let params = GateParams { early: early.into(), ..GateParams::new(operands)? };
     let plan = plan::gate(&problem, operands.norm_weight.is_some(), |n| params.aligned(n), cuda.numbers());
     launch(cuda, stream, plan.kernel, plan.grid, &params)
 }
@@ -57,7 +59,7 @@ pub(crate) fn gate_route(cuda: &Cuda, stream: &CudaStream, operands: GateRoute<'
     match plan::gate_route(&problem, |n| params.gate.aligned(n)) {
         Some(plan) => launch(cuda, stream, plan.kernel, plan.grid, &params),
         None => {
-            gate(cuda, stream, &operands.gate)?;
+            gate(cuda, stream, &operands.gate, false)?;
             let GateRouteParams { gate: GateParams { logits, tokens, .. }, choice } = params;
             let plan = plan::route(&problem.1, operands.choice.witness.is_some());
             launch(cuda, stream, plan.kernel, plan.grid, &RouteParams { logits, choice, tokens })

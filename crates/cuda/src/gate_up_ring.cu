@@ -1,13 +1,16 @@
 // Gate and up rows of one token's experts, with the activation, and its routes: a block a multiprocessor.
 //
 //   twice, the first time before this launch's turn and for nothing, but that it brings the instructions here:
-//     the first warp finds the experts, in every block for itself (the first block writes the routes); each warp fills its ring
-//   each warp: outputs of all slots in turn, OUTPUTS at once, their weight rows through its ring; x from shared memory
+//     the first warp finds the experts, in every block for itself; each warp fills its ring
+//   each warp: outputs of all slots in turn, OUTPUTS at once, their weight rows through its ring; x from shared memory;
+//     the first one lets the next launch begin when half is done, or all but LEFT stages, which take as long as that one needs
+//     to be ready: before, its copies would delay these
 //
 // I is a multiple of OUTPUTS. So little room is taken that the next launch has its own beside it and fetches its first
 // weights meanwhile.
 #define HALVES (GATED ? 2 : 1)
 #define OUTPUTS (WIDE / HALVES)
+#define LEFT 10
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) gate_up_ring(const __grid_constant__ GateUpRingParams q) {
     extern __shared__ __align__(16) u8 memory[];
@@ -23,11 +26,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) gate_up_ring(const _
     Ring ring(memory_of_warp);
     u32 unit = begin, span = 0;
     const u16* row = nullptr;
-    const auto find_rows = [&]() {
+    const auto find_rows = [&](u32 slot, u32 i) {
         if (unit >= units) return;
-        const Expert expert = expert_at<W_T>(p, chosen.expert[unit / groups]);
-        row = reinterpret_cast<const u16*>(expert.matrix) + unit % groups * OUTPUTS * p.row_stride + lane * 8;
+        row = reinterpret_cast<const u16*>(expert_at<W_T>(p, chosen.expert[slot]).matrix) + i * p.row_stride + lane * 8;
     };
+    Choice choice;
+    const u32 first_slot = begin / groups, first_output = begin % groups * OUTPUTS;
     const auto fill = [&](bool live) {
         if (unit < units) {
             const u32 k = span * SPAN;
@@ -37,17 +41,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) gate_up_ring(const _
             if (++span == spans) {
                 span = 0;
                 unit += apart;
-                find_rows();
+                find_rows(unit / groups, unit % groups * OUTPUTS);
             }
         }
         ring.filled();
     };
 #pragma unroll 1
     for (u32 pass = 0; pass < 2; pass++) {
-        const bool live = pass == 1, first = live && blockIdx.x == 0;
+        const bool live = pass == 1;
         if (live) {
             wait_copies<0>();
-            take_turn();
+            wait_for_launch_before();
             __syncthreads();
         } else if (warp == 1) {
             fetch(row_of<const W_T>(p.x, 0), p.inner);
@@ -55,27 +59,36 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) gate_up_ring(const _
         for (u32 k = threadIdx.x * 8; k < inner; k += 32 * WARPS * 8)
             copy_async(shared_address(memory) + k * 2, row_of<const u16>(p.x, 0) + k, live);
         commit_copies();
-        find_routes(q.route, first || weighted, first, chosen);
+        choice = find_experts(q.route, chosen);
         __syncthreads();
         ring = Ring(memory_of_warp);
         unit = begin;
         span = 0;
-        find_rows();
+        find_rows(first_slot, first_output);
 #pragma unroll 1
         for (u32 i = 0; i < STAGES - 1; i++) fill(live);
+    }
+    const bool writes = q.write && blockIdx.x == 0;
+    if ((weighted || writes) && warp == 0) {
+        const LaneRoute route = find_weights(q.route, choice, chosen);
+        if (writes) write_routes(q.route, route);
     }
     // for x
     wait_copies<STAGES - 1>();
     __syncthreads();
+    const u32 stages = begin < units ? (units - begin + apart - 1) / apart * spans : 0;
+    const u32 half = stages / 2, most = stages > LEFT ? stages - LEFT : 0;
+    u32 done = 0;
     for (u32 own = begin; own < units; own += apart) {
         Sums sums = {};
         for (u32 i = 0; i < spans; i++) {
             const u32 k = i * SPAN + lane * 8;
             uint4 v = {0, 0, 0, 0};
             if (k < inner) v = *reinterpret_cast<const uint4*>(memory + k * 2);
-            ring.wait();
+            ring.wait<STAGES - 1>();
             sums.add(ring, v);
             fill(true);
+            if (warp == 0 && done++ == (half < most ? half : most)) let_next_launch_begin();
         }
         f32 sum[WIDE];
 #pragma unroll

@@ -225,12 +225,12 @@ impl CudaLayer {
             true => self.few(cuda, reads.experts)?,
             false => None,
         };
-        let wanted = match ring {
-            // a router's launch ends with the routes
-            Some(_) if from_logits => Wanted::Logits,
-            None if few.is_some() => Wanted::Logits,
-            None if !alone && ours && self.problem.slots_are_rows() => Wanted::Groups,
-            _ => Wanted::Routes,
+        let wanted = if ring.is_some() || few.is_some() {
+            Wanted::Logits
+        } else if !alone && ours && self.problem.slots_are_rows() {
+            Wanted::Groups
+        } else {
+            Wanted::Routes
         };
         let from = |logits| RoutesFrom { logits, x: reads.router, token_ids, sequences, wanted };
         let (routing, outcome) = match source {
@@ -264,9 +264,11 @@ impl CudaLayer {
         let there = || Routes::there(&routing).map(|routes| routes.of(tokens, choices));
         let few = few.map(|plans| Ok::<_, crate::Error>((plans, outcome.left.map_or_else(there, Ok)?))).transpose()?;
         let (matrices, activation) = (&self.experts, config.activation);
+        let combined = alone && norm.is_none() && self.expert_out.is_none();
         let out = scratch.a.view_mut(between, [rows, config.intermediate])?;
         if let Some(([plan, _], routes)) = &ring {
-            gate_up_ring(cuda, stream, &GateUpRing { x, routes, matrices, activation, on_input, out }, *plan)?;
+            let operands = GateUpRing { x, routes, matrices, activation, on_input, out };
+            gate_up_ring(cuda, stream, &operands, !combined, *plan)?;
         } else if let Some(([plan, _], routes)) = &few {
             let operands = GateUpRing { x, routes, matrices, activation, on_input, out };
             gate_up_few(cuda, stream, &operands, from_logits, *plan)?;
@@ -286,7 +288,7 @@ impl CudaLayer {
         }
         let weights = (!on_input).then_some(routing.weights);
         let residual = residual.map(shorten_residual);
-        if few.is_some() || (alone && norm.is_none() && self.expert_out.is_none()) {
+        if few.is_some() || combined {
             let shared = self.shared_output(cuda, stream, x, &mut scratch.shared)?;
             let a = scratch.a.view(between, [rows, config.intermediate])?;
             let (experts, routed_scale) = (routing.experts, config.routed_scale);

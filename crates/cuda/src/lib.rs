@@ -287,7 +287,7 @@ impl Backend for Cuda {
     }
 
     fn gate(&self, stream: &CudaStream, operands: Gate<'_, Self>) -> Result<()> {
-        gate::gate(self, stream, &operands)
+        gate::gate(self, stream, &operands, false)
     }
 
     fn route(&self, stream: &CudaStream, operands: Route<'_, Self>) -> Result<()> {

@@ -15,7 +15,7 @@ use fused_moe_core::config::Activation;
 use fused_moe_core::{DType, Routing, View};
 
 params! {
-    GateUpRingParams { gate_up: GroupedParams, route: RouteParams }
+    GateUpRingParams { gate_up: GroupedParams, route: RouteParams, write: u32, zero: u32 }
 }
 
 params! {
@@ -82,11 +82,18 @@ impl GateUpRing<'_> {
     }
 }
 
-/// `out[k] = act(gate_k . x) * (up_k . x)` for the experts that are chosen; the routes are written where `routes` says, if
-/// they were not there.
+/// `out[k] = act(gate_k . x) * (up_k . x)` for the experts that are chosen.
+///
+/// `write`: the routes are written where `routes` says, if they were not there; [`down_combine_ring`] does that too.
 ///
 /// Errors: `Misaligned`.
-pub(crate) fn gate_up_ring(cuda: &Cuda, stream: &CudaStream, operands: &GateUpRing<'_>, plan: RingPlan) -> Result<()> {
+pub(crate) fn gate_up_ring(
+    cuda: &Cuda,
+    stream: &CudaStream,
+    operands: &GateUpRing<'_>,
+    write: bool,
+    plan: RingPlan,
+) -> Result<()> {
     let (gate_up, product) = (operands.params()?, operands.product());
     let &Routes { params: route, logits, lane_logits } = operands.routes;
     let kernel =
@@ -94,11 +101,11 @@ pub(crate) fn gate_up_ring(cuda: &Cuda, stream: &CudaStream, operands: &GateUpRi
     if let Some(recorder) = cuda.recorder() {
         recorder.explain(plan.why);
     }
-    launch(cuda, stream, kernel, plan.grid, &GateUpRingParams { gate_up, route })
+    launch(cuda, stream, kernel, plan.grid, &GateUpRingParams { gate_up, route, write: write.into(), zero: 0 })
 }
 
-/// [`down_combine`](crate::down_combine::down_combine) of the routes that [`gate_up_ring`] found; its operands' experts and
-/// weights are those that it wrote. What `routes` reads was there when the launch before began.
+/// [`down_combine`](crate::down_combine::down_combine) of the routes that [`gate_up_ring`] found, which are written to its
+/// operands' experts and weights if they were not there. What `routes` reads was there when the launch before began.
 ///
 /// Errors: `Misaligned`.
 pub(crate) fn down_combine_ring(

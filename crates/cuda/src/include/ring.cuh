@@ -22,8 +22,8 @@ struct Ring {
         commit_copies();
         write = after(write);
     }
-    // For the oldest of STAGES - 1 stages that were filled.
-    __device__ __forceinline__ void wait() const { wait_copies<STAGES - 2>(); }
+    // For the oldest stage of FILLED.
+    template <int FILLED> __device__ __forceinline__ void wait() const { wait_copies<FILLED - 1>(); }
     __device__ __forceinline__ uint4 span(int n) const {
         uint4 v;
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -64,22 +64,43 @@ struct Chosen {
     f32 weight[32];
 };
 
-// The token's routes, by the first warp: of its logits where LANE_LOGITS says how many a lane has, else as they were written.
-// All of it past this multiprocessor's own cache, as it may be read before this launch's turn. `weigh`: weights too, and
-// `write`: for others.
-__device__ __forceinline__ void find_routes(const RouteParams& p, bool weigh, bool write, Chosen& chosen) {
-    const u32 lane = threadIdx.x;
-    if (lane >= 32) return;
 #if LANE_LOGITS > 0
-    const auto choice = choose_in_registers<LOGITS_T, LANE_LOGITS>(p.choice, row_of<const LOGITS_T>(p.logits, 0), lane);
-    chosen.expert[lane] = choice.expert;
-    if (!weigh) return;
-    const LaneRoute route = {choice.expert, weight_in_registers(p.choice, choice, lane), choice.finite};
-    chosen.weight[lane] = route.weight;
-    if (write) route.write(p.choice, 0, lane);
+typedef LaneChoice<LANE_LOGITS> Choice;
 #else
-    if (lane >= p.choice.top_k) return;
-    chosen.expert[lane] = __ldcg(row_of<const u32>(p.choice.experts, 0) + lane);
-    if (weigh) chosen.weight[lane] = __ldcg(row_of<const f32>(p.choice.weights, 0) + lane);
+struct Choice {
+    u32 expert;
+};
 #endif
+
+// The token's experts, by the first warp: of its logits where LANE_LOGITS says how many a lane has, else as they were written. All
+// of it past this multiprocessor's own cache, as it may be read before this launch's turn.
+__device__ __forceinline__ Choice find_experts(const RouteParams& p, Chosen& chosen) {
+    const u32 lane = threadIdx.x;
+    Choice choice = {};
+    if (lane >= 32) return choice;
+#if LANE_LOGITS > 0
+    __shared__ __align__(16) u64 scratch[CHOICE_SCRATCH];
+    choice = choose_in_registers<LOGITS_T, LANE_LOGITS>(p.choice, row_of<const LOGITS_T>(p.logits, 0), lane, scratch);
+#else
+    if (lane < p.choice.top_k) choice.expert = __ldcg(row_of<const u32>(p.choice.experts, 0) + lane);
+#endif
+    chosen.expert[lane] = choice.expert;
+    return choice;
+}
+
+// And their weights, by the same.
+__device__ __forceinline__ LaneRoute find_weights(const RouteParams& p, const Choice& choice, Chosen& chosen) {
+    const u32 lane = threadIdx.x;
+#if LANE_LOGITS > 0
+    const LaneRoute route = {choice.expert, weight_in_registers(p.choice, choice, lane), choice.finite};
+#else
+    const LaneRoute route = {choice.expert, lane < p.choice.top_k ? __ldcg(row_of<const f32>(p.choice.weights, 0) + lane) : 0.0f, true};
+#endif
+    chosen.weight[lane] = route.weight;
+    return route;
+}
+
+// The routes for others, where they are not there, by the same.
+__device__ __forceinline__ void write_routes(const RouteParams& p, const LaneRoute& route) {
+    if (LANE_LOGITS > 0) route.write(p.choice, 0, threadIdx.x);
 }

@@ -278,6 +278,18 @@ template <int PER_LANE> struct LaneChoice {
     bool finite;
     f32 logit[PER_LANE];
 
+    // Past this multiprocessor's own cache: some launches read logits before their turn.
+    template <class L> __device__ __forceinline__ void read(const ChoiceParams& p, const L* logits, u32 lane) {
+        u32 some = 0;
+#pragma unroll
+        for (u32 i = 0; i < PER_LANE; i++) {
+            const u32 e = lane + 32 * i;
+            logit[i] = e < p.experts_total ? load_through(logits + e) : NOT_A_NUMBER;
+        }
+#pragma unroll
+        for (u32 i = 0; i < PER_LANE; i++) some |= is_finite(logit[i]);
+        finite = __any_sync(0xffffffffu, some);
+    }
     __device__ __forceinline__ Scores scores(const ChoiceParams& p) const {
         Scores scores = {-INFINITE, 0.0f, p.score};
         if (p.score != SCORE_SOFTMAX) return scores;
@@ -307,20 +319,44 @@ template <int N, int MERGED = 1, int APART = 1> __device__ __forceinline__ void 
     }
 }
 
+// Words of shared memory of its own by which a warp may choose, and the most that are compared all with all.
+#define CHOICE_SCRATCH 64
+#define MOST_CANDIDATES 32
+
+// The largest words of a warp, as many as `count`: the k-th to lane k. By places: a word's place is how many are larger. Only lanes
+// whose own largest word has one of the first places have any of them. Words differ, but for 0, which is none.
+template <int PER_LANE> __device__ __forceinline__ u64 largest_by_places(const u64 (&words)[PER_LANE], u32 count, u32 lane, u64* scratch) {
+    u64 *heads = scratch, *candidates = scratch + 32;
+    u64 head = words[0];
+#pragma unroll
+    for (int i = 1; i < PER_LANE; i++) head = Max::of(head, words[i]);
+    heads[lane] = head;
+    candidates[lane] = 0;
+    __syncwarp();
+    u32 place = 0;
+#pragma unroll
+    for (int j = 0; j < 32; j++) place += heads[j] > head;
+    if (place < count) {
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) candidates[place * PER_LANE + i] = words[i];
+    }
+    __syncwarp();
+    const u64 own = candidates[lane];
+    place = 0;
+#pragma unroll
+    for (int j = 0; j < 32; j++) place += candidates[j] > own;
+    if (place < count) heads[place] = own;
+    __syncwarp();
+    return heads[lane];
+}
+
+// `scratch`: CHOICE_SCRATCH words of shared memory for this warp alone, aligned to 16 bytes, or none.
 template <class L, int PER_LANE>
-__device__ __forceinline__ LaneChoice<PER_LANE> choose_in_registers(const ChoiceParams& p, const L* logits, u32 lane) {
+__device__ __forceinline__ LaneChoice<PER_LANE> choose_in_registers(const ChoiceParams& p, const L* logits, u32 lane,
+                                                                    u64* scratch = nullptr) {
     LaneChoice<PER_LANE> choice;
     choice.expert = lane;
-    u32 finite = 0;
-    // past this multiprocessor's own cache: some launches read them before their turn
-#pragma unroll
-    for (u32 i = 0; i < PER_LANE; i++) {
-        const u32 e = lane + 32 * i;
-        choice.logit[i] = e < p.experts_total ? load_through(logits + e) : NOT_A_NUMBER;
-    }
-#pragma unroll
-    for (u32 i = 0; i < PER_LANE; i++) finite |= is_finite(choice.logit[i]);
-    choice.finite = __any_sync(0xffffffffu, finite);
+    choice.read(p, logits, lane);
     if (!choice.finite) return choice;
     Scores scores = {};
     if (!p.by_logit) scores = choice.scores(p);
@@ -341,6 +377,11 @@ __device__ __forceinline__ LaneChoice<PER_LANE> choose_in_registers(const Choice
         f32 key = p.by_logit ? logit : score_of(scores.max, scores.sum, scores.kind, logit);
         if (p.bias.data) key += element(p.bias, 0, e);
         words[i] = (u64)order_of_key(is_nan(logit) || is_nan(key) ? -INFINITE : key) << 32 | ~e;
+    }
+    if (scratch && p.top_k * PER_LANE <= MOST_CANDIDATES) {
+        const u64 word = largest_by_places(words, p.top_k, lane, scratch);
+        if (lane < p.top_k) choice.expert = ~(u32)word;
+        return choice;
     }
     sort_descending(words);
     u32 low[PER_LANE];

@@ -113,7 +113,9 @@ __device__ __forceinline__ f32 element(const Tensor& t, u64 row, u64 col) {
 }
 
 // A launch may begin while the one before it still runs. Until it has waited, it writes nothing but what has been its own
-// since before the one before began, and what it reads that was not there then it throws away; it lets the next one begin after that, so that all but the last launch before are over then.
+// since before the one before began, and what it reads that was not there then it throws away; it lets the next one begin after
+// that, so that all but the last launch before are over then. One that a call ends with, or that is followed by one that
+// throws away all it reads before its turn, may let it begin earlier.
 __device__ __forceinline__ void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -2,6 +2,7 @@
 
 use super::{CudaLayer, In, Out, Router, pieces, vector};
 use crate::error::Result;
+use crate::gate::gate;
 use crate::launch::Tensor;
 use crate::permute::permute_counted;
 use crate::ring::Routes;
@@ -141,7 +142,9 @@ impl CudaLayer {
                 cuda.gate_route(stream, GateRoute { gate, choice })?;
                 return Ok(Outcome::default());
             }
-            cuda.gate(stream, self.gate(router, x, logits.view_mut(F32, all)?)?)?;
+            // one token's next launch goes through its instructions before its turn
+            let early = wanted == Wanted::Logits && tokens == 1;
+            gate(cuda, stream, &self.gate(router, x, logits.view_mut(F32, all)?)?, early)?;
             let operands = Route { logits: logits.view(F32, all)?, choice };
             return self.route(cuda, stream, operands, (wanted, permutation));
         }
