@@ -185,6 +185,8 @@ pub(crate) fn tall_sizes(scale: Scale) -> Vec<([usize; 5], Spread)> {
         ([90, 2, 136, 72, 3], Spread::Holes),
         // a handful of rows to some hundred, whose tiles have their heights; the highest where sums are long
         ([160, 1, 96, 48, 12], Spread::Skewed),
+        ([420, 1, 96, 48, 12], Spread::Skewed),
+        ([1080, 1, 96, 48, 12], Spread::Skewed),
         ([700, 1, 224, 112, 12], Spread::Skewed),
         ([480, 1, 2576, 48, 4], Spread::Skewed),
         ([480, 1, 64, 2560, 4], Spread::Skewed),

@@ -48,9 +48,9 @@ Examples:
   fmoe run model --input golden.safetensors:input.0 --expect golden.safetensors:output.0
 
 Without a checkpoint, a small layer that comes with the program runs on its own input, against its known output.
-The input is [T, H] or [B, S, H], of f32, f16, bf16 or f64 (converted to f32); the output has the input's format.
-Beside input.0, the input's file may hold input_ids.0 and router_state.0 (beside another name, input_ids and
-router_state): the tokens' ids, where experts are chosen by them, and what the router of the layer before hands on,
+The input is [T, H] or [B, S, H], of f32, f16, bf16 or f64 (converted to f32); the output has the input's format. \
+Beside input.0, the input's file may hold input_ids.0 and router_state.0 (beside another name, input_ids and \
+router_state): the tokens' ids, where experts are chosen by them, and what the router of the layer before hands on, \
 where routers do. A state goes on from layer to layer with --all, and to the file of --output.")]
 pub(crate) struct Run {
     /// A model directory with config.json and safetensors
@@ -118,8 +118,8 @@ Examples:
   fmoe check --backend wgpu --adapter nvidia
   FMOE_CPU_ISA=avx2 fmoe check
 
---golden compares with folders of config.json, model.safetensors and golden.safetensors (input.i, output_f64.i;
-if they are there: topk_ids.i, topk_weights_f64.i, experts_input.i, experts_output_f64.i, and input_ids.i and
+--golden compares with folders of config.json, model.safetensors and golden.safetensors (input.i, output_f64.i; \
+if they are there: topk_ids.i, topk_weights_f64.i, experts_input.i, experts_output_f64.i, and input_ids.i and \
 router_state.i as with `fmoe run`; names without _f64 will do).")]
 pub(crate) struct Check {
     /// Only cases whose name contains this
@@ -136,7 +136,7 @@ pub(crate) struct Check {
     pub(crate) golden: Vec<PathBuf>,
     /// Compile every CUDA kernel for these architectures instead [default: sm_80 sm_90a sm_100a]; needs no device
     #[arg(long, value_name = "ARCH", num_args = 0.., default_missing_values = ["sm_80", "sm_90a", "sm_100a"],
-          conflicts_with_all = ["filter", "golden"])]
+          value_parser = architecture, conflicts_with_all = ["filter", "full", "golden", "json", "backend", "adapter"])]
     pub(crate) compile_only: Option<Vec<String>>,
     /// Print JSON
     #[arg(long)]
@@ -158,9 +158,11 @@ Examples:
   fmoe bench --backend cpu --backward --shape olmoe --tokens 1024
 
 The result is checked against the f64 reference before a time is printed. Each call reads another layer's weights.
-The floor is the larger of the bytes that a call must read over the read bandwidth, and its floating-point operations
-over the arithmetic rate, both measured on this machine in the same run; on a GPU, the arithmetic rate is that of two
-dense products with as many operations, by cuBLAS where it is found, on --backend wgpu by this program's own kernel.")]
+
+The floor is the larger of the bytes that a call must read over the read bandwidth, and its floating-point operations \
+over the arithmetic rate, both measured on this machine in the same run, on the CPU with the instruction set in use \
+(FMOE_CPU_ISA forces one); on a GPU, the arithmetic rate is that of two dense products with as many operations, by \
+cuBLAS where it is found, on --backend wgpu by this program's own kernel.")]
 pub(crate) struct Bench {
     /// A named shape: qwen3-30b-a3b, mixtral-8x7b, gemma4-26b-a4b, deepseek-v3, deepseek-v3-64, gpt-oss-20b or olmoe
     /// [default: qwen3-30b-a3b]
@@ -196,9 +198,8 @@ pub(crate) struct Bench {
     /// Measure another backend too, on the same tokens, and print its median beside
     #[arg(long, value_name = "B")]
     pub(crate) beside: Option<String>,
-    /// Measure a training step instead, on a backend that trains: the forward pass of the prepared layer, the one that keeps
-    /// what its backward pass needs, and the backward pass; tokens default to 64,256,1024, on a GPU 512,2048,8192, calls
-    /// begin at x
+    /// Measure a training step instead: the forward pass of the prepared layer, the forward pass that keeps what the backward
+    /// pass needs, and the backward pass [default --tokens: 64,256,1024; on a GPU 512,2048,8192] [default --from: x]
     #[arg(long, conflicts_with = "beside")]
     pub(crate) backward: bool,
     /// Threads of the CPU backend, which is then the default [default: one for each processor]
@@ -210,7 +211,7 @@ pub(crate) struct Bench {
     /// Write the results as JSON (`-` for standard output)
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
-    /// Append the results to DIR/DEVICE/DATE.csv
+    /// Append the results to DIR/DEVICE/DATE.csv, those of --backward to DATE-backward.csv [default DIR: records]
     #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "records")]
     pub(crate) record: Option<PathBuf>,
     #[command(flatten)]
@@ -222,7 +223,12 @@ pub(crate) struct Bench {
 Examples:
   fmoe devices
   fmoe devices --timing
-  fmoe devices --json")]
+  fmoe devices --json
+
+Exit code: 0 where a device would be chosen, 1 where none can be but by its name.
+
+Lines about XDG_RUNTIME_DIR on standard error are a Vulkan layer's of Mesa, which looks for a desktop; the variable \
+NODEVICE_SELECT=1 turns it off.")]
 pub(crate) struct Devices {
     /// Time a first call on each device, with an empty kernel cache and with a warm one
     #[arg(long)]
@@ -263,6 +269,16 @@ fn tolerance(text: &str) -> Result<f64, String> {
     match text.trim().parse::<f64>() {
         Ok(x) if x.is_finite() && x >= 0.0 => Ok(x),
         _ => Err("expected a finite number, 0 or more".to_owned()),
+    }
+}
+
+/// A GPU's architecture as NVRTC names it.
+fn architecture(text: &str) -> Result<String, String> {
+    let number = text.strip_prefix("sm_").map(|number| number.strip_suffix(['a', 'f']).unwrap_or(number));
+    let digits = |number: &&str| number.len() < 4 && number.bytes().all(|byte| byte.is_ascii_digit());
+    match number.filter(digits).and_then(|number| number.parse::<u32>().ok()) {
+        Some(80..) => Ok(text.to_owned()),
+        _ => Err("expected sm_ and a number from 80 on, as in sm_80, sm_90a or sm_100a".to_owned()),
     }
 }
 

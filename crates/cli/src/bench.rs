@@ -16,7 +16,7 @@ mod wgpu;
 
 use crate::args::{self, Bits, Format, Origin};
 use crate::devices;
-use crate::output::{self, bytes, misused, progress, remedied};
+use crate::output::{self, bytes, counted, misused, progress, remedied};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use cuda::Gpu;
@@ -45,9 +45,8 @@ pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
     if let Some(path) = arguments.json.as_deref().filter(|path| *path != Path::new("-")) {
         record::writable(path)?;
     }
-    if let Some(directory) = &arguments.record {
-        record::prepare(directory)?;
-    }
+    let record = arguments.record.as_deref();
+    record.map_or(Ok(()), record::prepare)?;
     let device = match (device(arguments)?, arguments.threads) {
         (Device::Cpu(_), Some(threads)) => Device::Cpu(fused_moe::cpu::Cpu::with_threads(threads)?),
         (Device::Cpu(cpu), None) => Device::Cpu(cpu),
@@ -57,14 +56,16 @@ pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
     };
     let beside = arguments.beside.as_deref().map(|name| devices::named("--beside", name)).transpose()?;
     let quiet = arguments.json.as_deref() == Some(Path::new("-"));
-    let run = Run { arguments, name: &name, config: &config, tokens: &arguments.tokens, from: arguments.from, quiet };
+    let (tokens, from) = (&arguments.tokens[..], arguments.from);
+    let run = Run { arguments, name: &name, config: &config, tokens, from, quiet, record };
     if arguments.backward {
         return run.backward_on(device).map(|()| ExitCode::SUCCESS);
     }
     let mut measured = run.on(device)?;
     if let Some(device) = beside {
         let tokens: Vec<usize> = measured.timings.iter().map(|timing| timing.tokens).collect();
-        let beside = Run { tokens: &tokens, from: Some(measured.origin), quiet: true, ..run }.on(device)?;
+        let beside =
+            Run { tokens: &tokens, from: Some(measured.origin), quiet: true, record: None, ..run }.on(device)?;
         measured.setting.beside = Some(beside.setting.backend.to_owned());
         for (timing, other) in measured.timings.iter_mut().zip(&beside.timings) {
             timing.beside = Some(other.median);
@@ -80,7 +81,7 @@ pub(crate) fn bench(arguments: &args::Bench) -> Result<ExitCode> {
 /// The device that the command line asks for; a number of threads asks for the processor.
 fn device(arguments: &args::Bench) -> Result<Device> {
     match (arguments.threads, arguments.on.backend.as_deref()) {
-        (Some(_), None) if arguments.on.adapter.is_none() => Ok(Device::cpu()?),
+        (Some(_), None) if arguments.on.adapter.is_none() => devices::named("--backend", "cpu"),
         (Some(threads), Some(name)) if name.starts_with("cuda") || name.starts_with("wgpu") => {
             Err(no_threads(threads, name))
         }
@@ -125,6 +126,8 @@ struct Run<'a> {
     from: Option<Origin>,
     /// Prints nothing.
     quiet: bool,
+    /// Where rows are recorded.
+    record: Option<&'a Path>,
 }
 
 /// What a run found.
@@ -172,6 +175,7 @@ impl<'a> Run<'a> {
             backend: meter.backend().name(),
             device: meter.device(),
             threads: meter.threads(),
+            isa: meter.isa(),
             shape: self.name,
             config: self.config,
             dtype: self.dtype().to_string(),
@@ -212,15 +216,15 @@ impl<'a> Run<'a> {
     fn layers<M: Meter>(&self, meter: &M, source: u64) -> Result<usize> {
         let (sizes, room) = (self.sizes()?, meter.room(source)?);
         let layer = sizes.packed.max(1);
-        let fit = room / layer;
+        let fit = room.left() / layer;
         if fit == 0 {
             return Err(remedied(
                 format!(
-                    "{}: a layer takes {} in {}, {} of memory can be had",
+                    "{}: a layer takes {} in {}; of memory {}",
                     self.name,
                     bytes(layer),
                     self.dtype(),
-                    bytes(room)
+                    room.describe(0)
                 ),
                 "take a smaller shape or a narrower --dtype, or give --hidden, --intermediate, --experts and --top-k",
             ));
@@ -231,18 +235,21 @@ impl<'a> Run<'a> {
     /// Errors where the tokens do not fit beside the layers.
     fn check_tokens<M: Meter>(&self, meter: &M, source: u64, layers: u64) -> Result<()> {
         let LayerConfig { hidden, intermediate, experts, top_k, .. } = *self.config;
-        let room = meter.room(source)?.saturating_sub(layers);
+        let room = meter.room(source)?;
+        let left = room.left().saturating_sub(layers);
         for &tokens in self.tokens::<M>() {
             let io = 2 * (meter.batches(tokens) + 1) * hidden * self.dtype().size();
             let logits = 4 * experts * (meter.batches(tokens) + 1);
             let token = io + logits + top_k * (hidden + intermediate) * 8;
             let needed = tokens as u128 * token as u128;
-            if needed > u128::from(room) {
+            if needed > u128::from(left) {
                 let needed = bytes(needed.try_into().unwrap_or(u64::MAX));
-                return Err(remedied(
-                    format!("--tokens {tokens}: takes about {needed} beside the weights, {} can be had", bytes(room)),
-                    format!("at most {} tokens fit", room as u128 / token as u128),
-                ));
+                let help = match u128::from(left) / token as u128 {
+                    0 => "not one token fits; take a smaller shape or a narrower --dtype".to_owned(),
+                    fit => format!("at most {} fit", counted(fit, "token")),
+                };
+                let message = format!("--tokens {tokens}: takes about {needed} of memory; {}", room.describe(layers));
+                return Err(remedied(message, help));
             }
         }
         Ok(())
@@ -263,6 +270,8 @@ impl<'a> Run<'a> {
         let source_bytes = Source::size(self.config, self.dtype()) as u64;
         let count = self.layers(meter, source_bytes)?;
         self.check_tokens(meter, source_bytes, count as u64 * sizes.packed)?;
+
+        self.check_record(meter, &record::CALLS)?;
 
         let bar = progress(count as u64, "random weights");
         let source = Source::new(self.config, self.dtype(), arguments.routing, arguments.seed);
@@ -294,19 +303,25 @@ impl<'a> Run<'a> {
         };
         let mut timings = Vec::new();
         for &tokens in self.tokens::<M>() {
-            let bar = progress(measure::STEPS, &format!("{tokens} tokens"));
+            let of_tokens = counted(tokens, "token");
+            let bar = progress(measure::STEPS, &of_tokens);
             let timing = bench.measure(tokens, &|| bar.inc(1));
             bar.finish_and_clear();
             timings.push(
                 timing
                     .map_err(|error| short_of_memory(error, tokens))
-                    .with_context(|| format!("{}, {tokens} tokens: no time is given", self.name))?,
+                    .with_context(|| format!("{}, {of_tokens}: no time is given", self.name))?,
             );
         }
         let ceilings = before.or_higher(meter.ceilings()?);
         let machine = [meter.describe(&ceilings), meter.describe_arithmetic(&ceilings)];
         let setting = self.setting(meter, count, ceilings);
         Ok(Measured { setting, timings, origin: self.origin::<M>(), machine })
+    }
+
+    /// Errors where rows could not be recorded.
+    fn check_record<M: Meter>(&self, meter: &M, kind: &record::Kind) -> Result<()> {
+        self.record.map_or(Ok(()), |directory| record::appendable(directory, &meter.device(), kind))
     }
 
     /// Writes what is to be kept.
@@ -319,7 +334,7 @@ impl<'a> Run<'a> {
             }
             None => {}
         }
-        if let Some(directory) = &self.arguments.record {
+        if let Some(directory) = self.record {
             let path = record::append(directory, device, rows)?;
             output::note(format_args!("recorded in {}", path.display()));
         }
@@ -339,4 +354,29 @@ fn short_of_memory(error: anyhow::Error, tokens: usize) -> anyhow::Error {
 
 fn value_name(value: impl ValueEnum) -> String {
     value.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Arguments, Command};
+    use clap::Parser;
+
+    #[test]
+    fn numerics_are_those_of_the_command_line() {
+        let numerics = |arguments: &[&str]| {
+            let Command::Bench(arguments) = Arguments::parse_from([&["fmoe", "bench"], arguments].concat()).command
+            else {
+                panic!("{arguments:?}");
+            };
+            let (name, config) = shape(&arguments).unwrap();
+            let (arguments, config) = (&arguments, &config);
+            let run = Run { arguments, name: &name, config, tokens: &[], from: None, quiet: true, record: None };
+            run.options().numerics
+        };
+        assert_eq!(numerics(&[]), Numerics::Fast);
+        assert_eq!(numerics(&["--numerics", "fast"]), Numerics::Fast);
+        assert_eq!(numerics(&["--numerics", "batch-invariant"]), Numerics::BatchInvariant);
+        assert_eq!(numerics(&["--backward"]), Numerics::Fast);
+    }
 }

@@ -2,12 +2,13 @@
 
 use crate::args;
 use crate::devices;
-use crate::output::{self, BAD, DIM, GOOD, Table, checkpoint_error, plain, progress, remedied};
+use crate::output::{self, BAD, DIM, GOOD, Table, checkpoint_error, counted, plain, progress, remedied};
 use anstyle::Style;
 use anyhow::Result;
 use fused_moe::{Backend, BackendBackward, Device, Visitor, cuda};
+use fused_moe_conformance::backward::backward_cases;
 use fused_moe_conformance::golden::{GoldenError, GoldenReport, GoldenResult, check_golden};
-use fused_moe_conformance::{Options, Progress, Report, Scale, run, run_backward};
+use fused_moe_conformance::{Options, Progress, Report, Scale, cases, run, run_backward};
 use serde_json::json;
 use std::io::Write;
 use std::path::Path;
@@ -29,11 +30,7 @@ pub(crate) fn check(arguments: &args::Check) -> Result<ExitCode> {
         device.visit(Suite { filter: arguments.filter.clone(), scale })?
     };
     if report.results.is_empty() {
-        let filter = arguments.filter.as_deref().unwrap_or_default();
-        return Err(remedied(
-            format!("--filter {filter}: no case has this in its name"),
-            "names are stage/case/format, as in `--filter gate_up` or `--filter bf16`; leave it out to run all",
-        ));
+        return Err(nothing_found(arguments.filter.as_deref().unwrap_or_default(), arguments));
     }
     if arguments.json {
         output::print_json(&serde_json::to_value(&report)?)?;
@@ -41,6 +38,27 @@ pub(crate) fn check(arguments: &args::Check) -> Result<ExitCode> {
         print(&report)?;
     }
     Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// No case that was asked for has this in its name; where others have, the help says what runs them.
+fn nothing_found(filter: &str, arguments: &args::Check) -> anyhow::Error {
+    let found = |&(backward, scale): &(bool, Scale)| match backward {
+        true => backward_cases(scale).iter().any(|case| case.id().contains(filter)),
+        false => cases(scale).iter().any(|case| case.id().contains(filter)),
+    };
+    let (own, other) = (arguments.backward, !arguments.backward);
+    let others = [(other, Scale::Quick), (own, Scale::Full), (other, Scale::Full)];
+    let help = match others.iter().find(|others| found(others)) {
+        Some((backward, scale)) => {
+            let backward = if *backward { " --backward" } else { "" };
+            let full = if *scale == Scale::Full { " --full" } else { "" };
+            format!("there are such cases in `fmoe check --filter {filter:?}{backward}{full}`")
+        }
+        None => {
+            "names are stage/case/format, as in `--filter gate_up` or `--filter bf16`; leave it out to run all".into()
+        }
+    };
+    remedied(format!("--filter {filter}: no case has this in its name"), help)
 }
 
 /// Every kernel of every plan, as NVRTC makes them.
@@ -65,7 +83,8 @@ fn compile(architectures: &[String]) -> Result<ExitCode> {
         let start = Instant::now();
         let count = cuda::compile_all(architecture).map_err(failed);
         bar.finish_and_clear();
-        writeln!(out, "{} kernels for {architecture} in {:.1} s", count?, start.elapsed().as_secs_f64())?;
+        let count = counted(count?, "kernel");
+        writeln!(out, "{count} for {architecture} in {:.1} s", start.elapsed().as_secs_f64())?;
     }
     out.flush()?;
     Ok(ExitCode::SUCCESS)
@@ -141,7 +160,8 @@ fn print(report: &Report) -> Result<()> {
     }
     let failed = report.failures().count();
     let seconds: f64 = report.results.iter().map(|result| result.seconds).sum();
-    writeln!(out, "{} cases, {failed} failed {DIM}({seconds:.1} s){DIM:#}", report.results.len())?;
+    let cases = counted(report.results.len(), "case");
+    writeln!(out, "{cases}, {failed} failed {DIM}({seconds:.1} s){DIM:#}")?;
     out.flush()?;
     Ok(())
 }
@@ -183,7 +203,7 @@ fn folders(arguments: &args::Check) -> Result<ExitCode> {
                 }
             }
         }
-        writeln!(out, "{} folders, {failed} failed", verdicts.len())?;
+        writeln!(out, "{}, {failed} failed", counted(verdicts.len(), "folder"))?;
         out.flush()?;
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -127,8 +127,9 @@ fn first_calls(backend: &str) -> Result<[Duration; 2]> {
 
 pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
     let devices = Device::list();
-    let best = Device::best_and_why();
-    let chosen = devices.iter().find(|device| device.available.is_ok()).map(|device| device.name.clone());
+    let chosen = devices.iter().find(|device| device.available.is_ok() && device.preference > 0);
+    let chosen = chosen.map(|device| device.name.clone());
+    let code = if chosen.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     let parts = cuda_parts();
     if arguments.json {
         let list: Vec<_> = devices
@@ -155,9 +156,9 @@ pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
             }
         }
         table.print(&mut out)?;
-        if let Some(chosen) = chosen {
-            writeln!(out, "chosen: {chosen}")?;
-        }
+        let by_name =
+            || if devices.iter().any(|device| device.available.is_ok()) { "none, only by name" } else { "none" };
+        writeln!(out, "chosen: {}", chosen.as_deref().unwrap_or_else(by_name))?;
         for (name, value) in parts {
             writeln!(out, "cuda {name}: {value}")?;
         }
@@ -173,6 +174,5 @@ pub(crate) fn devices(arguments: &crate::args::Devices) -> Result<ExitCode> {
         }
         out.flush()?;
     }
-    best?;
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
 }

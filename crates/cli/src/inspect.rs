@@ -1,7 +1,7 @@
 //! `fmoe inspect`: what a checkpoint is made of.
 
 use crate::args;
-use crate::output::{self, BAD, BOLD, GOOD, Table, bytes, plain};
+use crate::output::{self, BAD, BOLD, GOOD, Table, bytes, counted, plain};
 use anyhow::Result;
 use fused_moe::checkpoint::{LayerKind, LayerSummary, Summary, layer_numbers};
 use std::io::Write;
@@ -26,7 +26,7 @@ fn print(summary: &Summary) -> Result<()> {
     if !summary.parts.is_empty() {
         writeln!(out, "parts      {}; --part chooses", summary.parts.join(", "))?;
     }
-    writeln!(out, "files      {}, {} tensors", summary.files.len(), summary.tensors)?;
+    writeln!(out, "files      {}, {}", summary.files.len(), counted(summary.tensors, "tensor"))?;
     let numbers = layer_numbers(moe_layers);
     writeln!(out, "layers     {layer_count}, of them {} with experts: {numbers}", moe_layers.len())?;
     for kind in &summary.kinds {

@@ -262,6 +262,12 @@ pub(crate) fn plain(cell: impl fmt::Display) -> (String, Style) {
     (cell.to_string(), Style::new())
 }
 
+/// `1 layer`, `2 layers`.
+pub(crate) fn counted<N: fmt::Display + PartialEq + From<u8>>(n: N, what: &str) -> String {
+    let plural = if n == N::from(1) { "" } else { "s" };
+    format!("{n} {what}{plural}")
+}
+
 /// `1.4 GB`.
 pub(crate) fn bytes(n: u64) -> String {
     let units = ["B", "kB", "MB", "GB", "TB", "PB"];
@@ -319,6 +325,7 @@ mod tests {
     fn numbers() {
         assert_eq!([0, 999, 1000, 1_500_000].map(bytes), ["0 B", "999 B", "1.0 kB", "1.5 MB"]);
         assert_eq!(bytes(u64::MAX), "18447 PB");
+        assert_eq!([0usize, 1, 2].map(|n| counted(n, "row")), ["0 rows", "1 row", "2 rows"]);
         assert_eq!(
             [1.0, 15e3, 2e6].map(|us| duration(Duration::from_secs_f64(us / 1e6))),
             ["1.0 us", "15.00 ms", "2.00 s"]

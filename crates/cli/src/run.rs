@@ -5,7 +5,7 @@ mod call;
 use crate::args;
 use crate::devices;
 use crate::output::{
-    self, BAD, BOLD, DIM, GOOD, bytes, checkpoint_error, duration, histogram, progress, remedied, rounded,
+    self, BAD, BOLD, DIM, GOOD, bytes, checkpoint_error, counted, duration, histogram, progress, remedied, rounded,
 };
 use crate::tensors::{self, Tensor, floats};
 use anyhow::Result;
@@ -292,10 +292,7 @@ impl Run<'_> {
             } else {
                 "as is some of the input"
             };
-            output::warn(format_args!(
-                "layer {}: {odd} elements of the output are NaN or infinite, {whence}",
-                layer.index
-            ));
+            output::warn(format_args!("layer {}: {}, {whence}", layer.index, not_finite(odd, "output")));
         }
         match &self.expected {
             Some(expected) => self.compare(layer, expected, ran),
@@ -336,7 +333,7 @@ impl Run<'_> {
         // random numbers are finite, and not to be made before it is known whether they fit
         let odd = if self.input.is_random() { 0 } else { self.input.values().filter(|x| !x.is_finite()).count() };
         if odd > 0 {
-            output::warn(format_args!("{}: {odd} elements of the input are NaN or infinite", self.input.origin));
+            output::warn(format_args!("{}: {}", self.input.origin, not_finite(odd, "input")));
         }
     }
 
@@ -361,10 +358,11 @@ impl Run<'_> {
         let min = counts.iter().min().copied().unwrap_or(0);
         writeln!(
             out,
-            "routing  {total} slots; tokens per expert {min} to {max}, mean {}; imbalance {}; {dead} of {} experts unused",
+            "routing  {}; tokens per expert {min} to {max}, mean {}; imbalance {}; {dead} of {} unused",
+            counted(total, "slot"),
             rounded(mean),
             rounded(imbalance),
-            counts.len()
+            counted(counts.len(), "expert")
         )?;
         if let Some(elsewhere) = elsewhere(ran) {
             writeln!(out, "         {elsewhere}")?;
@@ -391,12 +389,12 @@ impl Run<'_> {
         let mut out = output::stdout();
         writeln!(
             out,
-            "layer {:>3}  {:>9}  {:>6} GB/s  imbalance {:>5}  {dead} of {} experts unused{}  {DIM}{}{DIM:#}",
+            "layer {:>3}  {:>9}  {:>6} GB/s  imbalance {:>5}  {dead} of {} unused{}  {DIM}{}{DIM:#}",
             layer.index,
             duration(ran.median),
             rounded(ran.bandwidth()),
             rounded(imbalance),
-            ran.counts.len(),
+            counted(ran.counts.len(), "expert"),
             elsewhere(ran).map(|text| format!("; {text}")).unwrap_or_default(),
             histogram(&ran.counts)
         )?;
@@ -444,10 +442,18 @@ impl Run<'_> {
     }
 }
 
+/// `2 elements of the input are NaN or infinite`.
+fn not_finite(odd: usize, what: &str) -> String {
+    let are = if odd == 1 { "is" } else { "are" };
+    format!("{} of the {what} {are} NaN or infinite", counted(odd, "element"))
+}
+
 /// The slots that no expert's matrices carried out.
 fn elsewhere(ran: &Ran) -> Option<String> {
-    let dropped = (ran.dropped > 0).then(|| format!("{} slots dropped, their expert being full", ran.dropped));
-    let weightless = (ran.weightless > 0).then(|| format!("{} slots of experts without weights", ran.weightless));
+    let dropped =
+        (ran.dropped > 0).then(|| format!("{} dropped, their expert being full", counted(ran.dropped, "slot")));
+    let weightless =
+        (ran.weightless > 0).then(|| format!("{} of experts without weights", counted(ran.weightless, "slot")));
     let parts: Vec<String> = dropped.into_iter().chain(weightless).collect();
     (!parts.is_empty()).then(|| parts.join("; "))
 }

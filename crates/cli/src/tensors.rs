@@ -2,7 +2,7 @@
 
 use crate::bench::machine::available_memory;
 use crate::bench::weights::Numbers;
-use crate::output::{bytes, remedied};
+use crate::output::{bytes, counted, remedied};
 use anyhow::Result;
 use fused_moe::{DType, Shape};
 use half::{bf16, f16};
@@ -78,16 +78,17 @@ impl Tensor {
         }
         let size = |bytes_of: Option<u128>| bytes_of.and_then(|n| n.try_into().ok()).map_or("more".to_owned(), bytes);
         let (name, advice) = match self.is_random() {
-            true => (format!("--tokens {tokens}"), format!("at most {most} tokens fit")),
-            false => (self.origin.clone(), format!("at most {most} tokens fit; cut the input into parts")),
+            true => (format!("--tokens {tokens}"), format!("at most {} fit", counted(most, "token"))),
+            false => (self.origin.clone(), format!("at most {} fit; cut the input into parts", counted(most, "token"))),
         };
         let message = if one(tokens) > u128::from(largest) {
             let x = size(Some(one(tokens)));
-            format!("{name}: x of {tokens} tokens takes {x}; a buffer of this device has at most {}", bytes(largest))
+            let tokens = counted(tokens, "token");
+            format!("{name}: x of {tokens} takes {x}; a buffer of this device has at most {}", bytes(largest))
         } else {
             let needed = size(needed(tokens));
-            let free = bytes(available);
-            format!("{name}: x, y and the workspace of {tokens} tokens take {needed}; {free} of memory are free")
+            let (tokens, free) = (counted(tokens, "token"), bytes(available));
+            format!("{name}: x, y and the workspace of {tokens} take {needed}; {free} of memory are free")
         };
         Err(remedied(message, advice))
     }
@@ -172,7 +173,8 @@ pub(crate) fn ids(name: &str, tokens: usize, vocabulary: usize) -> Result<Vec<u3
         }
     };
     if ids.len() != tokens {
-        let message = format!("{origin} has {} token ids, the input has {tokens} tokens", ids.len());
+        let message =
+            format!("{origin} has {}, the input has {}", counted(ids.len(), "token id"), counted(tokens, "token"));
         return Err(remedied(message, "give one for each token"));
     }
     let valid = |id: i64| u32::try_from(id).ok().filter(|&id| (id as usize) < vocabulary);

@@ -42,18 +42,19 @@ pub(crate) fn model_name() -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
-/// The fastest kernels here, or those that `FMOE_CPU_ISA` names.
+/// The fastest kernels here, or those that `FMOE_CPU_ISA` names; empty, it names none.
 ///
 /// Errors: `Isa` when it names none, or some that the processor has not.
 pub(crate) fn kernels() -> Result<Kernels> {
-    match std::env::var_os(ISA_VARIABLE) {
-        None => Ok(Kernels::best()),
-        Some(name) => kernels_named(&name.to_string_lossy()),
-    }
+    kernels_named(&std::env::var_os(ISA_VARIABLE).unwrap_or_default().to_string_lossy())
 }
 
+/// The kernels of what the variable says.
 fn kernels_named(name: &str) -> Result<Kernels> {
-    name.parse().ok().and_then(Kernels::new).ok_or_else(|| unavailable(name.to_owned()))
+    if name.is_empty() {
+        return Ok(Kernels::best());
+    }
+    name.parse().ok().and_then(Kernels::new).ok_or_else(|| unavailable(format!("{ISA_VARIABLE}={name}")))
 }
 
 /// The kernels of an instruction set.
@@ -86,7 +87,8 @@ mod tests {
     fn instruction_sets_by_name() {
         assert_eq!(kernels_named("scalar").unwrap().isa(), Isa::Scalar);
         let error = kernels_named("mmx").unwrap_err().to_string();
-        assert!(error.contains("mmx: expected one of scalar"), "{error}");
+        assert!(error.contains("FMOE_CPU_ISA=mmx: expected one of scalar"), "{error}");
+        assert_eq!(kernels_named("").unwrap(), Kernels::best());
         for isa in Isa::ALL {
             assert_eq!(kernels_of(isa).is_ok(), isa.is_available());
         }

@@ -30,7 +30,7 @@ pub enum Error {
     /// An instruction set, asked for in the program or by `FMOE_CPU_ISA`, is unknown or not here.
     #[error("instruction set {name}: expected one of {available}")]
     Isa {
-        /// What was asked for.
+        /// What was asked for: the name, or the variable and its value, as in `FMOE_CPU_ISA=mmx`.
         name: String,
         /// What this processor has.
         available: String,

@@ -86,7 +86,7 @@ impl Cpu {
     /// here.
     ///
     /// The variable `FMOE_CPU_ISA` (`scalar`, `neon`, `avx2`, `avx512`, `avx512bf16`, `amx`) forces another one, here and in the
-    /// constructors below.
+    /// constructors below; empty, it forces none.
     ///
     /// Errors: `Isa` when it names one that is unknown or not here.
     pub fn new() -> Result<Self> {
@@ -171,7 +171,8 @@ impl Backend for Cpu {
 
     fn describe(&self) -> String {
         let name = device::model_name().unwrap_or_else(|| "CPU".to_owned());
-        format!("{name}, {}, {} threads", self.isa(), self.threads())
+        let threads = self.threads();
+        format!("{name}, {}, {threads} thread{}", self.isa(), if threads == 1 { "" } else { "s" })
     }
 
     fn stream(&self) -> Result<CpuStream> {

@@ -47,6 +47,9 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
                 let numerics = Numerics::BatchInvariant;
                 cases.push(case("batch-invariant", LayerCase { numerics, ..plain.clone() }));
             }
+            if t == 70 {
+                cases.push(case("local", LayerCase { local: Some(1..3), ..plain.clone() }));
+            }
             if t == 5 {
                 cases.push(case("", plain.clone()).strided());
                 cases.push(case("nothing besides", LayerCase { routes: false, ..plain }));
@@ -61,6 +64,18 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
             let numerics = Numerics::BatchInvariant;
             let layer = LayerCase { numerics, batches: Some(batches), routes: false, ..layer };
             cases.push(case(&format!("alone and in batches of {batches}"), layer));
+        }
+        // routers of many experts
+        for config in [LayerConfig::new(136, 24, 128, 8), LayerConfig::new(72, 24, 160, 6)] {
+            for tokens in [1, 9, 32] {
+                let numerics = Numerics::BatchInvariant;
+                let layer = LayerCase { numerics, ..LayerCase::new(tokens, config.clone(), dtypes) };
+                cases.push(case("batch-invariant", layer.clone()));
+                if tokens > 1 {
+                    let layer = LayerCase { batches: Some(tokens), routes: false, ..layer };
+                    cases.push(case(&format!("alone and in batches of {tokens}"), layer));
+                }
+            }
         }
     }
     for dtypes in FLOATS.map(|dtype| [dtype; 3]).into_iter().chain([[f32, f16, f32]]) {

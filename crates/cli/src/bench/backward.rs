@@ -8,13 +8,13 @@ use super::host::Host;
 use super::machine::Ceilings;
 use super::measure::{STEPS, Spans, Timing, Verified, mean};
 use super::meter::{ErrorOf, LayerSizes, Meter, Pass, StreamOf, Times};
-use super::record::{Rows, Setting};
+use super::record::{self, Rows, Setting};
 use super::report;
 use super::training::{Kept, MatrixMemory, Sizes};
 use super::weights::Source;
 use super::wgpu::Portable;
 use crate::args::Origin;
-use crate::output::{bytes, progress, remedied};
+use crate::output::{bytes, counted, progress, remedied};
 use anyhow::{Context, Result, ensure};
 use fused_moe::operation::LayerParameters;
 use fused_moe::training::{TrainingLayer, TrainingWorkspace};
@@ -63,13 +63,14 @@ impl<'a> Run<'a> {
             let sizes = Sizes { config, dtype, tokens, from_router };
             let of_tokens = (sizes.token_bytes(meter.batches(tokens)) as u64).saturating_mul(tokens as u64);
             let needed = Sizes::matrix_bytes(packed).saturating_add(of_tokens);
-            if needed > room {
+            if needed > room.left() {
                 let message =
-                    format!("--tokens {tokens}: training takes about {}, {} can be had", bytes(needed), bytes(room));
+                    format!("--tokens {tokens}: training takes about {}; {}", bytes(needed), room.describe(0));
                 return Err(remedied(message, "give fewer tokens, take a smaller shape or a narrower --dtype"));
             }
         }
 
+        self.check_record(meter, &record::PASSES)?;
         let bar = progress(0, "random weights, and this machine's own rates");
         let source = Source::new(config, dtype, self.arguments.routing, self.arguments.seed);
         let layer = meter.backend().prepare(config, &source.layer(0)?, &Options::default())?;
@@ -88,11 +89,12 @@ impl<'a> Run<'a> {
             Step { run: *self, meter, training: &training, layer: &layer, weights: &weights, source: &source };
         let mut timings = Vec::new();
         for &tokens in tokens {
-            let bar = progress(STEPS, &format!("{tokens} tokens"));
+            let of_tokens = counted(tokens, "token");
+            let bar = progress(STEPS, &of_tokens);
             let timing = step.measure(&Sizes { config, dtype, tokens, from_router }, &|| bar.inc(1));
             bar.finish_and_clear();
             let name = self.name;
-            timings.push(timing.with_context(|| format!("{name}, {tokens} tokens: no time is given"))?);
+            timings.push(timing.with_context(|| format!("{name}, {of_tokens}: no time is given"))?);
         }
         let ceilings = before.or_higher(meter.ceilings()?);
         let setting = setting(ceilings);

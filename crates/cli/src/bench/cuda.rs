@@ -2,7 +2,7 @@
 
 use super::budget;
 use super::machine::{self, Ceilings};
-use super::meter::{Calls, LayerSizes, Meter, StreamOf, Times};
+use super::meter::{Calls, LayerSizes, Meter, Room, StreamOf, Times};
 use crate::args::{Origin, Spread};
 use crate::output::{bytes, remedied, rounded};
 use anyhow::{Result, ensure};
@@ -57,11 +57,15 @@ impl Meter for Gpu {
         None
     }
 
+    fn isa(&self) -> Option<String> {
+        None
+    }
+
     fn cache(&self) -> u64 {
         self.cuda.numbers().l2_bytes as u64
     }
 
-    fn room(&self, source: u64) -> Result<u64> {
+    fn room(&self, source: u64) -> Result<Room> {
         let host = budget(machine::available_memory().unwrap_or(u64::MAX));
         if source > host {
             return Err(remedied(
@@ -69,7 +73,7 @@ impl Meter for Gpu {
                 "take a smaller shape or a narrower --dtype",
             ));
         }
-        Ok(budget(self.cuda.free_bytes()? as u64))
+        Ok(Room { had: budget(self.cuda.free_bytes()? as u64), source: 0 })
     }
 
     fn turns(&self, sizes: LayerSizes, _: Spread) -> u64 {
@@ -87,7 +91,8 @@ impl Meter for Gpu {
     fn ceilings(&self) -> Result<Ceilings> {
         let stream = fused_moe::Backend::stream(&self.cuda)?;
         let read = read_bandwidth(&self.cuda, &stream, PASSES)?;
-        Ok(Ceilings { bandwidth: read.bytes_per_second, arithmetic: 0.0, buffer: read.buffer })
+        let bandwidth = read.bytes_per_second;
+        Ok(Ceilings { bandwidth, slowest: bandwidth, arithmetic: 0.0, buffer: read.buffer })
     }
 
     fn rate(&self, stream: &StreamOf<Self>, config: &LayerConfig, tokens: usize, dtype: DType) -> Result<Option<f64>> {

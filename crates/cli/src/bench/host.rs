@@ -2,7 +2,7 @@
 
 use super::budget;
 use super::machine::{self, Ceilings, PASSES};
-use super::meter::{Calls, ErrorOf, LayerSizes, Meter, Pass, Passes, StreamOf, Times};
+use super::meter::{Calls, ErrorOf, LayerSizes, Meter, Pass, Passes, Room, StreamOf, Times};
 use crate::args::{Origin, Spread};
 use crate::output::{bytes, rounded};
 use anyhow::{Result, ensure};
@@ -56,12 +56,16 @@ impl Meter for Host {
         Some(self.cpu.threads())
     }
 
+    fn isa(&self) -> Option<String> {
+        Some(self.cpu.isa().to_string())
+    }
+
     fn cache(&self) -> u64 {
         self.cache
     }
 
-    fn room(&self, source: u64) -> Result<u64> {
-        Ok(budget(self.available).saturating_sub(source))
+    fn room(&self, source: u64) -> Result<Room> {
+        Ok(Room { had: budget(self.available), source })
     }
 
     fn turns(&self, sizes: LayerSizes, routing: Spread) -> u64 {
@@ -81,7 +85,7 @@ impl Meter for Host {
     }
 
     fn ceilings(&self) -> Result<Ceilings> {
-        machine::measure(self.cpu.threads(), self.dtype, self.cache, machine::available_memory().unwrap_or(1 << 30))
+        machine::measure(&self.cpu, self.dtype, self.cache, machine::available_memory().unwrap_or(1 << 30))
     }
 
     fn rate(&self, _: &StreamOf<Self>, _: &LayerConfig, _: usize, _: DType) -> Result<Option<f64>> {
@@ -122,7 +126,7 @@ impl Meter for Host {
 
     fn describe_arithmetic(&self, ceilings: &Ceilings) -> String {
         let rate = rounded(ceilings.arithmetic / 1e9);
-        format!("{rate} GFLOP/s ({}, in registers, best of as many passes)", self.arithmetic())
+        format!("{rate} GFLOP/s ({} of {}, in registers, best of as many passes)", self.arithmetic(), self.cpu.isa())
     }
 }
 

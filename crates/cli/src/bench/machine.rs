@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result};
 use fused_moe::DType;
-use fused_moe::cpu::Memory;
 use fused_moe::cpu::arch::Kernels;
+use fused_moe::cpu::{Cpu, Memory};
 use std::fs;
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 pub(crate) struct Ceilings {
     /// Bytes read from memory in a second.
     pub(crate) bandwidth: f64,
+    /// The same of the slowest measurement that there was.
+    pub(crate) slowest: f64,
     /// Floating-point operations in a second; 0 where they are measured for each batch size.
     pub(crate) arithmetic: f64,
     /// Size of the buffer that was read.
@@ -24,18 +26,27 @@ impl Ceilings {
     /// The higher of two measurements.
     pub(crate) fn or_higher(self, other: Self) -> Self {
         let (bandwidth, arithmetic) = (self.bandwidth.max(other.bandwidth), self.arithmetic.max(other.arithmetic));
-        Self { bandwidth, arithmetic, ..self }
+        Self { bandwidth, arithmetic, slowest: self.slowest.min(other.slowest), ..self }
+    }
+
+    /// Whether the measurements of the read bandwidth differ by more than those of a machine that does nothing else.
+    pub(crate) fn vary(&self) -> bool {
+        self.slowest < STEADY * self.bandwidth
     }
 }
 
+/// The least part of the best measurement that the slowest one of a quiet machine is.
+const STEADY: f64 = 0.75;
 /// Passes of each measurement.
 pub(super) const PASSES: usize = 6;
 
-/// Measures both with so many threads, the arithmetic with numbers of a format. The best of a few passes counts: a
-/// ceiling is what nothing should beat.
-pub(crate) fn measure(threads: usize, dtype: DType, cache: u64, available: u64) -> Result<Ceilings> {
+/// Measures both with the threads of a processor, the arithmetic with its instruction set and numbers of a format. The best
+/// of a few passes counts: a ceiling is what nothing should beat.
+pub(crate) fn measure(cpu: &Cpu, dtype: DType, cache: u64, available: u64) -> Result<Ceilings> {
     let buffer = cache.saturating_mul(4).clamp(1 << 28, 1 << 32).min(available / 4).max(1 << 22) as usize;
-    Ok(Ceilings { bandwidth: bandwidth(threads, buffer)?, arithmetic: arithmetic(threads, dtype), buffer })
+    let kernels = Kernels::new(cpu.isa()).unwrap_or_else(Kernels::best);
+    let [bandwidth, slowest] = bandwidth(cpu.threads(), buffer)?;
+    Ok(Ceilings { bandwidth, slowest, arithmetic: arithmetic(cpu.threads(), kernels, dtype), buffer })
 }
 
 /// Bytes that come from memory together.
@@ -56,8 +67,8 @@ fn fetch(floats: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// A buffer, cut between the threads, each fetching its part.
-fn bandwidth(threads: usize, bytes: usize) -> Result<f64> {
+/// A buffer, cut between the threads, each fetching its part: the bandwidth of the best pass, and of the slowest.
+fn bandwidth(threads: usize, bytes: usize) -> Result<[f64; 2]> {
     let mut memory = Memory::new(bytes).context("memory to measure the bandwidth with")?;
     let floats: &mut [f32] = bytemuck::try_cast_slice_mut(&mut memory).map_err(|error| anyhow::anyhow!("{error}"))?;
     let part = floats.len().div_ceil(threads).max(1);
@@ -67,37 +78,37 @@ fn bandwidth(threads: usize, bytes: usize) -> Result<f64> {
         }
     });
     let floats: &[f32] = floats;
-    let best = best_of_passes(threads, |thread| {
+    let times = passes(threads, |thread| {
         let first = (thread * part).min(floats.len());
         let last = (first + part).min(floats.len());
         black_box(fetch(&floats[first..last]));
     });
-    Ok(size_of_val(floats) as f64 / best.as_secs_f64())
+    Ok(times.map(|time| size_of_val(floats) as f64 / time.as_secs_f64()))
 }
 
 /// Multiply-adds of a format's numbers, in registers alone.
-fn arithmetic(threads: usize, dtype: DType) -> f64 {
+fn arithmetic(threads: usize, kernels: Kernels, dtype: DType) -> f64 {
     const ROUNDS: usize = 200_000;
-    let kernels = Kernels::best();
     let multiply_adds = kernels.multiply_adds(dtype, 1) * ROUNDS;
-    let best = best_of_passes(threads, |_| {
+    let [best, _] = passes(threads, |_| {
         black_box(kernels.multiply_adds(dtype, black_box(ROUNDS)));
     });
     (threads * 2 * multiply_adds) as f64 / best.as_secs_f64()
 }
 
-/// The shortest of a few passes of `work` on so many threads; fewer where they take long.
-fn best_of_passes(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
+/// The shortest and the longest of a few passes of `work` on so many threads; fewer where they take long.
+fn passes(threads: usize, work: impl Fn(usize) + Sync) -> [Duration; 2] {
     const ENOUGH: Duration = Duration::from_secs(2);
     let begin = Instant::now();
-    let mut best = together(threads, &work);
+    let mut times = [together(threads, &work); 2];
     for _ in 1..PASSES {
         if begin.elapsed() > ENOUGH {
             break;
         }
-        best = best.min(together(threads, &work));
+        let time = together(threads, &work);
+        times = [times[0].min(time), times[1].max(time)];
     }
-    best
+    times
 }
 
 /// From the first beginning to the last end of `work` on so many threads that are let go at once, by their own clocks:
@@ -154,10 +165,35 @@ pub(crate) fn processor() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fused_moe::cpu::arch::Isa;
 
     #[test]
     fn ceilings_are_positive() {
-        let ceilings = measure(2, DType::BF16, 0, 1 << 24).unwrap();
-        assert!(ceilings.bandwidth > 1e6 && ceilings.arithmetic > 1e6 && ceilings.buffer == 1 << 22);
+        let cpu = Cpu::with_threads(2).unwrap();
+        let ceilings = measure(&cpu, DType::BF16, 0, 1 << 24).unwrap();
+        assert!(ceilings.slowest > 1e6 && ceilings.arithmetic > 1e6 && ceilings.buffer == 1 << 22);
+        assert!(ceilings.bandwidth >= ceilings.slowest);
+    }
+
+    #[test]
+    fn the_arithmetic_is_that_of_the_instruction_set() {
+        let rate = |isa| {
+            let cpu = Cpu::with_threads(1).unwrap().with_isa(isa).unwrap();
+            measure(&cpu, DType::F32, 0, 1 << 24).unwrap().arithmetic
+        };
+        // vectors of eight numbers and fused multiply-adds against the baseline's four
+        if Isa::Avx2.is_available() {
+            assert!(rate(Isa::Avx2) > 1.5 * rate(Isa::Scalar));
+        }
+    }
+
+    #[test]
+    fn measurements_far_apart_are_seen() {
+        let of = |bandwidth| Ceilings { bandwidth, slowest: bandwidth, arithmetic: 1.0, buffer: 1 };
+        let vary = |before, after| of(before).or_higher(of(after)).vary();
+        assert_eq!(
+            [vary(40.0, 31.0), vary(31.0, 40.0), vary(40.0, 29.0), vary(29.0, 40.0)],
+            [false, false, true, true]
+        );
     }
 }

@@ -232,7 +232,7 @@ pub(super) fn any_nan(dtype: DType, bytes: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::host::Host;
-    use super::super::meter::{Calls, LayerSizes, Times};
+    use super::super::meter::{Calls, LayerSizes, Room, Times};
     use super::*;
     use fused_moe::Options;
     use fused_moe::cpu::Cpu;
@@ -246,7 +246,7 @@ mod tests {
 
     #[test]
     fn floors_are_of_the_same_run() {
-        let ceilings = Ceilings { bandwidth: 1e12, arithmetic: 1e12, buffer: 0 };
+        let ceilings = Ceilings { bandwidth: 1e12, slowest: 1e12, arithmetic: 1e12, buffer: 0 };
         let cost = Cost { bytes: 4_000_000, flops: 3_000_000 };
         let micros = |us| Duration::from_micros(us);
         assert_eq!(timing(cost, None).floors(&ceilings), [micros(4), micros(3)]);
@@ -286,10 +286,13 @@ mod tests {
         fn threads(&self) -> Option<usize> {
             self.host.threads()
         }
+        fn isa(&self) -> Option<String> {
+            self.host.isa()
+        }
         fn cache(&self) -> u64 {
             self.host.cache()
         }
-        fn room(&self, source: u64) -> Result<u64> {
+        fn room(&self, source: u64) -> Result<Room> {
             self.host.room(source)
         }
         fn turns(&self, sizes: LayerSizes, routing: Spread) -> u64 {

@@ -32,6 +32,9 @@ pub(crate) trait Meter {
     /// Threads that work, where they are the processor's.
     fn threads(&self) -> Option<usize>;
 
+    /// The instruction set in use, where it is the processor's.
+    fn isa(&self) -> Option<String>;
+
     /// Bytes of the largest cache.
     fn cache(&self) -> u64;
 
@@ -40,8 +43,8 @@ pub(crate) trait Meter {
         format!("the largest cache has {}", bytes(self.cache()))
     }
 
-    /// Bytes that layers and tokens may take, beside `source` bytes on the host.
-    fn room(&self, source: u64) -> Result<u64>;
+    /// The memory that layers and tokens may take, beside `source` bytes on the host.
+    fn room(&self, source: u64) -> Result<Room>;
 
     /// How many layers must take turns for calls to find no weights in the cache; two at least.
     fn turns(&self, sizes: LayerSizes, routing: Spread) -> u64;
@@ -89,6 +92,33 @@ pub(crate) trait Meter {
     fn describe_arithmetic(&self, ceilings: &Ceilings) -> String;
 }
 
+/// Memory, and what is to lie in it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    /// Bytes that can be had.
+    pub(crate) had: u64,
+    /// Bytes of them that random weights take, from which the layers' are copied.
+    pub(crate) source: u64,
+}
+
+impl Room {
+    /// Bytes that are left.
+    pub(crate) fn left(self) -> u64 {
+        self.had.saturating_sub(self.source)
+    }
+
+    /// What there is and what takes it already, in words.
+    pub(crate) fn describe(self, layers: u64) -> String {
+        let taken = [(self.source, "the random weights"), (layers, "the layers")].into_iter().filter(|(n, _)| *n > 0);
+        let taken: Vec<String> = taken.map(|(n, what)| format!("{} for {what}", bytes(n))).collect();
+        let had = bytes(self.had);
+        if taken.is_empty() {
+            return format!("{had} can be had");
+        }
+        format!("{had} can be had, less {}", taken.join(" and "))
+    }
+}
+
 /// Enqueues the call of a number.
 pub(crate) type Calls<'a, M> = &'a mut dyn FnMut(usize) -> Result<(), ErrorOf<M>>;
 
@@ -128,4 +158,19 @@ pub(crate) struct Times {
     pub(crate) calls: usize,
     /// Numbers of calls that were the last to write their batch's output.
     pub(crate) finished: Vec<usize>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_in_words() {
+        let room = |source| Room { had: 3_000_000_000, source };
+        assert_eq!(room(0).describe(0), "3.0 GB can be had");
+        assert_eq!(room(2_000_000_000).describe(0), "3.0 GB can be had, less 2.0 GB for the random weights");
+        let both = "3.0 GB can be had, less 2.0 GB for the random weights and 1.5 MB for the layers";
+        assert_eq!(room(2_000_000_000).describe(1_500_000), both);
+        assert_eq!((room(2_000_000_000).left(), room(u64::MAX).left()), (1_000_000_000, 0));
+    }
 }

@@ -8,8 +8,8 @@ use crate::output::remedied;
 use anyhow::{Context, Result};
 use fused_moe::config::LayerConfig;
 use serde_json::{Value, json};
-use std::fs::{self, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -20,6 +20,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) backend: &'a str,
     pub(crate) device: String,
     pub(crate) threads: Option<usize>,
+    /// The processor's instruction set in use.
+    pub(crate) isa: Option<String>,
     pub(crate) shape: &'a str,
     pub(crate) config: &'a LayerConfig,
     pub(crate) dtype: String,
@@ -38,7 +40,7 @@ pub(crate) struct Setting<'a> {
 /// whole and divided by its calls.
 const HEADER: &str = "date,version,backend,device,threads,shape,hidden,intermediate,experts,top_k,dtype,routing,tokens,\
 layers,runs,median_us,p10_us,p90_us,touched_experts,bytes,flops,gb_s,gflop_s,read_gb_s,arithmetic_gflop_s,floor_us,\
-max_error,from,calls,byte_floor_us,flop_floor_us,arithmetic_by,beside_us,beside,numerics";
+max_error,from,calls,byte_floor_us,flop_floor_us,arithmetic_by,beside_us,beside,numerics,isa";
 
 /// Name and value of every column of a row, in the order of the header.
 fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
@@ -80,6 +82,7 @@ fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
         timing.beside.map_or(Value::Null, micros),
         json!(setting.beside),
         json!(setting.numerics),
+        json!(setting.isa),
     ]
 }
 
@@ -88,7 +91,7 @@ fn columns(setting: &Setting<'_>, timing: &Timing) -> Vec<Value> {
 const PASSES_HEADER: &str = "date,version,backend,device,threads,shape,hidden,intermediate,experts,top_k,dtype,routing,\
 tokens,from,runs,calls,touched_experts,forward_us,forward_p10_us,forward_p90_us,saving_us,saving_p10_us,saving_p90_us,\
 backward_us,backward_p10_us,backward_p90_us,of_forward,of_saving,kept_bytes_a_token,bytes,flops,gb_s,gflop_s,read_gb_s,\
-arithmetic_gflop_s,byte_floor_us,flop_floor_us,arithmetic_by,max_error";
+arithmetic_gflop_s,byte_floor_us,flop_floor_us,arithmetic_by,max_error,isa";
 
 fn passes_columns(setting: &Setting<'_>, timing: &PassesTiming) -> Vec<Value> {
     let PassesTiming { backward, passes, kept, .. } = timing;
@@ -130,16 +133,28 @@ fn passes_columns(setting: &Setting<'_>, timing: &PassesTiming) -> Vec<Value> {
         micros(arithmetic),
         json!(setting.arithmetic),
         json!(backward.verified.error),
+        json!(setting.isa),
     ]);
     columns
 }
 
-/// Rows of a file.
+/// What rows of a file have in them.
 #[derive(Debug)]
-pub(crate) struct Rows {
+pub(crate) struct Kind {
     /// What the name of a CSV file has behind the date.
     suffix: &'static str,
     header: &'static str,
+}
+
+/// Calls of a layer.
+pub(crate) const CALLS: Kind = Kind { suffix: "", header: HEADER };
+/// Passes of a training step.
+pub(crate) const PASSES: Kind = Kind { suffix: "-backward", header: PASSES_HEADER };
+
+/// Rows of a file.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    kind: Kind,
     /// A value a column.
     rows: Vec<Vec<Value>>,
 }
@@ -148,19 +163,19 @@ impl Rows {
     /// A row a batch size.
     pub(crate) fn calls(setting: &Setting<'_>, timings: &[Timing]) -> Self {
         let rows = timings.iter().map(|timing| columns(setting, timing)).collect();
-        Self { suffix: "", header: HEADER, rows }
+        Self { kind: CALLS, rows }
     }
 
     /// A row a batch size.
     pub(crate) fn passes(setting: &Setting<'_>, timings: &[PassesTiming]) -> Self {
         let rows = timings.iter().map(|timing| passes_columns(setting, timing)).collect();
-        Self { suffix: "-backward", header: PASSES_HEADER, rows }
+        Self { kind: PASSES, rows }
     }
 
     /// An object a row, with the columns as keys.
     pub(crate) fn json(&self) -> Value {
         let object = |row: &Vec<Value>| -> Value {
-            self.header.split(',').map(str::to_owned).zip(row.clone()).collect::<serde_json::Map<_, _>>().into()
+            self.kind.header.split(',').map(str::to_owned).zip(row.clone()).collect::<serde_json::Map<_, _>>().into()
         };
         self.rows.iter().map(object).collect()
     }
@@ -175,48 +190,85 @@ fn giga(rate: f64) -> Value {
     json!((rate / 1e7).round() / 100.0)
 }
 
-/// Errors before anything is measured where a file could not be written; leaves no trace.
+/// Errors before anything is measured where a file could not be written; leaves no trace. What is no file, as a pipe, is not
+/// opened: who reads it would take that for the end.
 pub(crate) fn writable(path: &Path) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let tried = match path.exists() {
-        true => OpenOptions::new().append(true).open(path),
-        false => tempfile::tempfile_in(folder),
+    let tried = match fs::metadata(path) {
+        Ok(there) if there.is_file() || there.is_dir() => OpenOptions::new().append(true).open(path).map(|_| ()),
+        Ok(_) => Ok(()),
+        Err(_) => tempfile::tempfile_in(folder).map(|_| ()),
     };
-    tried.map(|_| ()).map_err(|error| unwritable(path, &error))
+    tried.map_err(|error| unwritable(path, &error))
 }
 
-/// Makes the folder of the records, and errors before anything is measured where it cannot be written.
-pub(crate) fn prepare(directory: &Path) -> Result<()> {
-    let tried = fs::create_dir_all(directory).and_then(|()| tempfile::tempfile_in(directory));
-    tried.map(|_| ()).map_err(|error| unwritable(directory, &error))
+/// Makes a folder of records, and errors before anything is measured where it cannot be written.
+pub(crate) fn prepare(folder: &Path) -> Result<()> {
+    if fs::metadata(folder).is_ok_and(|there| !there.is_dir()) {
+        let message = format!("{}: cannot write records: is no directory", folder.display());
+        return Err(remedied(message, "move it away, or give another directory to --record"));
+    }
+    let tried = fs::create_dir_all(folder).and_then(|()| tempfile::tempfile_in(folder));
+    tried.map(|_| ()).map_err(|error| unwritable(folder, &error))
 }
 
 fn unwritable(path: &Path, error: &io::Error) -> anyhow::Error {
     remedied(format!("{}: cannot write: {error}", path.display()), "make its folder, or name another place")
 }
 
-/// Appends rows to the file of the day; returns it.
-pub(crate) fn append(directory: &Path, device: &str, rows: &Rows) -> Result<PathBuf> {
-    let folder = directory.join(slug(device));
-    fs::create_dir_all(&folder).with_context(|| format!("{}: cannot create the directory", folder.display()))?;
-    let path = folder.join(format!("{}{}.csv", today(), rows.suffix));
-    let failed = || format!("{}: cannot write", path.display());
-    let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).with_context(failed)?;
-    let mut present = String::new();
-    file.read_to_string(&mut present).with_context(failed)?;
-    let mut text = String::new();
-    match present.lines().next() {
-        None => text = format!("{}\n", rows.header),
-        Some(header) if header == rows.header => {}
-        Some(_) => {
-            let message = format!("{}: has other columns than this version of fmoe writes", path.display());
-            return Err(remedied(message, "move the file away, or give another directory to --record"));
+/// The file of the day.
+fn file_of(directory: &Path, device: &str, kind: &Kind) -> PathBuf {
+    directory.join(slug(device)).join(format!("{}{}.csv", today(), kind.suffix))
+}
+
+/// Errors before anything is measured where rows could not be appended to the file of the day.
+pub(crate) fn appendable(directory: &Path, device: &str, kind: &Kind) -> Result<()> {
+    let path = file_of(directory, device, kind);
+    path.parent().map_or(Ok(()), prepare)?;
+    opened(&path, kind).map(|_| ())
+}
+
+/// A file that rows can be appended to and what has to be written before them; none where there is no file yet.
+fn opened(path: &Path, kind: &Kind) -> Result<Option<(File, String)>> {
+    match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(unwritable(path, &error)),
+        Ok(there) if !there.is_file() => {
+            let message = format!("{}: cannot write: is no regular file", path.display());
+            return Err(remedied(message, "move it away, or give another directory to --record"));
         }
+        Ok(_) => {}
+    }
+    let failed = |error: io::Error| unwritable(path, &error);
+    let mut file = OpenOptions::new().read(true).append(true).open(path).map_err(failed)?;
+    let mut start = Vec::new();
+    (&mut file).take(kind.header.len() as u64 + 1).read_to_end(&mut start).map_err(failed)?;
+    let header = format!("{}\n", kind.header);
+    if start.is_empty() {
+        return Ok(Some((file, header)));
+    }
+    if start != header.as_bytes() {
+        let message = format!("{}: has other columns than this version of fmoe writes", path.display());
+        return Err(remedied(message, "move the file away, or give another directory to --record"));
     }
     // an earlier run may have been stopped within a row
-    if !present.is_empty() && !present.ends_with('\n') {
-        text.push('\n');
-    }
+    let mut last = [0];
+    file.seek(SeekFrom::End(-1)).and_then(|_| file.read_exact(&mut last)).map_err(failed)?;
+    Ok(Some((file, if last == *b"\n" { String::new() } else { "\n".to_owned() })))
+}
+
+/// Appends rows to the file of the day; returns it.
+pub(crate) fn append(directory: &Path, device: &str, rows: &Rows) -> Result<PathBuf> {
+    let path = file_of(directory, device, &rows.kind);
+    path.parent().map_or(Ok(()), prepare)?;
+    let failed = || format!("{}: cannot write", path.display());
+    let (mut file, mut text) = match opened(&path, &rows.kind)? {
+        Some(there) => there,
+        None => {
+            let file = OpenOptions::new().append(true).create(true).open(&path).with_context(failed)?;
+            (file, format!("{}\n", rows.kind.header))
+        }
+    };
     for row in &rows.rows {
         let cells: Vec<String> = row.iter().map(cell).collect();
         text += &cells.join(",");

@@ -1,10 +1,11 @@
 //! What a person reads.
 
 use super::backward::PassesTiming;
+use super::machine::Ceilings;
 use super::measure::{Timing, Verified};
 use super::meter::{Meter, Pass};
 use super::record::Setting;
-use crate::output::{self, BOLD, DIM, GOOD, Table, WARN, bytes, duration, plain, rounded};
+use crate::output::{self, BOLD, DIM, GOOD, Table, WARN, bytes, counted, duration, plain, rounded};
 use anyhow::Result;
 use fused_moe::Backend;
 use fused_moe::config::LayerConfig;
@@ -14,16 +15,23 @@ use std::io::Write;
 pub(crate) fn setting<M: Meter>(meter: &M, setting: &Setting<'_>, layer: u64, enough: bool) -> Result<()> {
     let mut out = output::stdout();
     let LayerConfig { hidden, intermediate, experts, top_k, .. } = *setting.config;
-    let Setting { shape, dtype, routing, from, numerics, layers, .. } = setting;
+    let Setting { shape, dtype, routing, from, numerics, .. } = setting;
     writeln!(
         out,
         "{BOLD}{shape}{BOLD:#}: H {hidden}, I {intermediate}, E {experts}, K {top_k}; {dtype}; routing {routing}; from {from}; numerics {numerics}"
     )?;
     writeln!(out, "device   {}: {}", setting.backend, meter.backend().describe())?;
     writeln!(out, "timed    {}", meter.clock())?;
-    writeln!(out, "weights  {layers} layers of {} take turns; {}", bytes(layer), meter.describe_cache())?;
+    let (layers, too_few) = match setting.layers {
+        1 => (format!("one layer of {}", bytes(layer)), "so small that runs find some of it in the cache"),
+        layers => {
+            let turns = format!("{layers} layers of {} take turns", bytes(layer));
+            (turns, "so few that runs find some of them in the cache")
+        }
+    };
+    writeln!(out, "weights  {layers}; {}", meter.describe_cache())?;
     if !enough {
-        writeln!(out, "         {WARN}so few that runs find some of them in the cache{WARN:#}")?;
+        writeln!(out, "         {WARN}{too_few}{WARN:#}")?;
     }
     out.flush()?;
     Ok(())
@@ -73,7 +81,7 @@ pub(crate) fn timings(setting: &Setting<'_>, timings: &[Timing], machine: &[Stri
         table.row(cells.into_iter().chain(timing.beside.map(|time| plain(duration(time)))));
     }
     table.print(&mut out)?;
-    footer(&mut out, timings.iter().map(|timing| &timing.verified), machine)
+    footer(&mut out, timings.iter().map(|timing| &timing.verified), ceilings, machine)
 }
 
 /// The times of the passes of a training step, beside what the machine allows for the backward one.
@@ -117,22 +125,31 @@ pub(crate) fn passes(setting: &Setting<'_>, timings: &[PassesTiming], machine: &
         ]);
     }
     table.print(&mut out)?;
-    footer(&mut out, timings.iter().map(|timing| &timing.backward.verified), machine)
+    footer(&mut out, timings.iter().map(|timing| &timing.backward.verified), ceilings, machine)
 }
 
 /// What the machine can do, and what was checked.
 fn footer<'a>(
     out: &mut impl Write,
     verified: impl Iterator<Item = &'a Verified> + Clone,
+    ceilings: &Ceilings,
     [read, arithmetic]: &[String; 2],
 ) -> Result<()> {
     writeln!(out, "machine  {read}\n         {arithmetic}")?;
+    if ceilings.vary() {
+        let [slowest, best] = [ceilings.slowest, ceilings.bandwidth].map(|rate| rounded(rate / 1e9));
+        writeln!(
+            out,
+            "         {WARN}read bandwidth from {slowest} to {best} GB/s in this run: other work was done here, or clocks changed: times and floors may be too long{WARN:#}"
+        )?;
+    }
     let rows: usize = verified.clone().map(|verified| verified.rows).sum();
     let error = verified.clone().map(|verified| verified.error).fold(0.0, f64::max);
     let allowed = verified.map(|verified| verified.tolerance).fold(0.0, f64::max);
     writeln!(
         out,
-        "{DIM}checked: {rows} rows of what the timed calls left, against f64: largest error {error:.1e} of the largest value, {allowed:.1e} allowed{DIM:#}"
+        "{DIM}checked: {} of what the timed calls left, against f64: largest error {error:.1e} of the largest value, {allowed:.1e} allowed{DIM:#}",
+        counted(rows, "row")
     )?;
     out.flush()?;
     Ok(())

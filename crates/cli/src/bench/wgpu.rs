@@ -3,7 +3,7 @@
 use super::budget;
 use super::cuda::calls;
 use super::machine::{self, Ceilings};
-use super::meter::{Calls, LayerSizes, Meter, StreamOf, Times};
+use super::meter::{Calls, LayerSizes, Meter, Room, StreamOf, Times};
 use crate::args::{Origin, Spread};
 use crate::output::{bytes, remedied, rounded};
 use anyhow::{Result, ensure};
@@ -50,6 +50,10 @@ impl Meter for Portable {
         None
     }
 
+    fn isa(&self) -> Option<String> {
+        None
+    }
+
     fn cache(&self) -> u64 {
         if self.wgpu.numbers().software { machine::last_level_cache().unwrap_or(32 << 20) } else { CACHE }
     }
@@ -64,7 +68,7 @@ impl Meter for Portable {
     }
 
     /// wgpu does not tell how much memory a GPU has free: what does not fit is found out when it is allocated.
-    fn room(&self, source: u64) -> Result<u64> {
+    fn room(&self, source: u64) -> Result<Room> {
         let host = budget(machine::available_memory().unwrap_or(u64::MAX));
         if source > host {
             return Err(remedied(
@@ -72,7 +76,7 @@ impl Meter for Portable {
                 "take a smaller shape or a narrower --dtype",
             ));
         }
-        Ok(if self.wgpu.numbers().software { host - source } else { u64::MAX })
+        Ok(if self.wgpu.numbers().software { Room { had: host, source } } else { Room { had: u64::MAX, source: 0 } })
     }
 
     fn turns(&self, sizes: LayerSizes, _: Spread) -> u64 {
@@ -89,7 +93,8 @@ impl Meter for Portable {
 
     fn ceilings(&self) -> Result<Ceilings> {
         let read = read_bandwidth(&self.wgpu, &self.wgpu.stream()?, PASSES)?;
-        Ok(Ceilings { bandwidth: read.bytes_per_second, arithmetic: 0.0, buffer: read.buffer })
+        let bandwidth = read.bytes_per_second;
+        Ok(Ceilings { bandwidth, slowest: bandwidth, arithmetic: 0.0, buffer: read.buffer })
     }
 
     fn rate(&self, stream: &StreamOf<Self>, config: &LayerConfig, tokens: usize, dtype: DType) -> Result<Option<f64>> {

@@ -208,13 +208,51 @@ fn unknown_backends_and_instruction_sets() {
             fmoe([command, "--backend", backend]).misuses([&format!("--backend {backend}: no such"), "cpu"]);
         }
     }
-    fmoe(["run"]).env("FMOE_CPU_ISA", "mmx").errs(["mmx"]);
+    let forced = |isa: &str| fmoe(["run", "--tokens", "1", "--backend", "cpu"]).env("FMOE_CPU_ISA", isa);
+    forced("mmx").errs(["cpu: ", "FMOE_CPU_ISA=mmx: expected one of scalar", "fmoe devices"]);
+    fmoe(["bench", "--threads", "1"]).env("FMOE_CPU_ISA", "mmx").errs(["FMOE_CPU_ISA=mmx"]);
+    forced("").succeeds();
+    forced("scalar").succeeds();
+}
+
+#[test]
+fn devices_with_an_instruction_set_that_is_not_there() {
+    let devices = || fmoe(["devices"]).env("FMOE_CPU_ISA", "mmx").env("CUDA_VISIBLE_DEVICES", "").without_adapters();
+    let ran = devices().fails(1);
+    assert!(ran.stdout.contains("FMOE_CPU_ISA=mmx: expected one of") && ran.stdout.contains("chosen: none\n"), "{ran}");
+    assert_eq!(ran.stderr, "");
+    let ran = devices().args(["--json"]).fails(1);
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert!(json["chosen"].is_null(), "{ran}");
+    // an adapter in software can be named, and is not chosen
+    if fused_moe::wgpu::adapters().iter().any(|adapter| adapter.software) {
+        let ran = fmoe(["devices"]).env("FMOE_CPU_ISA", "mmx").env("CUDA_VISIBLE_DEVICES", "");
+        let ran = ran.env("VK_LOADER_DRIVERS_SELECT", "*lvp*").fails(1);
+        assert!(ran.stdout.contains("chosen: none, only by name\n"), "{ran}");
+    }
 }
 
 #[test]
 fn checks_that_are_none() {
-    fmoe(["check", "--filter", "no such case"]).errs(["no such case"]);
+    let check = |arguments: &[&str]| fmoe(["check", "--backend", "cpu"]).args(arguments);
+    check(&["--filter", "no such case"]).errs(["no such case", "names are stage/case/format"]);
+    // those of the other suite, and of the larger ones
+    let gradients = "`fmoe check --filter \"down_backward\" --backward`";
+    check(&["--filter", "down_backward"]).errs(["no case has this in its name", gradients]);
+    check(&["--filter", "permute/Even", "--backward"]).errs(["`fmoe check --filter \"permute/Even\"`"]);
     fmoe(["check", "--golden", "/nonexistent"]).errs(["/nonexistent"]);
+    // before a compiler is looked for
+    let compile = |arguments: &[&str]| fmoe(["check"]).args(arguments).env("FMOE_NVRTC", "/nonexistent").fails(2);
+    for architecture in ["nonsense", "sm_", "sm_90b", "sm_75", "90", "sm_+90", "sm_9000", ""] {
+        let ran = compile(&[&format!("--compile-only={architecture}")]);
+        assert!(ran.stderr.contains("as in sm_80, sm_90a or sm_100a"), "{ran}");
+    }
+    for other in
+        [&["--full"][..], &["--backward"], &["--json"], &["--filter", "x"], &["--backend", "cuda"], &["--adapter", "0"]]
+    {
+        let ran = compile(&[&["--compile-only"], other].concat());
+        assert!(ran.stderr.contains("cannot be used with") && ran.stderr.contains(other[0]), "{ran}");
+    }
 }
 
 #[test]
@@ -228,8 +266,13 @@ fn benches_that_are_none() {
     shape("0", "4", "2").misuses(["layer:", "0"]);
     shape("16", "5000", "2").misuses(["layer:", "5000"]);
     shape("18446744073709551615", "4", "2").errs(["memory"]);
+    // more than there is, though no more than can be counted
+    let layer = shape("1000000000", "4000", "2").args(["--backend", "cpu"]);
+    let ran =
+        layer.errs([": a layer takes 328 TB in bf16; of memory ", "B can be had, less 8.0 TB for the random weights"]);
+    assert!(!ran.stderr.contains(" 0 B"), "{ran}");
     let backward = shape("16", "4", "2").args(["--backward", "--backend", "cpu", "--tokens", "99999999999999"]);
-    backward.errs(["--tokens 99999999999999", "fewer tokens"]);
+    backward.errs(["--tokens 99999999999999", "B can be had, less ", "fewer tokens"]);
     fmoe(["bench", "--backward", "--beside", "cpu"]).fails(2);
     fmoe(["bench", "--hidden", "16"]).fails(2);
     fmoe(["bench", "--from", "y"]).fails(2);
@@ -248,6 +291,7 @@ fn results_that_cannot_be_kept_are_not_measured() {
         ("--json", folder.path().to_path_buf()),
         ("--record", file.clone()),
         ("--record", "/proc/records".into()),
+        ("--record", "/dev/full".into()),
     ] {
         let ran = fmoe(shape.split(' ')).args([option, path.to_str().unwrap()]);
         let ran = ran.errs(["cannot write", path.to_str().unwrap()]);
@@ -255,6 +299,66 @@ fn results_that_cannot_be_kept_are_not_measured() {
     }
     assert_eq!(fs::read_to_string(&file).unwrap(), "what was there");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+/// Beside the day's file, nothing in the way of one is touched, and nothing is measured.
+#[test]
+fn records_that_cannot_be_appended_to_are_not_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let records = folder.path().join("records");
+    for suffix in ["", "-backward"] {
+        let bench = || {
+            let shape = "bench --hidden 16 --intermediate 8 --experts 4 --top-k 2 --tokens 1 --backend cpu";
+            let backward = Some("--backward").filter(|_| !suffix.is_empty());
+            fmoe(shape.split(' ')).args(backward).args(["--record", records.to_str().unwrap()])
+        };
+        bench().succeeds();
+        let device = fs::read_dir(&records).unwrap().next().unwrap().unwrap().path();
+        let find = |entry: std::io::Result<fs::DirEntry>| {
+            let path = entry.unwrap().path();
+            (path.to_str().unwrap().ends_with("-backward.csv") != suffix.is_empty()).then_some(path)
+        };
+        let day = fs::read_dir(&device).unwrap().find_map(find).unwrap();
+        let text = fs::read_to_string(&day).unwrap();
+        let refused = |why: &str| {
+            let ran = bench().errs([day.to_str().unwrap(), why, "another directory"]);
+            assert!(ran.stdout.is_empty(), "{ran}");
+        };
+        // the columns of another version, the beginning of a header, and no text
+        for other in [text.replace(",isa", ""), text.replace("date,", "day,"), "date".into()] {
+            fs::write(&day, &other).unwrap();
+            refused("has other columns");
+            assert_eq!(fs::read_to_string(&day).unwrap(), other);
+        }
+        fs::write(&day, [0xff; 2000]).unwrap();
+        refused("has other columns");
+        fs::remove_file(&day).unwrap();
+        fs::create_dir(&day).unwrap();
+        refused("is no regular file");
+        fs::remove_dir(&day).unwrap();
+        for place in ["/dev/full", "/dev/stdin"] {
+            std::os::unix::fs::symlink(place, &day).unwrap();
+            refused("is no regular file");
+            fs::remove_file(&day).unwrap();
+        }
+        // nobody reads it
+        assert!(Command::new("mkfifo").arg(&day).status().unwrap().success());
+        refused("is no regular file");
+        fs::remove_file(&day).unwrap();
+        // a row that was cut short, and a file that is empty
+        fs::write(&day, format!("{text}2026")).unwrap();
+        bench().succeeds();
+        assert!(fs::read_to_string(&day).unwrap().starts_with(&format!("{text}2026\n20")));
+        fs::write(&day, "").unwrap();
+        bench().succeeds();
+        assert_eq!(fs::read_to_string(&day).unwrap().lines().next(), text.lines().next());
+        // what is in the way of the folder
+        fs::remove_dir_all(&device).unwrap();
+        fs::write(&device, "").unwrap();
+        let ran = bench().errs([device.to_str().unwrap(), "is no directory"]);
+        assert!(ran.stdout.is_empty(), "{ran}");
+        fs::remove_file(&device).unwrap();
+    }
 }
 
 #[test]

@@ -120,7 +120,7 @@ fn run_warns_of_nan() {
     let model = Model::new().write();
     let file = support::input_of(&model, "x.safetensors", &[2, 16], |i| if i == 3 { f32::NAN } else { 1.0 });
     let ran = fmoe(["run", model.name(), "--input", &file]).succeeds();
-    assert!(ran.stderr.contains("1 elements of the input are NaN or infinite"), "{ran}");
+    assert!(ran.stderr.contains("1 element of the input is NaN or infinite"), "{ran}");
     assert!(ran.stderr.contains("16 elements of the output are NaN or infinite, as is some of the input"), "{ran}");
     assert!(ran.stderr.contains("a token without a finite router score"), "{ran}");
 }
@@ -242,6 +242,63 @@ fn bench_a_small_shape() {
     assert_eq!(text.lines().count(), 1 + 3 * 2, "a header and a line a batch size:\n{text}");
     let columns = |line: &str| line.split(',').count();
     assert!(text.lines().all(|line| columns(line) >= columns(text.lines().next().unwrap())), "{text}");
+}
+
+#[test]
+fn bench_names_the_instruction_set() {
+    let best = fused_moe::cpu::arch::Isa::best().to_string();
+    for backward in [None, Some("--backward")] {
+        for (forced, named) in [("scalar", "scalar"), ("", best.as_str())] {
+            let folder = tempfile::tempdir().unwrap();
+            let json = folder.path().join("bench.json");
+            let shape = "bench --hidden 64 --intermediate 32 --experts 8 --top-k 2 --threads 1 --tokens 1 --record";
+            let ran = fmoe(shape.split(' '))
+                .args([folder.path().join("records").to_str().unwrap(), "--json", json.to_str().unwrap()])
+                .args(backward)
+                .env("FMOE_CPU_ISA", forced)
+                .succeeds();
+            for part in [format!(", {named}, 1 thread\n"), format!("bf16 multiply-adds of {named}, ")] {
+                assert!(ran.stdout.contains(&part), "{part}: {ran}");
+            }
+            let rows: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+            assert_eq!(rows[0]["isa"], named);
+            let recorded = ran.stderr.trim().strip_prefix("recorded in ").unwrap();
+            let text = std::fs::read_to_string(recorded).unwrap();
+            let last: Vec<_> = text.lines().map(|line| line.rsplit(',').next().unwrap()).collect();
+            assert_eq!(last, ["isa", named], "{text}");
+        }
+    }
+}
+
+#[test]
+fn one_is_no_plural() {
+    let ran = fmoe(["run", "--tokens", "1", "--backend", "cpu"]).succeeds();
+    assert!(ran.stdout.contains("3 slots;") && ran.stdout.contains(" of 8 experts unused"), "{ran}");
+    let shape = "bench --backward --hidden 64 --intermediate 32 --experts 8 --top-k 2 --backend cpu --tokens 1";
+    let ran = fmoe(shape.split(' ')).succeeds();
+    assert!(ran.stdout.contains("weights  one layer of ") && ran.stdout.contains("checked: "), "{ran}");
+    let ran = fmoe(["check", "--golden", &golden("")]).succeeds();
+    assert!(ran.stdout.contains("\n1 folder, 0 failed"), "{ran}");
+}
+
+/// Paragraphs break where the terminal ends, and not where the source text did.
+#[test]
+fn help_flows() {
+    let run = |command: &str| fmoe([command, "--help"]).succeeds().stdout;
+    for (command, beginning) in [("check", "--golden compares"), ("run", "The input is"), ("bench", "The floor is")] {
+        let help = run(command);
+        let start = help.rfind(&format!("\n{beginning}")).unwrap() + 1;
+        let lines: Vec<&str> = help[start..].trim_end().split('\n').collect();
+        assert!(lines.len() > 2, "{help}");
+        for pair in lines.windows(2) {
+            let next = pair[1].split(' ').next().unwrap();
+            assert!(
+                pair[0].len() + 1 + next.len() > 100 && pair[0].len() <= 100,
+                "{:?} ends too early: {help}",
+                pair[0]
+            );
+        }
+    }
 }
 
 #[test]

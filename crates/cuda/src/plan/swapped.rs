@@ -58,8 +58,13 @@ pub(super) fn tiles() -> impl Iterator<Item = SwappedTile> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::grouped::Stage;
     use crate::plan::grouped::tests::{down, sizes};
     use crate::plan::tests::device;
+    use crate::wgmma::Ends;
+    use fused_moe_conformance::cases::Operation;
+    use fused_moe_conformance::{Scale, cases};
+    use fused_moe_core::operation::GateUpOutput;
 
     fn tile(sizes: &Sizes) -> Option<SwappedTile> {
         match swapped(sizes, &device())?.kernel {
@@ -77,6 +82,38 @@ mod tests {
         assert_eq!(heights(2048), [None, Some(32), Some(64), Some(96), Some(128), None, None]);
         assert_eq!(heights(4096), [None, Some(32), Some(64), Some(96), Some(128), Some(160), None]);
         assert_eq!(tile(&down(4096)).map(|tile| tile.rows), Some(64));
+    }
+
+    /// The tile that an operation of a case takes whose operands lie in pieces of 16 bytes, as in memory of their own.
+    fn tile_of(operation: &Operation) -> Option<(Stage, u16)> {
+        let (stage, [t, k, h, i, experts], [x, weight, out]) = match operation {
+            Operation::GateUp(case)
+                if case.output == GateUpOutput::Activated && case.activation.is_gated() && !case.input_weights =>
+            {
+                (Stage::GateUp, case.sizes, case.dtypes)
+            }
+            Operation::Down(case) => (Stage::Down, case.sizes, case.dtypes),
+            _ => return None,
+        };
+        let whole = x.size() == 2 && weight == x && h % 8 == 0 && i % 8 == 0;
+        let of = if stage == Stage::GateUp {
+            Sizes { inner: h, outputs: i, ..sizes(t * k) }
+        } else {
+            Sizes { inner: i, outputs: h, ..down(t * k) }
+        };
+        let ends = Ends { pieces: out == x, bias: None };
+        let sizes = Sizes { experts, x, weight, ends, engine: whole, ..of };
+        tile(&sizes).map(|tile| (stage, tile.rows))
+    }
+
+    #[test]
+    fn the_conformance_suite_meets_every_tile() {
+        let met: Vec<_> = cases(Scale::Quick).iter().filter_map(|case| tile_of(&case.operation)).collect();
+        for stage in [Stage::GateUp, Stage::Down] {
+            for height in HEIGHTS {
+                assert!(met.contains(&(stage, height)), "{stage:?}, tiles of {height} rows");
+            }
+        }
     }
 
     #[test]
