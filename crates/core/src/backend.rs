@@ -154,6 +154,16 @@ pub trait BackendBackward: Backend {
         operands: ActivationBackward<'_, Self>,
     ) -> Result<(), Self::Error>;
 
+    /// The same and the gradient of the routing weights at once, where that is a launch of its own; `false`: nothing was
+    /// enqueued.
+    fn activation_weights_backward(
+        &self,
+        _stream: &Self::Stream,
+        _operands: ActivationWeightsBackward<'_, Self>,
+    ) -> Result<bool, Self::Error> {
+        Ok(false)
+    }
+
     /// Of the rows, the matrices and the biases of gate_up.
     fn gate_up_backward(&self, stream: &Self::Stream, operands: GateUpBackward<'_, Self>) -> Result<(), Self::Error>;
 

@@ -2,12 +2,12 @@ use crate::activation::constants;
 use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::kernel::backward::BackwardKernel;
-use crate::launch::{Tensor, launch, params};
+use crate::launch::{Grid, Tensor, launch, params};
 use crate::plan::pieces::Pieces;
 use crate::{Cuda, CudaStream};
 use fused_moe_core::View;
-use fused_moe_core::operation::{ActivationBackward, ActivationBackwardOperands};
-use fused_moe_core::problem::Arrangement;
+use fused_moe_core::operation::{ActivationBackward, ActivationBackwardOperands, ActivationWeightsBackward};
+use fused_moe_core::problem::{ActivationBackwardProblem, Arrangement};
 
 params! {
     ActivationBackwardParams {
@@ -30,11 +30,46 @@ fn tensors(operands: &ActivationBackwardOperands<'_, Cuda>) -> Result<[Tensor; 4
     })
 }
 
+params! {
+    ActivationWeightsBackwardParams { activation: ActivationBackwardParams, d_weights: Tensor, slot_row: u64, columns: u64 }
+}
+
 pub(crate) fn activation_backward(
     cuda: &Cuda,
     stream: &CudaStream,
     operands: ActivationBackward<'_, Cuda>,
 ) -> Result<()> {
+    let (problem, params, pieces) = prepared(&operands)?;
+    let kernel = BackwardKernel::Activation { activation: problem.activation.into(), pieces };
+    let grid = pieces.grid(problem.rows, problem.intermediate);
+    launch(cuda, stream, Kernel::Backward(kernel), grid, &params)
+}
+
+/// Where rows are of one 2-byte format in pieces of 16 bytes.
+pub(crate) fn activation_weights_backward(
+    cuda: &Cuda,
+    stream: &CudaStream,
+    operands: ActivationWeightsBackward<'_, Cuda>,
+) -> Result<bool> {
+    operands.problem()?;
+    let (problem, activation, pieces) = prepared(&operands.activation)?;
+    if !pieces.is_narrow() || pieces.vector == 1 {
+        return Ok(false);
+    }
+    let d_weights = Tensor::of(&operands.d_weights)?;
+    let slot_row = Tensor::of(&operands.slot_row)?.data;
+    let columns = operands.d_weights.cols().max(1) as u64;
+    let params = ActivationWeightsBackwardParams { activation, d_weights, slot_row, columns };
+    let kernel = BackwardKernel::ActivationWeights { activation: problem.activation.into(), pieces };
+    let grid = Grid::line(problem.rows.div_ceil(8), 256);
+    launch(cuda, stream, Kernel::Backward(kernel), grid, &params)?;
+    Ok(true)
+}
+
+/// The parameters that both have, and how they go over rows.
+fn prepared(
+    operands: &ActivationBackward<'_, Cuda>,
+) -> Result<(ActivationBackwardProblem, ActivationBackwardParams, Pieces)> {
     let problem = operands.problem()?;
     let [gate, mut up, d_gate, mut d_up] = tensors(&operands.operands)?;
     let (ahead, step) = match problem.arrangement {
@@ -67,7 +102,5 @@ pub(crate) fn activation_backward(
     };
     let ActivationBackwardParams { d_a, a, .. } = params;
     let pieces = Pieces::of(&[gate, up, d_gate, d_up, d_a, a], problem.intermediate, step == 1);
-    let kernel = BackwardKernel::Activation { activation: problem.activation.into(), pieces };
-    let grid = pieces.grid(problem.rows, problem.intermediate);
-    launch(cuda, stream, Kernel::Backward(kernel), grid, &params)
+    Ok((problem, params, pieces))
 }

@@ -26,6 +26,14 @@ impl BackendBackward for Cuda {
         activation_backward::activation_backward(self, stream, operands)
     }
 
+    fn activation_weights_backward(
+        &self,
+        stream: &CudaStream,
+        operands: ActivationWeightsBackward<'_, Self>,
+    ) -> Result<bool> {
+        activation_backward::activation_weights_backward(self, stream, operands)
+    }
+
     fn gate_up_backward(&self, stream: &CudaStream, operands: GateUpBackward<'_, Self>) -> Result<()> {
         gate_up_backward::gate_up_backward(self, stream, &operands)
     }

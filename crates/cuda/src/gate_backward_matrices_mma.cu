@@ -3,9 +3,18 @@
 //
 //   each warp: d_logits (f32) and n (bf16) of its tokens by asynchronous copies into a ring of its own
 //              d_logits in three terms, smallest first; both transposed where they are read
+//
+// With CLUSTER 2 the warps of two blocks share a tile of twice the columns, for which d_logits are read half as often; each
+// block adds up half of it.
 #define TILE_M 64
-#define TILE_N 32
+#define TILE_N (32 * CLUSTER)
 #define WARPS 8
+#define PAIRED (CLUSTER == 2 && __CUDA_ARCH__ >= 900)
+#if PAIRED
+#define IN_CLUSTERS __cluster_dims__(1, 1, 2)
+#else
+#define IN_CLUSTERS
+#endif
 #define STEP 16
 #define STAGES 3
 // elements of a line, so that fragments are read without bank conflicts
@@ -33,19 +42,41 @@ __device__ __forceinline__ void copy_tokens(const GroupedBackwardParams& p, u64 
     commit_copies();
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) gate_backward_matrices_mma(const __grid_constant__ GroupedBackwardParams p) {
+// All threads of the cluster have come here, and what they wrote to shared memory is there.
+__device__ __forceinline__ void wait_blocks() {
+#if PAIRED
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// A number of the same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ f32 load_of(const f32* at, u32 block) {
+#if PAIRED
+    u32 there;
+    f32 x;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(block));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+    return x;
+#else
+    return *at;
+#endif
+}
+
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(32 * WARPS, 1) gate_backward_matrices_mma(const __grid_constant__ GroupedBackwardParams p) {
     extern __shared__ __align__(128) u8 memory[];
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = blockIdx.z * WARPS + warp, parts = CLUSTER * WARPS;
     const u64 first_row = (u64)blockIdx.x * TILE_M, first_col = (u64)blockIdx.y * TILE_N;
     u8* own = memory + warp * STAGES * STAGE_BYTES;
     const u32 ring = shared_address(own);
     f32 sum[TILE_M / 16][TILE_N / 8][4] = {};
-    for (u32 i = 0; i < STAGES - 1; i++) copy_tokens(p, (u64)(warp + i * WARPS) * STEP, first_row, first_col, ring + i * STAGE_BYTES);
+    for (u32 i = 0; i < STAGES - 1; i++) copy_tokens(p, (u64)(part + i * parts) * STEP, first_row, first_col, ring + i * STAGE_BYTES);
     u32 read = 0, write = STAGES - 1;
-    for (u64 t = (u64)warp * STEP; t < p.grouped.rows; t += WARPS * STEP) {
+    for (u64 t = (u64)part * STEP; t < p.grouped.rows; t += parts * STEP) {
         wait_copies<STAGES - 2>();
         __syncwarp();
-        copy_tokens(p, t + (STAGES - 1) * WARPS * STEP, first_row, first_col, ring + write * STAGE_BYTES);
+        copy_tokens(p, t + (STAGES - 1) * parts * STEP, first_row, first_col, ring + write * STAGE_BYTES);
         const f32* d = reinterpret_cast<const f32*>(own + read * STAGE_BYTES);
         u32 b[TILE_N / 16][4];
 #pragma unroll
@@ -84,13 +115,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) gate_backward_matric
 #pragma unroll
             for (u32 n = 0; n < 2; n++)
                 sums[(warp * TILE_M + i * 8 + lane / 4) * TILE_N + j * 8 + lane % 4 * 2 + n] = sum[i / 2][j][i % 2 * 2 + n];
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < TILE_M * TILE_N; i += 32 * WARPS) {
+    wait_blocks();
+    for (u32 i = blockIdx.z * 32 * WARPS + threadIdx.x; i < TILE_M * TILE_N; i += CLUSTER * 32 * WARPS) {
         f32 d[1] = {0.0f};
 #pragma unroll
-        for (u32 w = 0; w < WARPS; w++) d[0] += sums[w * TILE_M * TILE_N + i];
+        for (u32 w = 0; w < CLUSTER * WARPS; w++) d[0] += load_of(sums + w % WARPS * TILE_M * TILE_N + i, w / WARPS);
         d[0] *= p.scale;
         const u64 row = first_row + i / TILE_N, col = first_col + i % TILE_N;
         if (row < p.outputs && col < p.inputs) store_gradient<1>(p.grouped.out, p.accumulate, row, col, d);
     }
+    // neither may end while the other reads its memory
+    if (PAIRED) wait_blocks();
 }

@@ -68,7 +68,10 @@ pub(crate) enum GroupedBackwardKernel {
     },
     /// Of the router, f32 times bf16.
     GateRowsMma,
-    GateMatricesMma,
+    GateMatricesMma {
+        /// Whether pairs of blocks share a tile of twice the columns.
+        paired: bool,
+    },
     Bias,
 }
 
@@ -109,7 +112,9 @@ impl GroupedBackwardKernel {
                 ("gate_up_backward_matrices_wgmma", include_str!("gate_up_backward_matrices_wgmma.cu"))
             }
             Self::GateRowsMma => ("gate_backward_rows_mma", include_str!("gate_backward_rows_mma.cu")),
-            Self::GateMatricesMma => ("gate_backward_matrices_mma", include_str!("gate_backward_matrices_mma.cu")),
+            Self::GateMatricesMma { .. } => {
+                ("gate_backward_matrices_mma", include_str!("gate_backward_matrices_mma.cu"))
+            }
             Self::Bias => ("bias_backward", include_str!("bias_backward.cu")),
         }
     }
@@ -140,7 +145,9 @@ impl GroupedBackwardKernel {
                 parts.extend(INSTRUCTIONS);
                 parts.extend([MatricesWgmmaParams::DEFINITION, include_str!("include/grouped_backward_wgmma.cuh")]);
             }
-            Self::GateRowsMma | Self::GateMatricesMma => parts.extend([MMA[0], include_str!("include/wide_mma.cuh")]),
+            Self::GateRowsMma | Self::GateMatricesMma { .. } => {
+                parts.extend([MMA[0], include_str!("include/wide_mma.cuh")])
+            }
             Self::RowsWgmma { .. } | Self::Bias => {}
         }
         parts.push(self.file().1);
@@ -170,7 +177,8 @@ impl GroupedBackwardKernel {
                 defines.push(("W_T", format.to_string()));
                 defines.extend(tile.defines());
             }
-            Self::GateRowsMma | Self::GateMatricesMma | Self::Bias => {}
+            Self::GateMatricesMma { paired } => defines.push(("CLUSTER", if paired { "2" } else { "1" }.into())),
+            Self::GateRowsMma | Self::Bias => {}
         }
         defines
     }

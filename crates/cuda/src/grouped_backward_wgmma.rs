@@ -20,6 +20,8 @@ pub(crate) struct MatricesTile {
     /// Whether rows of A are found through slots.
     pub(crate) gathered: bool,
     pub(crate) stages: u8,
+    /// Whether pairs of blocks share columns of B.
+    pub(crate) paired: bool,
 }
 
 /// Rows that the copy engine brings at once.
@@ -40,12 +42,18 @@ impl MatricesTile {
         2 * 9 * 1024 + 16 * usize::from(self.stages) + 4 * (experts + 1)
     }
 
-    pub(crate) fn defines(self) -> [(&'static str, String); 4] {
+    /// Blocks that share columns of B.
+    pub(crate) fn cluster(self) -> usize {
+        if self.paired { 2 } else { 1 }
+    }
+
+    pub(crate) fn defines(self) -> [(&'static str, String); 5] {
         [
             ("TILE_M", Self::ROWS.to_string()),
             ("TILE_N", self.columns.to_string()),
             ("GATHERED", self.gathered.to_string()),
             ("STAGES", self.stages.to_string()),
+            ("CLUSTER", self.cluster().to_string()),
         ]
     }
 }

@@ -53,6 +53,18 @@ pub enum ActivationBackwardOperands<'a, B: Backend> {
     },
 }
 
+/// An [`ActivationBackward`] and, of the same numbers, the gradient of the routing weights:
+/// `d_weights[slot] = scale * sum_i a[row, i] * d_a[row, i]`, 0 where a slot has no row; `scale` and the slots are those of
+/// `row_weights`. What is written of `a` is multiplied by `row_weights`, as the gradient of down's matrices wants it.
+pub struct ActivationWeightsBackward<'a, B: Backend> {
+    /// With `row_weights`, their slots, and `a`.
+    pub activation: ActivationBackward<'a, B>,
+    /// u32 `[R]`: the row of a slot.
+    pub slot_row: In<'a, B>,
+    /// Written: f32 `[T, K]`.
+    pub d_weights: Out<'a, B>,
+}
+
 /// A factor for each row: `scale * weights[slot]`.
 pub struct RowWeights<'a, B: Backend> {
     /// f32 `[T, K]`, or `[R]`; ones if absent.

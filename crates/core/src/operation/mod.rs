@@ -25,7 +25,7 @@ mod route;
 mod route_backward;
 
 pub use activation::{Activate, ActivationOperands};
-pub use activation_backward::{ActivationBackward, ActivationBackwardOperands, RowWeights};
+pub use activation_backward::{ActivationBackward, ActivationBackwardOperands, ActivationWeightsBackward, RowWeights};
 pub use combine::{Combine, Copies, NextNorm, Residual, Shared, SlotRows};
 pub use combine_backward::{CombineBackward, DownBias, RowsGradient, SharedBackward, WeightsFrom, WeightsGradient};
 pub use down::Down;

@@ -242,6 +242,24 @@ impl<B: Backend> ActivationBackward<'_, B> {
     }
 }
 
+impl<B: Backend> ActivationWeightsBackward<'_, B> {
+    /// Checks shapes and formats.
+    pub fn problem(&self) -> Result<ActivationBackwardProblem> {
+        let check = Check("activation_weights_backward");
+        let problem = self.activation.problem()?;
+        let row_weights =
+            check.present("row_weights", self.activation.row_weights.as_ref(), "d_weights is asked for")?;
+        check.present("row_weights.row_slot", row_weights.row_slot.as_ref(), "d_weights is asked for")?;
+        check.present("a", self.activation.a.as_ref(), "d_weights is asked for")?;
+        check.only("slot_row", &self.slot_row, DType::U32)?;
+        check.shape("slot_row", &self.slot_row, "[R]", [problem.rows])?;
+        check.only("d_weights", &self.d_weights, DType::F32)?;
+        let (tokens, top_k) = (self.d_weights.rows(), self.d_weights.cols());
+        check.value(tokens * top_k == problem.rows, "d_weights", "an element a slot", tokens * top_k)?;
+        Ok(problem)
+    }
+}
+
 impl<B: Backend> CombineBackward<'_, B> {
     /// Checks shapes, formats and numbers.
     pub fn problem(&self) -> Result<CombineBackwardProblem> {

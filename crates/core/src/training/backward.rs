@@ -1,8 +1,8 @@
 use super::forward::{SharedExpert, activate};
 use super::workspace::{Scratch, SharedScratch, TrainingWorkspace};
 use super::{
-    Activations, Formats, TrainingLayer, activation_backward, again, deliver, norm, permutation, permute, row,
-    row_gradient, shorter, stack, stack_gradient,
+    Activations, Formats, TrainingLayer, again, deliver, norm, permutation, permute, row, row_gradient, shorter, stack,
+    stack_gradient,
 };
 use crate::backend::{Backend, BackendBackward, In, shorten};
 use crate::config::{LayerConfig, WeightOn};
@@ -196,19 +196,18 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
         let slots = permutation(slots, [rows, experts])?;
         let to = Some(d_a.write_as(between, [rows, intermediate])?);
         backend.down_backward(stream, DownBackward { d_a: to, ..self.through_down(&slots) })?;
-        activation_backward(
-            backend,
-            stream,
-            Activations {
-                activation: config.activation,
-                z: shorten::<B>(self.z),
-                d_a: d_a.read_as(between, [rows, intermediate])?,
-                row_weights: Some(self.by_slot(Some(shorten::<B>(slots.row_slot)))),
-                a: a.write_as(between, [rows, intermediate])?,
-                d_z: d_z.write_as(between, [rows, config.gate_up_rows()])?,
-            },
-        )?;
-        if !on_input {
+        // a bias has a part in the gradient of the routing weights, and its own wants rows without factors
+        let plain = !on_input && down.is_some() && down_bias.is_none() && self.parameters.down_bias.is_none();
+        let weighted = plain && {
+            let activation = self.through_activation(&slots, (d_a, a, d_z))?;
+            let (slot_row, d_weights) = (shorten::<B>(slots.slot_row), d_weights.write([tokens, top_k])?);
+            let both = ActivationWeightsBackward { activation, slot_row, d_weights };
+            backend.activation_weights_backward(stream, both)?
+        };
+        if !weighted {
+            backend.activation_backward(stream, self.through_activation(&slots, (d_a, a, d_z))?)?;
+        }
+        if !on_input && !weighted {
             let experts = shorten::<B>(self.routing.experts);
             let bias = self.parameters.down_bias.map(|bias| DownBias { bias: shorten::<B>(bias), experts });
             let from = WeightsFrom::Intermediate {
@@ -225,7 +224,10 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
                 CombineBackward { routed_scale, d_weights, ..CombineBackward::new(shorten::<B>(self.d_y), top_k) },
             )?;
         }
-        if down.is_some() || down_bias.is_some() {
+        if weighted {
+            let (a, d_down) = (Some(a.read_as(between, [rows, intermediate])?), shorter::<B>(down));
+            backend.down_backward(stream, DownBackward { a, d_down, ..self.through_down(&slots) })?;
+        } else if down.is_some() || down_bias.is_some() {
             let gradients = (shorter::<B>(down), shorter::<B>(down_bias));
             self.matrices_of_down(backend, stream, &slots, gradients, (a, d_a, ones, factors))?;
         }
@@ -330,6 +332,25 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
         }
     }
 
+    /// Through the activation, each row with its factor.
+    fn through_activation<'s>(
+        &'s self,
+        slots: &'s Permutation<'_, B>,
+        (d_a, a, d_z): (&'s Scratch<B>, &'s mut Scratch<B>, &'s mut Scratch<B>),
+    ) -> crate::error::Result<ActivationBackward<'s, B>> {
+        let (config, between) = (&self.layer.config, self.formats.between);
+        let (rows, row_slot) = (self.x.rows() * config.top_k, shorten::<B>(slots.row_slot));
+        let activations = Activations {
+            activation: config.activation,
+            z: shorten::<B>(self.z),
+            d_a: d_a.read_as(between, [rows, config.intermediate])?,
+            row_weights: Some(self.by_slot(Some(row_slot))),
+            a: a.write_as(between, [rows, config.intermediate])?,
+            d_z: d_z.write_as(between, [rows, config.gate_up_rows()])?,
+        };
+        Ok(activations.operands())
+    }
+
     /// What the rows' outputs are multiplied by.
     fn by_slot<'s>(&'s self, row_slot: Option<In<'s, B>>) -> RowWeights<'s, B> {
         let on_output = self.layer.config.weight_on == WeightOn::Output;
@@ -393,18 +414,15 @@ impl<B: BackendBackward> Experts<'_, '_, B> {
             },
         )?;
         let height = config.activation.gate_up_rows(width);
-        activation_backward(
-            backend,
-            stream,
-            Activations {
-                activation: config.activation,
-                z: shorten::<B>(z),
-                d_a: d_a.read_as(between, [tokens, width])?,
-                row_weights: None,
-                a: a.write_as(between, [tokens, width])?,
-                d_z: d_z.write_as(between, [tokens, height])?,
-            },
-        )?;
+        let activations = Activations {
+            activation: config.activation,
+            z: shorten::<B>(z),
+            d_a: d_a.read_as(between, [tokens, width])?,
+            row_weights: None,
+            a: a.write_as(between, [tokens, width])?,
+            d_z: d_z.write_as(between, [tokens, height])?,
+        };
+        backend.activation_backward(stream, activations.operands())?;
         backend.gate_up_backward(
             stream,
             GateUpBackward {

@@ -172,22 +172,7 @@ fn shorter<'short, 'long: 'short, B: Backend>(gradient: Option<Gradient<'long, B
     gradient.map(|Gradient { view, mode }| Gradient { view: shorten_mut::<B>(view), mode })
 }
 
-/// The gradient of one launch, in a buffer of the workspace or in the caller's.
-fn activation_backward<B: BackendBackward>(
-    backend: &B,
-    stream: &B::Stream,
-    call: Activations<'_, B>,
-) -> Result<(), B::Error> {
-    let Activations { activation, z, d_a, row_weights, a, d_z } = call;
-    let operands = if activation.is_gated() {
-        ActivationBackwardOperands::Halves { gate_up: z, d_gate_up: d_z }
-    } else {
-        ActivationBackwardOperands::Plain { up: z, d_up: d_z }
-    };
-    backend.activation_backward(stream, ActivationBackward { activation, operands, d_a, row_weights, a: Some(a) })
-}
-
-/// Operands of [`activation_backward`].
+/// Operands of an [`ActivationBackward`] whose gate and up lie side by side.
 struct Activations<'a, B: Backend> {
     activation: crate::config::Activation,
     z: In<'a, B>,
@@ -195,6 +180,18 @@ struct Activations<'a, B: Backend> {
     row_weights: Option<RowWeights<'a, B>>,
     a: crate::backend::Out<'a, B>,
     d_z: crate::backend::Out<'a, B>,
+}
+
+impl<'a, B: Backend> Activations<'a, B> {
+    fn operands(self) -> ActivationBackward<'a, B> {
+        let Self { activation, z, d_a, row_weights, a, d_z } = self;
+        let operands = if activation.is_gated() {
+            ActivationBackwardOperands::Halves { gate_up: z, d_gate_up: d_z }
+        } else {
+            ActivationBackwardOperands::Plain { up: z, d_up: d_z }
+        };
+        ActivationBackward { activation, operands, d_a, row_weights, a: Some(a) }
+    }
 }
 
 /// The slots by expert; `ids` `[T, K]`.

@@ -9,6 +9,9 @@
 //
 // What one of the two is ahead by is what the other still multiplies behind its epilogue.
 //
+// With CLUSTER 2 the blocks are pairs, which have neighbouring columns of A and the same columns of B: each brings half of B's
+// to both, and a stage is free when both have read it.
+//
 // A and B are d and x; if A_IS_X, x and d: A is what may be gathered, and the narrower side of a tile. Sums run across the
 // lines of both operands, which are transposed as they are multiplied.
 //
@@ -16,6 +19,11 @@
 // copies bring what is there and zeros.
 #define STEP 64
 #define THREADS 384
+#if CLUSTER == 2
+#define IN_CLUSTERS __cluster_dims__(2, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
 #define BLOCK_BYTES (64 * STEP * 2)
 #define A_BLOCKS (TILE_M / 64)
 #define B_BLOCKS (TILE_N / 64)
@@ -29,6 +37,10 @@
 // Shared memory where a warpgroup turns sums into rows: in f32 lines of 32 sums, or of a column of B's all sums.
 #define SUMS_BYTES 9216
 #define LINE (A_IS_X ? TILE_M + 4 : 32 + 4)
+
+// Tiles of A's columns, or pairs of them, that blocks have at a time, by as many of B's as there are blocks for: so both sides
+// of an expert with many rows stay in the second-level cache.
+#define BAND (16 / CLUSTER)
 
 // A tile: sums of `rows` rows from `first_row` on, of columns of A and of B from `first_a` and `first_b` on.
 struct Job {
@@ -50,7 +62,7 @@ struct Jobs {
         }
         __syncthreads();
         across = (b_columns() + TILE_N - 1) / TILE_N;
-        each = (a_columns() + TILE_M - 1) / TILE_M * across;
+        each = (a_columns() + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M) * across;
     }
 
     __device__ __forceinline__ u32 a_columns() const { return (u32)(A_IS_X ? p.inputs : p.outputs); }
@@ -64,8 +76,10 @@ struct Jobs {
         const u32 local = (u32)(item - (u64)job.expert * each), end = first_row[job.expert + 1];
         job.first_row = first_row[job.expert];
         job.rows = end > job.first_row ? end - job.first_row : 0;
-        job.first_a = local / across * TILE_M;
-        job.first_b = local % across * TILE_N;
+        const u32 band = local / (BAND * across) * BAND, left = each / across - band, high = left < BAND ? left : BAND;
+        const u32 within = local - band * across, down = within / high;
+        job.first_a = ((band + within - down * high) * CLUSTER + blockIdx.x % CLUSTER) * TILE_M;
+        job.first_b = down * TILE_N;
         return true;
     }
 };
@@ -79,7 +93,7 @@ struct Producer {
         Job job;
         job.expert = 0;
         Place at = {0, 1};
-        for (bool any = jobs.find(blockIdx.x, job); any; any = jobs.find(job.item + gridDim.x, job)) copy_tile(job, at);
+        for (bool any = jobs.find(blockIdx.x / CLUSTER, job); any; any = jobs.find(job.item + gridDim.x / CLUSTER, job)) copy_tile(job, at);
     }
 
     // A warp has four of each 16 rows of a step; the first 16 lanes know one each.
@@ -130,7 +144,11 @@ struct Producer {
                     for (u32 i = 0; i < A_BLOCKS; i++)
                         if (!GATHERED) copy_box(stage + i * BLOCK_BYTES, q.a, full, job.first_a + i * 64, row);
 #pragma unroll
-                    for (u32 i = 0; i < B_BLOCKS; i++) copy_box(stage + A_BYTES + i * BLOCK_BYTES, q.b, full, job.first_b + i * 64, row);
+                    for (u32 i = 0; i < B_BLOCKS / CLUSTER; i++) {
+                        const u32 at = blockIdx.x % CLUSTER * (B_BLOCKS / CLUSTER) + i, to = stage + A_BYTES + at * BLOCK_BYTES;
+                        if (CLUSTER == 2) copy_box_to_both(to, q.b, full, job.first_b + at * 64, row);
+                        else copy_box(to, q.b, full, job.first_b + at * 64, row);
+                    }
                 }
             }
             if (GATHERED || !whole) copy_rows<A_BLOCKS>(stage + own, a, source, job.first_a, jobs.a_columns());
@@ -171,7 +189,9 @@ struct Consumer {
     const u32 group;
 
     __device__ __forceinline__ void free_stage(u32 stage) const {
-        if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty + stage * 8);
+        const u32 lane = threadIdx.x % 32;
+        if (CLUSTER == 1 && lane == 0) barrier_arrive(ring.empty + stage * 8);
+        if (CLUSTER == 2 && lane < 2) barrier_arrive_there(address_in(ring.empty + stage * 8, lane));
     }
 
     // Begins the products of 16 N rows of a stage; `keep`: there are sums of others.
@@ -350,7 +370,7 @@ struct Consumer {
         Place at = {0, 0};
         Job job;
         job.expert = 0;
-        for (bool any = jobs.find(blockIdx.x, job); any; any = jobs.find(job.item + gridDim.x, job)) {
+        for (bool any = jobs.find(blockIdx.x / CLUSTER, job); any; any = jobs.find(job.item + gridDim.x / CLUSTER, job)) {
             f32 sum[A_BLOCKS][WIDTH / 2];
             job.first_b += group * WIDTH;
             const u32 last = multiply_tile(job, at, sum);
@@ -383,11 +403,13 @@ __device__ __forceinline__ void grouped_backward_wgmma(const MatricesWgmmaParams
         prefetch_map(q.b);
         for (u32 i = 0; i < STAGES; i++) {
             barrier_init(ring.full + i * 8, 128 + 1);
-            barrier_init(ring.empty + i * 8, 8);
+            barrier_init(ring.empty + i * 8, CLUSTER * 8);
         }
         fence_barriers();
     }
     const Jobs jobs(q.product, reinterpret_cast<u32*>(sums + 2 * SUMS_BYTES + STAGES * 16));
+    // the other block's barriers are there
+    if (CLUSTER == 2) wait_cluster();
     if (group == 0) {
         fewer_registers<PRODUCER_REGISTERS>();
         const Producer producer = {q, jobs, ring};
@@ -396,5 +418,10 @@ __device__ __forceinline__ void grouped_backward_wgmma(const MatricesWgmmaParams
         more_registers<CONSUMER_REGISTERS>();
         const Consumer consumer = {q.product, ring, group - 1};
         consumer.multiply_tiles(jobs, reinterpret_cast<f32*>(sums + (group - 1) * SUMS_BYTES));
+    }
+    if (CLUSTER == 2) {
+        // neither may end while the other still writes to its memory
+        __syncwarp();
+        wait_cluster();
     }
 }

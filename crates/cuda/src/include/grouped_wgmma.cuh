@@ -165,8 +165,11 @@ struct Producer {
         const u32 upper = GATED ? (u32)q.product.outputs : TILE_N / 2, half = TILE_N / 2 * STEP * 2;
         if (TRANSPOSED) {
 #pragma unroll
-            for (u32 c = 0; c < TILE_N; c += 64)
-                copy_box(stage + X_BYTES + c * STEP * 2, q.weights, full, tile.column * TILE_N + c, column, tile.expert);
+            for (u32 c = 0; c < TILE_N / CLUSTER; c += 64) {
+                const u32 at = CLUSTER == 2 ? blockIdx.x % 2 * (TILE_N / 2) + c : c, to = stage + X_BYTES + at * STEP * 2;
+                if (CLUSTER == 2) copy_box_to_both(to, q.weights, full, tile.column * TILE_N + at, column, tile.expert);
+                else copy_box(to, q.weights, full, tile.column * TILE_N + at, column, tile.expert);
+            }
         } else if (CLUSTER == 2) {
             const u32 own = blockIdx.x % 2;
             copy_box_to_both(stage + X_BYTES + own * half, q.weights, full, column, row + own * upper);

@@ -63,6 +63,13 @@ __device__ __forceinline__ void copy_box_to_both(u32 to, const TensorMap& map, u
                  "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"((u16)3)
                  : "memory");
 }
+// The same of one of many matrices.
+__device__ __forceinline__ void copy_box_to_both(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row, u32 matrix) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+                 "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "h"((u16)3)
+                 : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

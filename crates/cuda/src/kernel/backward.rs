@@ -14,6 +14,7 @@ use fused_moe_core::DType;
 pub(crate) enum BackwardKernel {
     Grouped(GroupedBackwardKernel),
     Activation { activation: ActivationKind, pieces: Pieces },
+    ActivationWeights { activation: ActivationKind, pieces: Pieces },
     CombineRows { pieces: Pieces },
     CombineWeights { vector: u8 },
     CombineShared { vector: u8 },
@@ -42,6 +43,7 @@ impl BackwardKernel {
         match self {
             Self::Grouped(kernel) => kernel.entry(),
             Self::Activation { .. } => "activation_backward",
+            Self::ActivationWeights { .. } => "activation_weights_backward",
             Self::CombineRows { .. } => "combine_backward_rows",
             Self::CombineWeights { .. } => "combine_backward_weights",
             Self::CombineShared { .. } => "combine_backward_shared",
@@ -60,6 +62,7 @@ impl BackwardKernel {
         match self {
             Self::Grouped(kernel) => kernel.params(),
             Self::Activation { .. } => activation_backward::ActivationBackwardParams::DEFINITION,
+            Self::ActivationWeights { .. } => activation_backward::ActivationWeightsBackwardParams::DEFINITION,
             Self::CombineRows { .. } => combine_backward::CombineBackwardRowsParams::DEFINITION,
             Self::CombineWeights { .. } => combine_backward::CombineBackwardWeightsParams::DEFINITION,
             Self::CombineShared { .. } => combine_backward::CombineBackwardSharedParams::DEFINITION,
@@ -82,6 +85,11 @@ impl BackwardKernel {
             }
             Self::Activation { .. } => {
                 vec![PIECES, ACTIVATION, SLOPES, own, include_str!("../activation_backward.cu")]
+            }
+            Self::ActivationWeights { .. } => {
+                let activation = activation_backward::ActivationBackwardParams::DEFINITION;
+                let text = include_str!("../activation_weights_backward.cu");
+                vec![REDUCE, PIECES, ACTIVATION, SLOPES, activation, own, text]
             }
             Self::CombineRows { .. } => vec![PIECES, own, include_str!("../combine_backward_rows.cu")],
             Self::CombineWeights { .. } => vec![REDUCE, GRADIENT, own, include_str!("../combine_backward_weights.cu")],
@@ -123,7 +131,7 @@ impl BackwardKernel {
             |logits: DType, threads: u32| vec![("LOGITS_T", logits.to_string()), ("THREADS", threads.to_string())];
         match self {
             Self::Grouped(kernel) => kernel.defines(),
-            Self::Activation { activation, pieces } => {
+            Self::Activation { activation, pieces } | Self::ActivationWeights { activation, pieces } => {
                 let own = [("SIGMOID", pieces.sigmoid().to_string()), ("BRIEF", pieces.is_narrow().to_string())];
                 [&activation.defines()[..], &pieces.defines(), &own].concat()
             }
@@ -147,6 +155,12 @@ impl BackwardKernel {
         for pieces in Pieces::all() {
             all.extend(activations().map(|activation| Self::Activation { activation: activation.into(), pieces }));
             all.push(Self::CombineRows { pieces });
+        }
+        for format in [DType::F16, DType::BF16] {
+            let pieces = Pieces { format: Some(format), vector: plan::backward::VECTOR };
+            all.extend(
+                activations().map(|activation| Self::ActivationWeights { activation: activation.into(), pieces }),
+            );
         }
         for vector in [1, plan::backward::VECTOR] {
             all.extend([Self::CombineWeights { vector }, Self::CombineShared { vector }, Self::NormWeight { vector }]);

@@ -47,8 +47,11 @@ fn fast([a, b]: [DType; 2], aligned: &impl Fn(u64) -> bool) -> bool {
     a == b && a.size() == 2 && aligned(8)
 }
 
-/// What the router's kernels on tensor cores have in shared memory.
-const GATE_SHARED: [usize; 2] = [2 * (64 * 40 * 4 + 32 * 128 * 2), 8 * 3 * (16 * 68 * 4 + 16 * 40 * 2)];
+/// What the router's kernels on tensor cores have in shared memory; that of its matrix where a tile has so many columns.
+const GATE_ROWS_SHARED: usize = 4 * (64 * 40 * 4 + 32 * 128 * 2);
+const fn gate_matrices_shared(columns: usize) -> usize {
+    8 * 3 * (16 * 68 * 4 + 16 * (columns + 8) * 2)
+}
 const WIDE: &str = "router: tensor cores, each f32 of the logits' gradient in three terms";
 
 /// What the gradient of the rows follows from besides its sizes.
@@ -75,7 +78,7 @@ pub(crate) fn rows(
     let &GroupedBackwardProblem { rows, experts, inputs, .. } = problem;
     let ([d, matrix], schedule) = (formats, 4 * (experts + 1));
     if stage == Stage::Gate && plain && formats == [DType::F32, DType::BF16] && aligned(8) {
-        let grid = Grid::plane(rows.div_ceil(64), inputs.div_ceil(128), 256).with_shared(GATE_SHARED[0]);
+        let grid = Grid::plane(rows.div_ceil(64), inputs.div_ceil(128), 256).with_shared(GATE_ROWS_SHARED);
         return GroupedBackwardPlan { kernel: GroupedBackwardKernel::GateRowsMma, grid, why: WIDE };
     }
     let cores = stage != Stage::Gate && fast(formats, &aligned);
@@ -111,10 +114,14 @@ pub(crate) fn matrices(
 ) -> GroupedBackwardPlan {
     let &GroupedBackwardProblem { experts, outputs, inputs, .. } = problem;
     let [d, x] = formats;
-    let room = device.shared_per_block >= GATE_SHARED[1];
+    let paired = device.has_clusters();
+    let (columns, cluster) = if paired { (64, 2) } else { (32, 1) };
+    let shared = gate_matrices_shared(columns);
+    let room = device.shared_per_block >= shared;
     if stage == Stage::Gate && plain && room && formats == [DType::F32, DType::BF16] && aligned(8) {
-        let grid = Grid::plane(outputs.div_ceil(64), inputs.div_ceil(32), 256).with_shared(GATE_SHARED[1]);
-        return GroupedBackwardPlan { kernel: GroupedBackwardKernel::GateMatricesMma, grid, why: WIDE };
+        let mut grid = Grid::plane(outputs.div_ceil(64), inputs.div_ceil(columns), 256).with_shared(shared);
+        grid.blocks[2] = cluster;
+        return GroupedBackwardPlan { kernel: GroupedBackwardKernel::GateMatricesMma { paired }, grid, why: WIDE };
     }
     let tiles = |[m, n]: [usize; 2]| experts.saturating_mul(super::tiles(outputs, inputs, [m, n]));
     if stage != Stage::Gate && plain && fast(formats, &aligned) {
@@ -139,7 +146,7 @@ fn matrices_wgmma(
     problem: &GroupedBackwardProblem,
     device: &DeviceNumbers,
 ) -> Option<GroupedBackwardPlan> {
-    let &GroupedBackwardProblem { experts, outputs, inputs, .. } = problem;
+    let &GroupedBackwardProblem { rows, experts, outputs, inputs, .. } = problem;
     if device.compute_capability != (9, 0) {
         return None;
     }
@@ -148,13 +155,17 @@ fn matrices_wgmma(
     let [narrow, wide] = WGMMA_WIDTHS;
     // the narrower tile where as many of them do
     let (columns, stages) = if across(narrow.0) == across(wide.0) { narrow } else { wide };
-    let tile = MatricesTile { columns, gathered, stages };
+    // an odd tile out would leave a block of its pair idle
+    let many = rows / experts.min(rows).max(1) >= wgmma::VERY_MANY_ROWS;
+    let paired = many && a.div_ceil(MatricesTile::ROWS.into()).is_multiple_of(2);
+    let tile = MatricesTile { columns, gathered, stages, paired };
     let shared = usize::from(stages) * tile.stage_bytes() + tile.other_bytes(experts);
     if shared > device.shared_per_block {
         return None;
     }
-    let each = a.div_ceil(MatricesTile::ROWS.into()) * across(columns);
-    let blocks = experts.saturating_mul(each).min(device.multiprocessors as usize);
+    let cluster = tile.cluster();
+    let each = a.div_ceil(usize::from(MatricesTile::ROWS) * cluster) * across(columns);
+    let blocks = experts.saturating_mul(each).min((device.multiprocessors as usize / cluster).max(1)) * cluster;
     let kernel = GroupedBackwardKernel::MatricesWgmma { stage, format, tile };
     let grid = Grid::line(blocks, MatricesTile::THREADS).with_shared(shared);
     let why = "gradient of matrices: warpgroup tensor cores, sums over an expert's rows, read as they lie";
@@ -174,7 +185,7 @@ pub(crate) fn neighbours(kernel: GroupedBackwardKernel) -> u64 {
     match kernel {
         MatricesWgmma { .. } => 8,
         Rows { .. } | Matrices { .. } => 4,
-        RowsMma { .. } | RowsWgmma { .. } | MatricesMma { .. } | GateRowsMma | GateMatricesMma => 2,
+        RowsMma { .. } | RowsWgmma { .. } | MatricesMma { .. } | GateRowsMma | GateMatricesMma { .. } => 2,
         Bias => 1,
     }
 }
@@ -183,7 +194,8 @@ pub(crate) fn neighbours(kernel: GroupedBackwardKernel) -> u64 {
 pub(crate) fn all() -> Vec<GroupedBackwardKernel> {
     use GroupedBackwardKernel::{Bias, Matrices, MatricesMma, MatricesWgmma, Rows, RowsMma, RowsWgmma};
     let floats = [DType::F32, DType::F16, DType::BF16];
-    let mut all = vec![Bias, GroupedBackwardKernel::GateRowsMma, GroupedBackwardKernel::GateMatricesMma];
+    let mut all = vec![Bias, GroupedBackwardKernel::GateRowsMma];
+    all.extend([false, true].map(|paired| GroupedBackwardKernel::GateMatricesMma { paired }));
     for (d, other) in floats.into_iter().flat_map(|d| floats.map(|other| (d, other))) {
         for vector in [1, 4] {
             let stage = Stage::Down;
@@ -212,8 +224,10 @@ pub(crate) fn all() -> Vec<GroupedBackwardKernel> {
     all.extend([RowsMma { stage, format, tile }, MatricesMma { stage, format, tile }]);
     for stage in [Stage::Down, Stage::GateUp] {
         for (format, gathered) in [(DType::F16, true), (DType::BF16, true), (DType::BF16, false)] {
-            let tile = |(columns, stages)| MatricesTile { columns, gathered, stages };
-            all.extend(WGMMA_WIDTHS.map(|width| MatricesWgmma { stage, format, tile: tile(width) }));
+            for paired in [false, true] {
+                let tile = |(columns, stages)| MatricesTile { columns, gathered, stages, paired };
+                all.extend(WGMMA_WIDTHS.map(|width| MatricesWgmma { stage, format, tile: tile(width) }));
+            }
         }
     }
     all
@@ -329,6 +343,7 @@ mod tests {
             }
         };
         assert_eq!(tile(65536, operands(formats)), (64, 256));
+        assert_eq!(tile(131_072, operands(formats)), (128, 256), "pairs");
         assert_eq!(tile(1536, operands(formats)), (0, 0), "few rows an expert");
         assert_eq!(tile(65536, Rows { engine: None, ..operands(formats) }), (0, 0));
         assert_eq!(tile(65536, operands([DType::F32, DType::BF16])), (0, 0));
@@ -356,6 +371,23 @@ mod tests {
                 _ => None,
             }
         };
+        let paired = |problem: &GroupedBackwardProblem| match matrices(
+            Stage::Down,
+            problem,
+            ([DType::BF16; 2], true),
+            |_| true,
+            Some(true),
+            &device(),
+        )
+        .kernel
+        {
+            GroupedBackwardKernel::MatricesWgmma { tile, .. } => Some(tile.paired),
+            _ => None,
+        };
+        // 16 tiles of the outputs, and 17
+        let odd = GroupedBackwardProblem { outputs: 2049, ..problem(131_072) };
+        let pairs = [problem(65536), problem(131_072), odd].map(|problem| paired(&problem));
+        assert_eq!(pairs, [Some(false), Some(true), Some(false)]);
         let (down, device) = (problem(65536), device());
         let gate_up = GroupedBackwardProblem { outputs: 1536, inputs: 2048, ..down };
         assert_eq!(of(Stage::Down, &down, Some(true), &device), Some((384, true)));
@@ -368,6 +400,17 @@ mod tests {
             let device = DeviceNumbers { compute_capability, ..device.clone() };
             assert_eq!(of(Stage::Down, &down, Some(true), &device), None);
         }
+    }
+
+    #[test]
+    fn pairs_of_blocks_share_the_routers_tiles_where_there_are_clusters() {
+        let problem = GroupedBackwardProblem { rows: 8192, experts: 1, outputs: 128, inputs: 2048, ..problem(0) };
+        let blocks = |compute_capability| {
+            let device = DeviceNumbers { compute_capability, ..device() };
+            let formats = ([DType::F32, DType::BF16], true);
+            matrices(Stage::Gate, &problem, formats, |_| true, None, &device).grid.blocks
+        };
+        assert_eq!([(8, 0), (9, 0)].map(blocks), [[2, 64, 1], [2, 32, 2]]);
     }
 
     #[test]

@@ -14,11 +14,12 @@ const SOME_ROWS: usize = 13;
 const MANY_ROWS: usize = 385;
 const FEW_EXPERTS: usize = 48;
 /// Rows of an expert from which the second tile of a last pair is seldom missed.
-const VERY_MANY_ROWS: usize = 768;
+pub(super) const VERY_MANY_ROWS: usize = 768;
 /// Weight rows of a tile: what there is a product for.
 const WIDTHS: [u16; 4] = [128, 192, 240, 256];
-/// Those that are whole boxes of 64.
+/// Those that are whole boxes of 64, and those of which each of a pair brings half.
 const BOXES: [u16; 3] = [128, 192, 256];
+const PAIRED_BOXES: [u16; 2] = [128, 256];
 /// Stages beyond which more do not help, and below which copies are not hidden.
 pub(super) const STAGES: [usize; 2] = [8, 3];
 
@@ -77,6 +78,11 @@ impl Form {
         }
     }
 
+    /// Widths of a tile whose sums run over the weights' rows.
+    fn boxes(self) -> &'static [u16] {
+        if self.paired { &PAIRED_BOXES } else { &BOXES }
+    }
+
     fn tile(self, columns: u16, stages: usize) -> WgmmaTile {
         WgmmaTile { rows: self.rows, columns, stages: stages as u8, paired: self.paired, shared: self.shared }
     }
@@ -109,15 +115,19 @@ pub(super) fn backward_rows(
     device: &DeviceNumbers,
 ) -> Option<(WgmmaTile, Grid)> {
     let &GroupedBackwardProblem { rows, experts, inputs, .. } = problem;
-    if device.compute_capability != (9, 0) || rows / experts.min(rows).max(1) < SOME_ROWS {
+    let mean = rows / experts.min(rows).max(1);
+    if device.compute_capability != (9, 0) || mean < SOME_ROWS {
         return None;
     }
-    let tiles =
-        |columns: u16| row_tiles(rows, experts, SHORT.rows.into()).saturating_mul(inputs.div_ceil(columns.into()));
+    let form = if mean < VERY_MANY_ROWS { SHORT } else { PAIRED };
+    let cluster = if form.paired { 2 } else { 1 };
+    let tiles = |columns: u16| {
+        row_tiles(rows, experts, usize::from(form.rows) * cluster).saturating_mul(inputs.div_ceil(columns.into()))
+    };
     let [narrow, .., wide] = BOXES;
-    let widest = if tiles(wide) < device.multiprocessors as usize { narrow } else { wide };
-    let columns = width(inputs, 1, &BOXES, widest);
-    ring(SHORT.tile(columns, STAGES[0]), tiles(columns), (gather, experts), device)
+    let widest = if tiles(wide) * cluster < device.multiprocessors as usize { narrow } else { wide };
+    let columns = width(inputs, 1, form.boxes(), widest);
+    ring(form.tile(columns, STAGES[0]), tiles(columns), (gather, experts), device)
 }
 
 /// A tile with as many stages as there is room for, at most those it has, and a grid for so many tiles or pairs of them;
@@ -148,7 +158,7 @@ fn width(outputs: usize, halves: usize, widths: &[u16], widest: u16) -> u16 {
 
 /// Every tile of every plan of a gradient of rows.
 pub(super) fn backward_tiles() -> impl Iterator<Item = WgmmaTile> {
-    BOXES.into_iter().map(|columns| SHORT.tile(columns, 4))
+    [SHORT, PAIRED].into_iter().flat_map(|form| form.boxes().iter().map(move |&columns| form.tile(columns, 4)))
 }
 
 /// Every tile of every plan of a product.
