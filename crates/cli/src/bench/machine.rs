@@ -29,13 +29,13 @@ impl Ceilings {
         Self { bandwidth, arithmetic, slowest: self.slowest.min(other.slowest), ..self }
     }
 
-    /// Whether the measurements of the read bandwidth differ by more than those of a machine that does nothing else.
+    /// Whether the measurements of the read bandwidth differ so much that the reader should know.
     pub(crate) fn vary(&self) -> bool {
         self.slowest < STEADY * self.bandwidth
     }
 }
 
-/// The least part of the best measurement that the slowest one of a quiet machine is.
+/// The least part of the best measurement that the slowest one may be and pass for the same.
 const STEADY: f64 = 0.75;
 /// Passes of each measurement.
 pub(super) const PASSES: usize = 6;
