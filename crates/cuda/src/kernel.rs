@@ -383,9 +383,8 @@ impl Kernel {
             }
             Self::LinearTiled { x, weight, vector } => product(x, "WEIGHT_T", weight, vector),
             Self::LinearMma { format, tile } => split(format, false, tile),
-            Self::Permute => vec![("COUNTERS", crate::workspace::COUNTERS.to_string())],
+            Self::Permute | Self::PermuteScan => vec![("COUNTERS", crate::workspace::COUNTERS.to_string())],
             Self::PermuteCount
-            | Self::PermuteScan
             | Self::PermuteScatter
             | Self::DropOverflow
             | Self::TileSchedule

@@ -240,10 +240,9 @@ impl CudaLayer {
             }
             Source::Router => self.routing(cuda, stream, from(None), &mut scratch.routing, &mut scratch.permutation)?,
         };
-        let counted = match alone || few.is_some() || outcome.grouped {
-            true => outcome.grouped,
-            false => self.permute(cuda, stream, routing.experts, local.clone(), &mut scratch.permutation)?,
-        };
+        if !(alone || few.is_some() || outcome.grouped) {
+            self.permute(cuda, stream, routing.experts, local.clone(), &mut scratch.permutation)?;
+        }
         let Permutation { row_slot, slot_row, offsets } = scratch.permutation.views(rows, choices)?;
         // experts without weights have no rows
         let offsets = offsets.columns(0, config.experts + 1)?;
@@ -252,7 +251,7 @@ impl CudaLayer {
             if alone {
                 return Ok(Groups::Slots { experts: Tensor::of(&routing.experts)? });
             }
-            let counter = if counted { counters + 4 * product } else { 0 };
+            let counter = counters + 4 * product;
             Ok(Groups::Offsets { offsets: Tensor::of(&offsets)?, row_slot: Tensor::of(&row_slot)?, counter })
         };
         let x = self.expert_input(cuda, stream, reads.experts, &mut scratch.tokens, &mut scratch.y)?;

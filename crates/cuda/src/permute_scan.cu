@@ -30,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(1024) permute_scan(const __grid_con
     }
     __syncthreads();
     scan_block(rows, experts, scratch);
+    if (p.counters && threadIdx.x < COUNTERS) reinterpret_cast<u32*>(p.counters)[threadIdx.x] = 0;
     u32* offsets = reinterpret_cast<u32*>(p.offsets.data);
     for (u32 e = threadIdx.x; e <= experts; e += 1024) offsets[e] = rows[e];
     for (u32 i = threadIdx.x; i < parts * experts; i += 1024) {

@@ -40,10 +40,10 @@ impl WgmmaTile {
         (usize::from(self.rows) + usize::from(self.columns)) * 128
     }
 
-    /// Bytes beside the ring: where outputs are turned into rows, barriers, where gathered rows begin, the schedule.
+    /// Bytes beside the ring: where outputs are turned into rows, barriers, items, where gathered rows begin, the schedule.
     pub(crate) fn other_bytes(self, gather: bool, experts: usize) -> usize {
         let begins = if gather { 8 * usize::from(self.rows) } else { 0 };
-        16 * 1024 + 16 * usize::from(self.stages) + begins + 8 * (experts + 1)
+        16 * 1024 + 16 * usize::from(self.stages) + 192 + begins + 8 * (experts + 1)
     }
 
     /// Blocks that share weight rows.

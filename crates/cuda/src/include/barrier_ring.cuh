@@ -17,3 +17,12 @@ struct Place {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
+
+// Stages that are of no use to the warp pass; `free` tells that it is done with one.
+template <class Free> __device__ __forceinline__ void pass_stages(const Ring& ring, Place& at, u32 stages, const Free& free) {
+#pragma unroll 1
+    for (u32 i = 0; i < stages; i++, at.next()) {
+        barrier_wait(ring.full + at.stage * 8, at.parity);
+        free(at.stage);
+    }
+}

@@ -97,9 +97,30 @@ template <int N> __device__ __forceinline__ void find_first_rows(const GroupedPa
 struct Tile {
     u64 item;
     u32 expert, first_row, rows, column;
-    // of those of `find_late`, those of experts before
-    u32 before;
 };
+
+// Numbers to the sums of those before each: [n + 1], by all threads of a block. Returns the sum of all.
+__device__ __forceinline__ u32 add_up(u32* numbers, u32 n) {
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const u32 lane = threadIdx.x;
+        u32 before = 0;
+        for (u32 base = 0; base < n; base += 32) {
+            const u32 own = base + lane < n ? numbers[base + lane] : 0;
+            u32 sum = own;
+#pragma unroll
+            for (int d = 1; d < 32; d <<= 1) {
+                const u32 left = __shfl_up_sync(0xffffffffu, sum, d);
+                if (lane >= d) sum += left;
+            }
+            if (base + lane < n) numbers[base + lane] = before + sum - own;
+            before += __shfl_sync(0xffffffffu, sum, 31);
+        }
+        if (lane == 0) numbers[n] = before;
+    }
+    __syncthreads();
+    return numbers[n];
+}
 
 struct Schedule {
     // [E + 1]: row tiles of the experts before
@@ -107,33 +128,15 @@ struct Schedule {
     u32 experts, columns;
     u64 items;
 
-    template <int N, int M, int LATE = 0> __device__ __forceinline__ void make(const GroupedParams& p, u32* memory, u32 column_tiles) {
+    template <int N, int M> __device__ __forceinline__ void make(const GroupedParams& p, u32* memory, u32 column_tiles) {
         first_tile = memory;
         experts = p.experts;
         columns = column_tiles;
         for (u32 e = threadIdx.x; e < experts; e += N) {
             const RowRange range = rows_of(p, e);
-            first_tile[e] = (range.end - range.begin + M - 1 - LATE) / M;
+            first_tile[e] = (range.end - range.begin + M - 1) / M;
         }
-        __syncthreads();
-        if (threadIdx.x < 32) {
-            const u32 lane = threadIdx.x;
-            u32 before = 0;
-            for (u32 base = 0; base < experts; base += 32) {
-                const u32 own = base + lane < experts ? first_tile[base + lane] : 0;
-                u32 sum = own;
-#pragma unroll
-                for (int d = 1; d < 32; d <<= 1) {
-                    const u32 left = __shfl_up_sync(0xffffffffu, sum, d);
-                    if (lane >= d) sum += left;
-                }
-                if (base + lane < experts) first_tile[base + lane] = before + sum - own;
-                before += __shfl_sync(0xffffffffu, sum, 31);
-            }
-            if (lane == 0) first_tile[experts] = before;
-        }
-        __syncthreads();
-        items = (u64)first_tile[experts] * columns;
+        items = (u64)add_up(first_tile, experts) * columns;
     }
 
     // The tile of `item`, which is not before `tile`'s; false when there is none.

@@ -29,9 +29,6 @@
 #define CONSUMER_REGISTERS 224
 #define PRODUCER_REGISTERS 56
 
-// No stage.
-#define NOTHING 0xffffffffu
-
 // What `multiply` lacks: more numbers of rows.
 #define NAMES_OF_16 NAMES_0
 #define NAMES_OF_32 NAMES_OF_16 ", " NAMES_1
@@ -110,7 +107,7 @@ struct Tiles {
         const u32 rows = first_row[e + 1] - first_row[e];
         const u32 each = ((rows + row_tiles - 1) / row_tiles + 15) / 16 * 16, begin = (local - tile.column * row_tiles) * each;
         tile.first_row = first_row[e] + begin;
-        tile.rows = begin >= rows ? 0 : rows - begin < each ? rows - begin : each;
+        tile.rows = rows - begin < each ? rows - begin : each;
         return true;
     }
 };
@@ -246,15 +243,6 @@ struct Consumer {
         if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty + stage * 8);
     }
 
-    // Nothing of the group's is there: its turns of the ring pass.
-    __device__ __forceinline__ void pass(Place& at, u32 steps) const {
-#pragma unroll 1
-        for (u32 step = 0; step < steps; step++, at.next()) {
-            barrier_wait(ring.full + at.stage * 8, at.parity);
-            free_stage(at.stage);
-        }
-    }
-
     // The products of N rows or, recursively, of as many more as there are.
     template <int N> __device__ __forceinline__ void multiply_rows(u32 rows, Place& at, u32 steps, f32 (&sum)[2][TILE_M / 2]) const {
         if (N < TILE_M && rows > N) {
@@ -263,7 +251,7 @@ struct Consumer {
         }
         // gate and up rows of the same outputs, else eights of rows in turn
         const u32 first = group * (GATED ? BLOCK_BYTES : 2 * BLOCK_BYTES), second = first + (GATED ? 2 * BLOCK_BYTES : 1024);
-        u32 last = NOTHING;
+        u32 last = at.stage;
         f32(&left)[N / 2] = reinterpret_cast<f32(&)[N / 2]>(sum[0]), (&right)[N / 2] = reinterpret_cast<f32(&)[N / 2]>(sum[1]);
         hold(left);
         hold(right);
@@ -288,7 +276,7 @@ struct Consumer {
         wait_products<0>();
         hold(left);
         hold(right);
-        if (last != NOTHING) free_stage(last);
+        free_stage(last);
     }
 
     // Of the tile's rows, the lane's 32 apart: which are stored, a bit each, and the factors of the lane's own.
@@ -363,7 +351,8 @@ struct Consumer {
                 multiply_rows<16>(tile.rows, at, steps, sum);
                 store_tile(tile, rows, sum);
             } else {
-                pass(at, steps);
+                // nothing of the group's is there
+                pass_stages(ring, at, steps, [this](u32 stage) { free_stage(stage); });
             }
         }
     }

@@ -29,6 +29,10 @@ __device__ __forceinline__ u32 address_in(u32 address, u32 block) {
 __device__ __forceinline__ void barrier_arrive_there(u32 barrier) {
     asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// A word to the shared memory of a block of the cluster, whose barrier waits for its 4 bytes.
+__device__ __forceinline__ void send_word(u32 to, u32 barrier, u32 word) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(word), "r"(barrier) : "memory");
+}
 // All threads of the cluster.
 __device__ __forceinline__ void wait_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -9,42 +9,6 @@ struct Consumer : Sums {
         u32 present;
     };
 
-    // A chunk's outputs of 16 rows of a warp: of each 8 columns a word of the thread's first row and one of its second.
-    __device__ __forceinline__ void pack(const f32 (&sum)[TILE_N / 2], u32 chunk, u64 bias, u64 first, const f32 (&weight)[2],
-                                         u32 (&words)[16]) const {
-        const u32 half = chunk * 64 / TILE_COLUMNS, begin = chunk * 64 % TILE_COLUMNS;
-#pragma unroll
-        for (u32 n = 0; n < 8 && begin + n * 8 < TILE_OUTPUTS; n++) {
-            f32 out[4];
-            outputs_of(sum, half + 1 == HALVES_STORED, begin / 8 + n, bias, first + begin + n * 8 + threadIdx.x % 4 * 2, weight, out);
-            words[n * 2] = pair_of(W_T(), out[0], out[1]), words[n * 2 + 1] = pair_of(W_T(), out[2], out[3]);
-        }
-    }
-
-    // They leave through the warp's shared memory, as pieces of 16 bytes. `present`: a bit a row.
-    __device__ __forceinline__ void store_chunk(const u32 (&words)[16], u32 chunk, u64 first_row, u32 present, u64 first,
-                                                u32 memory) const {
-        const u32 lane = threadIdx.x % 32, row = lane % 16, piece = lane % 8;
-        const u32 half = chunk * 64 / TILE_COLUMNS, begin = chunk * 64 % TILE_COLUMNS;
-#pragma unroll
-        for (u32 n = 0; n < 8 && begin + n * 8 < TILE_OUTPUTS; n += 2) {
-            // of an odd number of columns by 8 the last ones are taken twice
-            const u32 l = n * 2, r = begin + n * 8 + 8 < TILE_OUTPUTS ? l + 2 : l;
-            const u32 pairs[4] = {words[l], words[l + 1], words[r], words[r + 1]};
-            store_matrices(memory + row * 128 + ((n + lane / 16) ^ row % 8) * 16, pairs);
-        }
-        __syncwarp();
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-            const u32 r = i * 4 + lane / 8;
-            const u64 column = first + begin + piece * 8;
-            const bool inside = begin + piece * 8 < TILE_OUTPUTS && column < p.outputs && (present >> r & 1);
-            const uint4 v = load_shared(memory + r * 128 + (piece ^ r % 8) * 16);
-            if (inside) store_global(row_of<u16>(p.out, first_row + r) + half * p.outputs + column, v);
-        }
-        __syncwarp();
-    }
-
     __device__ __forceinline__ void multiply_step(Place& at, u32 step, u32& last, f32 (&sum)[TILE_N / 2]) const {
         const u32 stage = ring.stages + at.stage * STAGE_BYTES;
         const u64 x = operand_at(stage + group * GROUP_ROWS * (STEP * 2));
@@ -79,7 +43,7 @@ struct Consumer : Sums {
     }
 
     // The outputs of a tile; they are stored at once where there are no pieces.
-    __device__ __forceinline__ void finish(const Tile& tile, const Rows& rows, const f32 (&sum)[TILE_N / 2], Outputs& out) const {
+    __device__ __forceinline__ void finish(const Part& tile, const Rows& rows, const f32 (&sum)[TILE_N / 2], Outputs& out) const {
         const u64 bias = expert_at<W_T>(p, tile.expert).bias;
         out.present = rows.present[0], out.first = (u64)tile.column * TILE_OUTPUTS, out.first_row = tile.first_row + first_row_of(0);
         if (out.present == 0) return;
@@ -91,43 +55,33 @@ struct Consumer : Sums {
         for (u32 chunk = 0; chunk < CHUNKS; chunk++) pack(sum, chunk, bias, out.first, rows.weight[0], out.words[chunk]);
     }
 
-    // A tile without rows of the warpgroup.
-    __device__ __forceinline__ void skip_tile(Place& at, u32 steps) const {
-#pragma unroll 1
-        for (u32 step = 0; step < steps; step++, at.next()) {
-            barrier_wait(ring.full + at.stage * 8, at.parity);
-            free_stage(at.stage);
-        }
-    }
-
     __device__ __forceinline__ void multiply_tiles(const Tiles& tiles, u32 steps, u32 memory) const {
         Place at = {0, 0};
-        Tile tile = Tiles::none(), next;
-        const u64 apart = gridDim.x / CLUSTER;
-        bool any = tiles.find(blockIdx.x / CLUSTER, tile);
+        Part tile = Tiles::none(), next;
+        bool any = tiles.find(items.of(0), tile);
         Outputs out;
         out.present = 0;
-        while (any) {
+        for (u32 turn = 1; any; turn++) {
             next = tile;
             if (tile.rows > group * GROUP_ROWS) {
                 f32 sum[TILE_N / 2];
-                u32 last = NOTHING;
+                u32 last = at.stage;
                 hold(sum);
                 multiply_and_store<0>(at, steps, last, sum, out, memory);
 #pragma unroll 1
                 for (u32 step = CHUNKS; step < steps; step++) multiply_step(at, step, last, sum);
                 // behind the last products
                 const Rows rows = rows_in(tile);
-                any = tiles.find(tile.item + apart, next);
+                any = tiles.find(items.of(turn), next);
                 wait_products<0>();
                 hold(sum);
-                if (last != NOTHING) free_stage(last);
+                free_stage(last);
                 finish(tile, rows, sum, out);
             } else {
                 store(out, memory);
                 out.present = 0;
-                skip_tile(at, steps);
-                any = tiles.find(tile.item + apart, next);
+                pass(at, steps);
+                any = tiles.find(items.of(turn), next);
             }
             tile = next;
         }

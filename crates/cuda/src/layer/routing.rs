@@ -189,7 +189,7 @@ impl CudaLayer {
         })
     }
 
-    /// The slots of some experts, by expert; whether the counters are zero then.
+    /// The slots of some experts, by expert; the counters are zero then.
     pub(super) fn permute(
         &self,
         cuda: &Cuda,
@@ -197,7 +197,7 @@ impl CudaLayer {
         experts: In<'_>,
         local: Range<usize>,
         scratch: &mut PermutationScratch<'_>,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let (slots, experts_total) = (experts.rows() * experts.cols(), self.problem.core.choices());
         let all = scratch.offsets.view(U32, [experts_total + 1 + COUNTERS])?;
         let counters = Tensor::of(&all)?.data + 4 * (experts_total as u64 + 1);

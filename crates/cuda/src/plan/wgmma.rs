@@ -13,6 +13,8 @@ const SOME_ROWS: usize = 13;
 /// at most have such a last one.
 const MANY_ROWS: usize = 385;
 const FEW_EXPERTS: usize = 48;
+/// Rows of an expert from which pairs of tiles of 128 rows make up for that where experts are more.
+const PAIRED_ROWS: usize = 448;
 /// Rows of an expert from which the second tile of a last pair is seldom missed.
 pub(super) const VERY_MANY_ROWS: usize = 768;
 /// Weight rows of a tile: what there is a product for.
@@ -40,7 +42,7 @@ const SHORT: Form = Form {
     widest: 256,
     paired: false,
     shared: false,
-    why: "many rows an expert: warpgroup tensor cores, tiles of 64 rows, little of which is empty",
+    why: "some rows an expert: warpgroup tensor cores, tiles of 64 rows, little of which is empty",
 };
 const TALL: Form = Form {
     rows: 128,
@@ -61,7 +63,7 @@ const PAIRED: Form = Form {
     widest: 256,
     paired: true,
     shared: true,
-    why: "very many rows an expert: warpgroup tensor cores, tiles of 128 rows, pairs of which share weights on their way",
+    why: "many rows an expert: warpgroup tensor cores, tiles of 128 rows, pairs of which share weights on their way",
 };
 
 impl Form {
@@ -72,6 +74,7 @@ impl Form {
             // twice as many outputs find no room in registers beside the sums of the next tile
             VERY_MANY_ROWS.. if both => SHORT_PAIRED,
             VERY_MANY_ROWS.. => PAIRED,
+            PAIRED_ROWS.. if sizes.experts > FEW_EXPERTS && !both => PAIRED,
             // down's short inner dimension leaves little time between its long epilogues
             MANY_ROWS.. if sizes.experts <= FEW_EXPERTS && sizes.product.stage == Stage::GateUp => TALL,
             _ => SHORT,
@@ -149,11 +152,13 @@ fn ring(
     Some((tile, Grid::line(blocks, WgmmaTile::THREADS).with_shared(shared)))
 }
 
-/// The narrowest tile that needs no more columns of tiles than the widest one does.
+/// Of tiles that need at most one more column of them than the widest one does, the one with the least products; of equal
+/// ones the widest.
 fn width(outputs: usize, halves: usize, widths: &[u16], widest: u16) -> u16 {
-    let tiles = outputs.div_ceil(usize::from(widest) / halves).max(1);
-    let needed = outputs.div_ceil(tiles) * halves;
-    widths.iter().copied().find(|&width| usize::from(width) >= needed).unwrap_or(widest)
+    let columns = |width: u16| outputs.div_ceil(usize::from(width) / halves).max(1);
+    let few = |&width: &u16| width <= widest && columns(width) <= columns(widest) + 1;
+    let widths = widths.iter().copied().rev().filter(few);
+    widths.min_by_key(|&width| columns(width) * usize::from(width)).unwrap_or(widest)
 }
 
 /// Every tile of every plan of a gradient of rows.
@@ -191,12 +196,14 @@ mod tests {
     #[test]
     fn pairs_share_weights_where_rows_are_many() {
         let paired = |rows| plan(&sizes(rows)).map(|(tile, _)| tile.paired);
-        assert_eq!([1536, 4096, 65536, 131_072].map(paired), [None, Some(false), Some(false), Some(true)]);
-        let both = Product { activation: None, ..sizes(131_072).product };
-        let forms = [sizes(131_072), Sizes { product: both, ..sizes(131_072) }, down(131_072)];
+        assert_eq!([1536, 4096, 65536, 131_072].map(paired), [None, Some(false), Some(true), Some(true)]);
+        let both = |rows| Sizes { product: Product { activation: None, ..sizes(rows).product }, ..sizes(rows) };
+        let forms = [sizes(131_072), both(131_072), down(131_072)];
         assert_eq!(forms.map(|sizes| plan(&sizes).map(|(tile, _)| tile.shared)), [Some(true), Some(false), Some(true)]);
+        let paired = [65536, 131_072].map(|rows| plan(&both(rows)).map(|(tile, _)| tile.paired));
+        assert_eq!(paired, [Some(false), Some(true)]);
         let few = |rows| plan(&Sizes { experts: 8, ..down(rows) }).map(|(tile, _)| tile.paired);
-        assert_eq!([2048, 8192].map(few), [Some(false), Some(true)]);
+        assert_eq!([2048, 4096, 8192].map(few), [Some(false), Some(false), Some(true)]);
         // whole pairs of blocks
         let odd = DeviceNumbers { multiprocessors: 131, ..device() };
         let grid = wgmma(&sizes(131_072), &odd).map(|plan| plan.grid.blocks);
@@ -217,7 +224,10 @@ mod tests {
     fn tiles_are_no_wider_than_their_number_asks_for() {
         // 704 outputs: 6 tiles of 120 rather than 5 of 128 and one of 64
         assert_eq!(tile(&Sizes { outputs: 704, ..sizes(16384) }), Some((64, 240)));
-        assert_eq!(tile(&Sizes { outputs: 2880, ..down(65536) }), Some((64, 240)));
+        // 2880: 24 of 120 rather than 22 of 128 and one of 64
+        assert_eq!(tile(&Sizes { outputs: 2880, ..sizes(16384) }), Some((64, 240)));
+        assert_eq!(tile(&sizes(16384)), Some((64, 256)));
+        assert_eq!(tile(&Sizes { outputs: 2880, ..down(65536) }), Some((128, 240)));
         // one expert with few rows: more blocks than tiles of 256 make
         assert_eq!(tile(&Sizes { experts: 1, ..sizes(256) }), Some((64, 128)));
     }
