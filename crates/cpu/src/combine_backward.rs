@@ -74,7 +74,7 @@ fn store(
     for col in (0..width).step_by(CHUNK) {
         let scaled = &mut scaled[..CHUNK.min(width - col)];
         d_out.scale(kernels, [t, col], factor, None, scaled);
-        to.store(kernels, [row, col], scaled);
+        to.store(kernels, [row, col], scaled, false);
     }
 }
 

@@ -282,7 +282,7 @@ impl<'a, W: Float, X: Float> Product<'a, W, X> {
     fn store(&self, tile: &Tile<'_, X>, col: usize, values: &[f32]) {
         let width = values.len() / tile.len;
         for (&row, line) in tile.rows[..tile.len].iter().zip(values.chunks_exact(width)) {
-            self.out.store(self.kernels, [row, col], line);
+            self.out.store(self.kernels, [row, col], line, false);
         }
     }
 }

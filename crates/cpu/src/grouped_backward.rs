@@ -22,8 +22,8 @@ use crate::error::Result;
 use crate::grouped::{Busy, Gather, Groups};
 use crate::plan::backward::{
     BIAS_COLUMNS, BLOCK_COLUMNS, MATRICES_DEPTH, MATRICES_STRIDE, OUTER_ROWS, OuterPlan, ROWS_DEPTH, ROWS_STRIDE,
-    streams,
 };
+use crate::plan::streams;
 use crate::table::OutRows;
 use block::{Block, Pass, each_block};
 use bytemuck::cast_slice_mut;
@@ -84,7 +84,7 @@ impl<'a> Target<'a> {
         if self.accumulates() {
             self.out.add_to(kernels, at, values);
         }
-        self.out.store(kernels, at, values);
+        self.out.store(kernels, at, values, false);
     }
 }
 

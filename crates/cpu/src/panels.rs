@@ -16,7 +16,7 @@ use crate::Cpu;
 use crate::arch::{Kernels, PAIR_STEPS, PANEL, PANEL_BLOCK, PanelGroup, PanelSums, group};
 use crate::error::Result;
 use crate::grouped::{Busy, Epilogue, Grouped, Groups, Inputs};
-use crate::plan::{FEW_ROWS, FEW_WORDS, PASS_ROWS, PASS_WORDS, PanelPlan, Share, TILES_ROWS, TILES_WORDS};
+use crate::plan::{FEW_ROWS, FEW_WORDS, PASS_ROWS, PASS_WORDS, PanelPlan, Share, TILES_ROWS, TILES_WORDS, streams};
 use crate::rows::Floats;
 use crate::table::OutRows;
 use bytemuck::cast_slice_mut;
@@ -111,6 +111,7 @@ fn typed<W: Float>(cpu: &Cpu, plan: &PanelPlan, panels: Panels<'_>, operands: Gr
         inputs: Inputs::new(rows, gather, input_weights)?,
         x: Floats::new(&x)?,
         epilogue,
+        stream: streams(out.extent()),
         out: OutRows::new(out)?,
     };
     let busy = Busy::new(groups, rows);
@@ -212,6 +213,8 @@ struct Product<'a, W> {
     inputs: Inputs<'a>,
     x: Floats<'a>,
     epilogue: Epilogue,
+    /// Whether the output is so large that it goes past the caches.
+    stream: bool,
     out: OutRows<'a>,
 }
 
@@ -237,6 +240,10 @@ impl<W: Float> Product<'_, W> {
         }
         if pass.len > 0 {
             self.pass(blocks, &pass, buffers);
+        }
+        if self.stream {
+            // Who reads it may be another thread.
+            self.kernels.settle();
         }
     }
 
@@ -351,7 +358,9 @@ impl<W: Float> Product<'_, W> {
             let start = block.place * rows + up * outputs + col;
             self.bias.and_then(|bias| bias.get(start..start + count))
         };
-        let store = |row: usize, col: usize, values: &[f32]| self.out.store(self.kernels, [row, col], values);
+        let store = |row: usize, col: usize, values: &[f32]| {
+            self.out.store(self.kernels, [row, col], values, self.stream);
+        };
         for (sums, &(row, _, weight)) in sums.iter_mut().zip(&pass.rows) {
             if !self.sizes.gated {
                 let values = &mut sums[..count];

@@ -70,12 +70,19 @@ pub(crate) struct GroupedPlan {
 /// Weights in a block, at most: a share of the second-level cache, of which x, the sums and what is on its way take the
 /// rest.
 const BLOCK_SHARE_OF_CACHE: usize = 8;
+/// What is of so many bytes is out of the caches before anybody reads it.
+const STREAMED_BYTES: usize = 64 << 20;
 /// So many parts of work for each thread let all of them end at about the same time.
 const PARTS_PER_THREAD: usize = 4;
 /// So many rows of x take no longer than fetching the weights that they meet.
 const ROWS_FREE: usize = 4;
 /// Fetching so many bytes of weights takes long compared to handing work to a thread.
 const GRAIN_BYTES: usize = 32 << 10;
+
+/// Whether an output of so many bytes is written past the caches: each line is written whole, and need not be read first.
+pub(crate) fn streams(bytes: usize) -> bool {
+    bytes >= STREAMED_BYTES
+}
 
 impl GroupedPlan {
     pub(crate) fn gate_up(problem: &GateUpProblem, weight: DType, device: &Device) -> Self {

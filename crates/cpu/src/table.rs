@@ -152,13 +152,13 @@ impl<'a> OutRows<'a> {
         }
     }
 
-    /// Writes elements of a row, from column `col` on.
-    pub(crate) fn store(&self, kernels: Kernels, [row, col]: [usize; 2], values: &[f32]) {
+    /// Writes elements of a row, from column `col` on; past the caches where `stream` says so, until the kernels settle.
+    pub(crate) fn store(&self, kernels: Kernels, [row, col]: [usize; 2], values: &[f32], stream: bool) {
         let start = row * self.stride + col;
         match self.cells {
-            Cells::F32(cells) => cells.store_slice(start, values),
-            Cells::F16(cells) => store_narrow(kernels, cells, start, values),
-            Cells::BF16(cells) => store_narrow(kernels, cells, start, values),
+            Cells::F32(cells) => kernels.store(values, (cells, start), stream),
+            Cells::F16(cells) => kernels.store(values, (cells, start), stream),
+            Cells::BF16(cells) => kernels.store(values, (cells, start), stream),
         }
     }
 }
@@ -176,14 +176,5 @@ fn add_narrow<Y: Float>(kernels: Kernels, cells: SharedSlice<'_, Y>, start: usiz
         cells.load_slice(start, narrow);
         kernels.to_f32(narrow, before);
         kernels.axpy(1.0, before, values);
-    }
-}
-
-fn store_narrow<Y: Float>(kernels: Kernels, cells: SharedSlice<'_, Y>, start: usize, values: &[f32]) {
-    let mut narrow = [Y::from_f32(0.0); MAX_STORE];
-    for (values, start) in values.chunks(MAX_STORE).zip((start..).step_by(MAX_STORE)) {
-        let narrow = &mut narrow[..values.len()];
-        kernels.from_f32(values, narrow);
-        cells.store_slice(start, narrow);
     }
 }

@@ -44,6 +44,7 @@ use fused_moe_core::dtype::Float;
 use half::bf16;
 use outer::{Interleave, PairOuter, Settle};
 use peak::Peak;
+use shared::Store;
 use simd::Task;
 use std::fmt;
 use std::str::FromStr;
@@ -316,7 +317,13 @@ impl Kernels {
         }
     }
 
-    /// Waits until what [`outer`](Self::outer) sent past the caches is there for other threads.
+    /// `cells[start..] = values`, each the nearest number of Y; what does not fit is left out. What is streamed goes past the
+    /// caches, and is there for other threads after [`settle`](Self::settle).
+    pub(crate) fn store<Y: Float>(self, values: &[f32], (cells, start): (SharedSlice<'_, Y>, usize), stream: bool) {
+        self.run(Store { values, cells, start, stream });
+    }
+
+    /// Waits until what [`outer`](Self::outer) and [`store`](Self::store) sent past the caches is there for other threads.
     pub(crate) fn settle(self) {
         self.run(Settle);
     }

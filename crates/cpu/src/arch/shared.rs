@@ -1,7 +1,8 @@
 //! One buffer that several threads write at once.
 
+use super::simd::{MAX_LANES, Simd, Task};
 use bytemuck::{cast, try_cast_slice_mut};
-use fused_moe_core::dtype::Element;
+use fused_moe_core::dtype::{Element, Float};
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
 
@@ -64,15 +65,13 @@ impl<'a, T: Element> SharedSlice<'a, T> {
         match self.cells {
             Cells::Two(cells) => {
                 let (cells, values) = common(cells.get(start..).unwrap_or_default(), values);
-                let done = store_vectors(cells, values);
-                for (cell, value) in cells.iter().zip(values).skip(done) {
+                for (cell, value) in cells.iter().zip(values) {
                     cell.store(cast(*value), Relaxed);
                 }
             }
             Cells::Four(cells) => {
                 let (cells, values) = common(cells.get(start..).unwrap_or_default(), values);
-                let done = store_vectors(cells, values);
-                for (cell, value) in cells.iter().zip(values).skip(done) {
+                for (cell, value) in cells.iter().zip(values) {
                     cell.store(cast(*value), Relaxed);
                 }
             }
@@ -103,31 +102,43 @@ fn common<'a, C, T>(cells: &'a [C], values: &'a [T]) -> (&'a [C], &'a [T]) {
     (&cells[..n], &values[..n])
 }
 
-/// Stores 16 bytes at a time, as far as they go; returns how many elements it stored. `cells` and `values` are of one
-/// length, and so are their elements.
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-fn store_vectors<C, T: Element>(cells: &[C], values: &[T]) -> usize {
-    use std::arch::{asm, x86_64::_mm_loadu_si128};
-    const { assert!(size_of::<C>() <= 4) };
-    let lanes = 16 / size_of::<C>();
-    if size_of::<C>() != size_of::<T>() || cells.len() != values.len() {
-        return 0;
-    }
-    let done = values.len() / lanes * lanes;
-    for i in (0..done).step_by(lanes) {
-        // SAFETY: `lanes` elements from i on exist in both slices. A vector store writes each of its elements, aligned to
-        // its size, whole, so to other threads it is a relaxed store of each; a compiler knows no such store, hence asm.
-        unsafe {
-            let vector = _mm_loadu_si128(values.as_ptr().add(i).cast());
-            let to = cells.as_ptr().add(i);
-            asm!("movups [{to}], {vector}", to = in(reg) to, vector = in(xmm_reg) vector, options(nostack, preserves_flags));
-        }
-    }
-    done
+/// `cells[start..] = values`, each the nearest to its value; what does not fit is left out.
+pub(super) struct Store<'a, Y> {
+    pub(super) values: &'a [f32],
+    pub(super) cells: SharedSlice<'a, Y>,
+    pub(super) start: usize,
+    /// Past the caches, where whole vectors are aligned: then they count as stored after [`Simd::settle`].
+    pub(super) stream: bool,
 }
 
-/// Element by element.
-#[cfg(not(all(target_arch = "x86_64", not(miri))))]
-fn store_vectors<C, T: Element>(_: &[C], _: &[T]) -> usize {
-    0
+impl<Y: Float> Task for Store<'_, Y> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { values, cells, start, stream } = self;
+        let (whole, _) = values.split_at(values.len() / S::LANES * S::LANES);
+        let mut done = 0;
+        if let Some(to) = cells.place(start, [1, whole.len(), whole.len()]) {
+            let stream = stream && to.addr().is_multiple_of(S::LANES * size_of::<Y>());
+            for (i, values) in whole.chunks_exact(S::LANES).enumerate() {
+                // SAFETY: all elements of `whole` have room at `to`, as `place` says, and the elements of a shared slice are
+                // atomics; where they are streamed the first vector is aligned, and so are those that follow it.
+                unsafe {
+                    let to = to.add(i * S::LANES);
+                    if stream {
+                        s.store_shared::<Y, true>(s.load(values), to);
+                    } else {
+                        s.store_shared::<Y, false>(s.load(values), to);
+                    }
+                }
+            }
+            done = whole.len();
+        }
+        for (n, values) in values[done..].chunks(S::LANES).enumerate() {
+            let mut lanes = [Y::from_f32(0.0); MAX_LANES];
+            s.store(s.load(values), &mut lanes[..values.len()]);
+            cells.store_slice(start.saturating_add(done + n * S::LANES), &lanes[..values.len()]);
+        }
+    }
 }

@@ -20,8 +20,6 @@ pub(crate) const ROWS_STRIDE: usize = ROWS_DEPTH + 16;
 pub(crate) const MATRICES_STRIDE: usize = OUTER_ROWS + 16;
 /// So many products take long compared to handing work to a thread and to clearing a block.
 const OUTER_GRAIN: usize = 1 << 21;
-/// A gradient of so many bytes is out of the caches before anybody reads it.
-const STREAMED_BYTES: usize = 64 << 20;
 /// So many parts of the work even out what experts differ in.
 const GRAINS_PER_THREAD: usize = 16;
 /// Columns of a bias that are added up at a time: enough that reading a row in parts costs nothing.
@@ -30,11 +28,6 @@ pub(crate) const BIAS_COLUMNS: usize = 512;
 pub(crate) const NORM_COLUMNS: usize = 1024;
 /// Rows whose lengths such a part keeps.
 pub(crate) const NORM_ROWS: usize = 256;
-
-/// Whether a gradient of so many bytes is written past the caches: each line is written whole, and need not be read first.
-pub(crate) fn streams(bytes: usize) -> bool {
-    bytes >= STREAMED_BYTES
-}
 
 /// The sizes of a grouped product with many outputs a weight row: `[rows, outer]` from `[rows, inner]`, for each expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@ mod elementwise;
 mod outer;
 mod panel;
 mod shared;
+mod store;
 
 use super::{Isa, Kernels};
 use fused_moe_core::dtype::Float;
