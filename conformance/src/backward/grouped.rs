@@ -168,13 +168,14 @@ pub(super) fn cases(scale: Scale) -> Vec<BackwardCase> {
     // more products of a sum than matrix units have on their way at once, and tiles enough to be of every width
     sizes.extend([([300, 2, 520, 136, 3], Spread::Even), ([450, 2, 24, 2000, 3], Spread::Skewed)]);
     sizes.push(([1350, 2, 24, 560, 3], Spread::Holes));
-    // tiles in bands, in pairs too: rows enough of an expert, and an even number of tiles
-    sizes.extend([([70, 2, 24, 2200, 3], Spread::Even), ([1600, 1, 200, 400, 2], Spread::Even)]);
-    sizes.push(([1600, 2, 24, 2200, 4], Spread::Skewed));
+    // tiles in bands, in several columns of them; in pairs, with rows enough of an expert and an even number of tiles
+    sizes.extend([([70, 2, 392, 2200, 3], Spread::Even), ([70, 2, 2200, 392, 3], Spread::Even)]);
+    sizes.extend([([1600, 1, 200, 400, 2], Spread::Even), ([1600, 2, 24, 2200, 4], Spread::Skewed)]);
     // tiles beside each other, and more experts than a device has blocks
     sizes.extend([([150, 2, 264, 392, 2], Spread::Even), ([600, 4, 24, 16, 500], Spread::Skewed)]);
     if scale == Scale::Full {
-        sizes.push(([450, 2, 200, 2000, 3], Spread::Even));
+        sizes.extend([([450, 2, 200, 2000, 3], Spread::Even), ([800, 1, 392, 2200, 1], Spread::Even)]);
+        sizes.push(([800, 1, 2200, 392, 1], Spread::Even));
         sizes.extend([([200, 4, 256, 192, 16], Spread::Skewed), ([513, 1, 131, 97, 3], Spread::One(1))]);
     }
     let mut cases = Vec::new();

@@ -363,8 +363,15 @@ pub(super) fn cases() -> Vec<BackwardCase> {
     let groups = Groups { count: 3, keep: 2, score: GroupScore::SumOfBestTwo, masked: Masked::NegInfinity };
     let top = |groups| Selection::TopK { by: SelectBy::Score, bias: true, groups };
     let selected = |selection| LayerConfig { routing: RoutingRule { selection, ..plain.routing }, ..plain.clone() };
+    // rows in whole pieces of 16 bytes, without biases: what a backend may do in fewer launches
+    let whole = |intermediate, activation| LayerConfig { intermediate, activation, ..plain.clone() };
     let layers = [
         ("plain", plain.clone(), false),
+        ("whole pieces", whole(24, plain.activation), false),
+        ("whole pieces long", whole(1032, plain.activation), false),
+        ("whole pieces swish", whole(24, swish), false),
+        ("whole pieces softcapped", whole(24, softcapped), false),
+        ("whole pieces without gate", whole(24, up), false),
         ("biases", LayerConfig { activation: swish, ..plain.clone() }, true),
         ("shared", LayerConfig { shared: Some(shared), ..plain.clone() }, true),
         (

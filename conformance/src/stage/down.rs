@@ -118,7 +118,9 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
     }
     let (f32, f16, bf16) = (DType::F32, DType::F16, DType::BF16);
     for dtype in [f16, bf16] {
-        for (sizes, spread) in tall_sizes(scale) {
+        // so many rows of an expert that tiles may share weights, and an odd number of tiles
+        let many = ([1600, 1, 280, 72, 2], Spread::Even);
+        for (sizes, spread) in tall_sizes(scale).into_iter().chain([many]) {
             let plain = Down { sizes, spread, dtypes: [dtype; 3], bias, weights: Weights::Stack, local };
             cases.push(case("tall f32", Down { dtypes: [dtype, dtype, f32], ..plain.clone() }));
             cases.push(case(

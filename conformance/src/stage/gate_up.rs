@@ -218,6 +218,12 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
         for &(sizes, spread) in &sizes {
             tall("", GateUp::new(sizes, spread, [dtype; 3]));
         }
+        // so many rows of an expert that tiles may share weights; an odd number of tiles, of columns too
+        let many = GateUp::new([1600, 1, 72, 152, 2], Spread::Even, [dtype; 3]);
+        tall("bias", GateUp { bias: true, ..many.clone() });
+        tall("input weights local", GateUp { input_weights: true, local: true, ..many.clone() });
+        tall("before the activation", GateUp { output: GateUpOutput::PreActivation, ..many.clone() });
+        tall("", many);
         for sizes in [[150, 3, 200, 88, 5], [150, 3, 224, 112, 5]] {
             let plain = GateUp::new(sizes, Spread::Even, [dtype; 3]);
             tall("f32", GateUp { dtypes: [dtype, dtype, f32], bias: true, ..plain.clone() });

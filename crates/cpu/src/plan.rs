@@ -70,7 +70,7 @@ pub(crate) struct GroupedPlan {
 /// Weights in a block, at most: a share of the second-level cache, of which x, the sums and what is on its way take the
 /// rest.
 const BLOCK_SHARE_OF_CACHE: usize = 8;
-/// What is of so many bytes is out of the caches before anybody reads it.
+/// An output of so many bytes leaves the second-level caches before it is read, whichever way it is written.
 const STREAMED_BYTES: usize = 64 << 20;
 /// So many parts of work for each thread let all of them end at about the same time.
 const PARTS_PER_THREAD: usize = 4;
@@ -79,7 +79,8 @@ const ROWS_FREE: usize = 4;
 /// Fetching so many bytes of weights takes long compared to handing work to a thread.
 const GRAIN_BYTES: usize = 32 << 10;
 
-/// Whether an output of so many bytes is written past the caches: each line is written whole, and need not be read first.
+/// Whether an output of so many bytes is written past the caches: lines that are written whole need not be read first, and what
+/// products work on stays.
 pub(crate) fn streams(bytes: usize) -> bool {
     bytes >= STREAMED_BYTES
 }

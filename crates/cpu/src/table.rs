@@ -98,8 +98,8 @@ impl<'a, W: Float> ExpertRows<'a, W> {
     }
 }
 
-/// Elements that are converted at a time.
-const MAX_STORE: usize = 64;
+/// Elements that are added to at a time.
+const MAX_ADD: usize = 64;
 
 /// Rows of floats in any format that several threads write.
 #[derive(Clone, Copy)]
@@ -170,8 +170,8 @@ fn outer<'a, Y: Float>(kernels: Kernels, pairs: bool, to: Place<'a, Y>, op: Oute
 }
 
 fn add_narrow<Y: Float>(kernels: Kernels, cells: SharedSlice<'_, Y>, start: usize, values: &mut [f32]) {
-    let (mut narrow, mut before) = ([Y::from_f32(0.0); MAX_STORE], [0.0; MAX_STORE]);
-    for (values, start) in values.chunks_mut(MAX_STORE).zip((start..).step_by(MAX_STORE)) {
+    let (mut narrow, mut before) = ([Y::from_f32(0.0); MAX_ADD], [0.0; MAX_ADD]);
+    for (values, start) in values.chunks_mut(MAX_ADD).zip((start..).step_by(MAX_ADD)) {
         let (narrow, before) = (&mut narrow[..values.len()], &mut before[..values.len()]);
         cells.load_slice(start, narrow);
         kernels.to_f32(narrow, before);

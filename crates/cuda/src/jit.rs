@@ -128,10 +128,10 @@ fn load(kernel: Kernel, code: &[u8], device: &Device) -> Result<Loaded> {
             // SAFETY: as above.
             unsafe { result::function::set_function_attribute(function, attribute, shared as i32 - fixed) }?;
         }
-        if kernel.leaves_shared() {
+        if kernel.leaves_shared() && device.numbers.overlaps_launches() {
             let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
-            // SAFETY: as above.
-            unsafe { result::function::set_function_attribute(function, attribute, MOST_SHARED) }?;
+            // SAFETY: as above. It is a hint: without it launches only overlap less.
+            let _ = unsafe { result::function::set_function_attribute(function, attribute, MOST_SHARED) };
         }
         Ok(function)
     });

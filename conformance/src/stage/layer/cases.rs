@@ -56,6 +56,18 @@ pub(crate) fn cases(scale: Scale) -> Vec<Case> {
             }
         }
     }
+    // so many rows of an expert that tiles may share weights and be dealt out as they are done; in the last, many tiles each
+    let mut many = vec![[1700, 72, 152, 2, 1]];
+    if scale == Scale::Full {
+        many.extend([[3300, 136, 264, 4, 1], [1700, 64, 21760, 2, 1]]);
+    }
+    for dtypes in [f16, bf16].map(|dtype| [dtype; 3]) {
+        for &[t, h, i, e, k] in &many {
+            let layer = LayerCase::new(t, LayerConfig::new(h, i, e, k), dtypes);
+            cases.push(case("many rows", layer.clone()));
+            cases.push(case("many rows local", LayerCase { local: Some(0..e - 1), ..layer }));
+        }
+    }
     for dtypes in FLOATS.map(|dtype| [dtype; 3]) {
         for (tokens, batches) in [(9, 2), (24, 7), (33, 32), (70, 70), (140, 129)] {
             let shared = SharedConfig { intermediate: 20, activation: Activation::default(), gated: true, scale: 1.0 };

@@ -117,7 +117,7 @@ impl<Y: Float> Task for Store<'_, Y> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { values, cells, start, stream } = self;
-        let (whole, _) = values.split_at(values.len() / S::LANES * S::LANES);
+        let whole = &values[..values.len() / S::LANES * S::LANES];
         let mut done = 0;
         if let Some(to) = cells.place(start, [1, whole.len(), whole.len()]) {
             let stream = stream && to.addr().is_multiple_of(S::LANES * size_of::<Y>());

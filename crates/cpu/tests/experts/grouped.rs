@@ -227,6 +227,13 @@ fn against_the_reference() {
 }
 
 #[test]
+fn results_that_go_past_the_caches() {
+    let (mut random, size) = (Random(13), [8192, 1, 2, 8, 2056]);
+    let case = Case { out: DType::F32, gap: 0, ..case(&mut random, size, false) };
+    case.check_down();
+}
+
+#[test]
 fn linear() {
     let mut random = Random(11);
     for [t, n, c] in [[0, 3, 2], [1, 1, 1], [5, 1, 300], [700, 1, 64], [1, 301, 33], [37, 130, 71]] {

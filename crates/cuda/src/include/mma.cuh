@@ -6,13 +6,17 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
-// The same of what is read once: the second-level cache gives it up first. `to` must be a sum that each thread keeps for itself:
-// of an address with a part that all threads share, NVRTC 13 makes an illegal instruction here.
+// The same of what is read once: the second-level cache gives it up first. The compiler of CUDA 13.1 to 13.3 may leave out the
+// policy that it lets the copy name (triton-lang/triton#11660), which is then an illegal instruction.
 __device__ __forceinline__ void copy_async_once(u32 to, const void* from, bool inside) {
+#if __CUDACC_VER_MAJOR__ == 13 && __CUDACC_VER_MINOR__ >= 1 && __CUDACC_VER_MINOR__ <= 3
+    copy_async(to, from, inside);
+#else
     asm volatile(
         "{.reg .b64 first; createpolicy.fractional.L2::evict_first.b64 first, 1.0;"
         "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, first;}" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
         : "memory");
+#endif
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }

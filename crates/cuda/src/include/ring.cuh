@@ -10,13 +10,9 @@ struct Ring {
     __device__ __forceinline__ Ring(u32 memory) : memory(memory + threadIdx.x % 32 * 16), read(0), write(0) {}
 
     static __device__ __forceinline__ u32 after(u32 stage) { return stage + 1 == STAGES ? 0 : stage + 1; }
-    // One span of the stage that is filled; zeros if not `inside`. Read once: the second-level cache gives it up first.
+    // One span of the stage that is filled; zeros if not `inside`.
     __device__ __forceinline__ void copy(int n, const u16* from, bool inside) const {
-        asm volatile(
-            "{.reg .b64 first; createpolicy.fractional.L2::evict_first.b64 first, 1.0;"
-            "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, first;}" ::"r"(memory + (write * WIDE + n) * SPAN * 2),
-            "l"(from), "r"(inside ? 16 : 0)
-            : "memory");
+        copy_async_once(memory + (write * WIDE + n) * SPAN * 2, from, inside);
     }
     __device__ __forceinline__ void filled() {
         commit_copies();

@@ -308,6 +308,9 @@ fn whole(width: usize, aligned: impl Fn(u64) -> bool) -> u8 {
 mod tests {
     use super::*;
     use crate::plan::tests::device;
+    use fused_moe_conformance::backward::grouped::Grouped;
+    use fused_moe_conformance::backward::{BackwardOperation, backward_cases};
+    use fused_moe_conformance::{Scale, cases};
 
     fn problem(rows: usize) -> GroupedBackwardProblem {
         GroupedBackwardProblem { rows, experts: 128, outputs: 2048, inputs: 768, matrices: DType::BF16 }
@@ -399,6 +402,40 @@ mod tests {
         for compute_capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
             let device = DeviceNumbers { compute_capability, ..device.clone() };
             assert_eq!(of(Stage::Down, &down, Some(true), &device), None);
+        }
+    }
+
+    /// The stage of a case whose tiles are in several bands and several columns, and whether in pairs.
+    fn banded(case: &Grouped) -> Option<(Stage, bool)> {
+        let stage = if case.stage == cases::Stage::DownBackward { Stage::Down } else { Stage::GateUp };
+        let ([tokens, top_k, outputs, inputs, experts], format) = (case.sizes, case.dtypes[0]);
+        let problem = GroupedBackwardProblem { rows: tokens * top_k, experts, outputs, inputs, matrices: format };
+        let GroupedBackwardKernel::MatricesWgmma { tile, .. } =
+            matrices_wgmma((stage, format, true), &problem, &device())?.kernel
+        else {
+            return None;
+        };
+        let [a, b] = if stage == Stage::GateUp { [inputs, outputs] } else { [outputs, inputs] };
+        // `BAND` of `include/grouped_backward_wgmma.cuh`
+        let bands = a.div_ceil(MatricesTile::ROWS.into()).div_ceil(16);
+        let whole = format.size() == 2 && outputs.is_multiple_of(8) && inputs.is_multiple_of(8);
+        (whole && bands > 1 && b > tile.columns.into()).then_some((stage, tile.paired))
+    }
+
+    #[test]
+    fn the_conformance_suite_meets_bands_of_several_columns() {
+        let all = |scale| {
+            let cases = backward_cases(scale).into_iter();
+            let grouped = cases.filter_map(|case| match case.operation {
+                BackwardOperation::Grouped(case) => banded(&case),
+                _ => None,
+            });
+            grouped.collect::<Vec<_>>()
+        };
+        let [quick, full] = [Scale::Quick, Scale::Full].map(all);
+        for stage in [Stage::Down, Stage::GateUp] {
+            assert!(quick.contains(&(stage, false)), "{stage:?}");
+            assert!(full.contains(&(stage, true)), "{stage:?}, pairs");
         }
     }
 
