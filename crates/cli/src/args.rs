@@ -225,13 +225,12 @@ Examples:
   fmoe devices --timing
   fmoe devices --json
 
-Exit code: 0 where a device would be chosen, 1 where none can be but by its name.
+Exit code: 0 where a device would be chosen, else 1.
 
-Lines about XDG_RUNTIME_DIR on standard error are a Vulkan layer's of Mesa, which looks for a desktop; the variable \
-NODEVICE_SELECT=1 turns it off.")]
+Lines about XDG_RUNTIME_DIR on standard error come from a Vulkan layer of Mesa; NODEVICE_SELECT=1 silences them.")]
 pub(crate) struct Devices {
     /// Time a first call on each device, with an empty kernel cache and with a warm one
-    #[arg(long)]
+    #[arg(long, conflicts_with = "json")]
     pub(crate) timing: bool,
     /// Print JSON
     #[arg(long)]
@@ -274,11 +273,18 @@ fn tolerance(text: &str) -> Result<f64, String> {
 
 /// A GPU's architecture as NVRTC names it.
 fn architecture(text: &str) -> Result<String, String> {
-    let number = text.strip_prefix("sm_").map(|number| number.strip_suffix(['a', 'f']).unwrap_or(number));
-    let digits = |number: &&str| number.len() < 4 && number.bytes().all(|byte| byte.is_ascii_digit());
-    match number.filter(digits).and_then(|number| number.parse::<u32>().ok()) {
-        Some(80..) => Ok(text.to_owned()),
-        _ => Err("expected sm_ and a number from 80 on, as in sm_80, sm_90a or sm_100a".to_owned()),
+    let name = text.strip_prefix("sm_").unwrap_or_default();
+    let (number, least) = match (name.strip_suffix('a'), name.strip_suffix('f')) {
+        (Some(number), _) => (number, 90),
+        (_, Some(number)) => (number, 100),
+        _ => (name, 80),
+    };
+    match number.parse::<u32>() {
+        // a parser of numbers takes a sign and zeros before them
+        Ok(parsed) if parsed.to_string() == number && (least..140).contains(&parsed) => Ok(text.to_owned()),
+        _ => Err("expected sm_ and a number from 80 to 139, with an `a` from 90 or an `f` from 100 on, as in sm_80, \
+sm_90a or sm_100f"
+            .to_owned()),
     }
 }
 

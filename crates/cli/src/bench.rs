@@ -219,13 +219,7 @@ impl<'a> Run<'a> {
         let fit = room.left() / layer;
         if fit == 0 {
             return Err(remedied(
-                format!(
-                    "{}: a layer takes {} in {}; of memory {}",
-                    self.name,
-                    bytes(layer),
-                    self.dtype(),
-                    room.describe(0)
-                ),
+                format!("{}: a layer takes {} in {}; {}", self.name, bytes(layer), self.dtype(), room.describe(0)),
                 "take a smaller shape or a narrower --dtype, or give --hidden, --intermediate, --experts and --top-k",
             ));
         }
@@ -248,7 +242,7 @@ impl<'a> Run<'a> {
                     0 => "not one token fits; take a smaller shape or a narrower --dtype".to_owned(),
                     fit => format!("at most {} fit", counted(fit, "token")),
                 };
-                let message = format!("--tokens {tokens}: takes about {needed} of memory; {}", room.describe(layers));
+                let message = format!("--tokens {tokens}: takes about {needed}; {}", room.describe(layers));
                 return Err(remedied(message, help));
             }
         }

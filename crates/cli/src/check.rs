@@ -40,23 +40,24 @@ pub(crate) fn check(arguments: &args::Check) -> Result<ExitCode> {
     Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// No case that was asked for has this in its name; where others have, the help says what runs them.
+/// No case that was asked for has this in its name; where others have, the help says which options ask for them.
 fn nothing_found(filter: &str, arguments: &args::Check) -> anyhow::Error {
     let found = |&(backward, scale): &(bool, Scale)| match backward {
         true => backward_cases(scale).iter().any(|case| case.id().contains(filter)),
         false => cases(scale).iter().any(|case| case.id().contains(filter)),
     };
     let (own, other) = (arguments.backward, !arguments.backward);
-    let others = [(other, Scale::Quick), (own, Scale::Full), (other, Scale::Full)];
+    let scale = if arguments.full { Scale::Full } else { Scale::Quick };
+    let others = [(other, scale), (own, Scale::Full), (other, Scale::Full)];
     let help = match others.iter().find(|others| found(others)) {
-        Some((backward, scale)) => {
-            let backward = if *backward { " --backward" } else { "" };
-            let full = if *scale == Scale::Full { " --full" } else { "" };
-            format!("there are such cases in `fmoe check --filter {filter:?}{backward}{full}`")
-        }
-        None => {
-            "names are stage/case/format, as in `--filter gate_up` or `--filter bf16`; leave it out to run all".into()
-        }
+        Some(&(backward, size)) => match (backward == own, backward, size == scale) {
+            (true, ..) => "there are such cases with --full",
+            (false, true, true) => "there are such cases with --backward",
+            (false, true, false) => "there are such cases with --backward --full",
+            (false, false, true) => "there are such cases without --backward",
+            (false, false, false) => "there are such cases with --full, without --backward",
+        },
+        None => "names are stage/case/format, as in `--filter gate_up` or `--filter bf16`; leave it out to run all",
     };
     remedied(format!("--filter {filter}: no case has this in its name"), help)
 }

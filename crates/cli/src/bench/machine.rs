@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub(crate) struct Ceilings {
     /// Bytes read from memory in a second.
     pub(crate) bandwidth: f64,
-    /// The same of the slowest measurement that there was.
+    /// The same of the slowest measurement that there was, each of them the best of its passes.
     pub(crate) slowest: f64,
     /// Floating-point operations in a second; 0 where they are measured for each batch size.
     pub(crate) arithmetic: f64,
@@ -45,8 +45,8 @@ pub(super) const PASSES: usize = 6;
 pub(crate) fn measure(cpu: &Cpu, dtype: DType, cache: u64, available: u64) -> Result<Ceilings> {
     let buffer = cache.saturating_mul(4).clamp(1 << 28, 1 << 32).min(available / 4).max(1 << 22) as usize;
     let kernels = Kernels::new(cpu.isa()).unwrap_or_else(Kernels::best);
-    let [bandwidth, slowest] = bandwidth(cpu.threads(), buffer)?;
-    Ok(Ceilings { bandwidth, slowest, arithmetic: arithmetic(cpu.threads(), kernels, dtype), buffer })
+    let bandwidth = bandwidth(cpu.threads(), buffer)?;
+    Ok(Ceilings { bandwidth, slowest: bandwidth, arithmetic: arithmetic(cpu.threads(), kernels, dtype), buffer })
 }
 
 /// Bytes that come from memory together.
@@ -67,8 +67,8 @@ fn fetch(floats: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// A buffer, cut between the threads, each fetching its part: the bandwidth of the best pass, and of the slowest.
-fn bandwidth(threads: usize, bytes: usize) -> Result<[f64; 2]> {
+/// A buffer, cut between the threads, each fetching its part: the bandwidth of the best pass.
+fn bandwidth(threads: usize, bytes: usize) -> Result<f64> {
     let mut memory = Memory::new(bytes).context("memory to measure the bandwidth with")?;
     let floats: &mut [f32] = bytemuck::try_cast_slice_mut(&mut memory).map_err(|error| anyhow::anyhow!("{error}"))?;
     let part = floats.len().div_ceil(threads).max(1);
@@ -78,37 +78,36 @@ fn bandwidth(threads: usize, bytes: usize) -> Result<[f64; 2]> {
         }
     });
     let floats: &[f32] = floats;
-    let times = passes(threads, |thread| {
+    let best = passes(threads, |thread| {
         let first = (thread * part).min(floats.len());
         let last = (first + part).min(floats.len());
         black_box(fetch(&floats[first..last]));
     });
-    Ok(times.map(|time| size_of_val(floats) as f64 / time.as_secs_f64()))
+    Ok(size_of_val(floats) as f64 / best.as_secs_f64())
 }
 
 /// Multiply-adds of a format's numbers, in registers alone.
 fn arithmetic(threads: usize, kernels: Kernels, dtype: DType) -> f64 {
     const ROUNDS: usize = 200_000;
     let multiply_adds = kernels.multiply_adds(dtype, 1) * ROUNDS;
-    let [best, _] = passes(threads, |_| {
+    let best = passes(threads, |_| {
         black_box(kernels.multiply_adds(dtype, black_box(ROUNDS)));
     });
     (threads * 2 * multiply_adds) as f64 / best.as_secs_f64()
 }
 
-/// The shortest and the longest of a few passes of `work` on so many threads; fewer where they take long.
-fn passes(threads: usize, work: impl Fn(usize) + Sync) -> [Duration; 2] {
+/// The shortest of a few passes of `work` on so many threads; fewer where they take long.
+fn passes(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
     const ENOUGH: Duration = Duration::from_secs(2);
     let begin = Instant::now();
-    let mut times = [together(threads, &work); 2];
+    let mut best = together(threads, &work);
     for _ in 1..PASSES {
         if begin.elapsed() > ENOUGH {
             break;
         }
-        let time = together(threads, &work);
-        times = [times[0].min(time), times[1].max(time)];
+        best = best.min(together(threads, &work));
     }
-    times
+    best
 }
 
 /// From the first beginning to the last end of `work` on so many threads that are let go at once, by their own clocks:
@@ -166,13 +165,25 @@ pub(crate) fn processor() -> String {
 mod tests {
     use super::*;
     use fused_moe::cpu::arch::Isa;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
     fn ceilings_are_positive() {
         let cpu = Cpu::with_threads(2).unwrap();
         let ceilings = measure(&cpu, DType::BF16, 0, 1 << 24).unwrap();
         assert!(ceilings.slowest > 1e6 && ceilings.arithmetic > 1e6 && ceilings.buffer == 1 << 22);
-        assert!(ceilings.bandwidth >= ceilings.slowest);
+        assert!(!ceilings.vary(), "one measurement has nothing to differ from");
+    }
+
+    #[test]
+    fn the_shortest_pass_counts() {
+        let (slow, ran) = (Duration::from_millis(200), AtomicUsize::new(0));
+        let best = passes(1, |_| {
+            if ran.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) {
+                std::thread::sleep(slow);
+            }
+        });
+        assert!(best < slow, "{best:?}");
     }
 
     #[test]

@@ -113,9 +113,9 @@ impl Room {
         let taken: Vec<String> = taken.map(|(n, what)| format!("{} for {what}", bytes(n))).collect();
         let had = bytes(self.had);
         if taken.is_empty() {
-            return format!("{had} can be had");
+            return format!("{had} of memory can be had");
         }
-        format!("{had} can be had, less {}", taken.join(" and "))
+        format!("{had} of memory can be had, less {}", taken.join(" and "))
     }
 }
 
@@ -167,9 +167,9 @@ mod tests {
     #[test]
     fn room_in_words() {
         let room = |source| Room { had: 3_000_000_000, source };
-        assert_eq!(room(0).describe(0), "3.0 GB can be had");
-        assert_eq!(room(2_000_000_000).describe(0), "3.0 GB can be had, less 2.0 GB for the random weights");
-        let both = "3.0 GB can be had, less 2.0 GB for the random weights and 1.5 MB for the layers";
+        assert_eq!(room(0).describe(0), "3.0 GB of memory can be had");
+        assert_eq!(room(2_000_000_000).describe(0), "3.0 GB of memory can be had, less 2.0 GB for the random weights");
+        let both = "3.0 GB of memory can be had, less 2.0 GB for the random weights and 1.5 MB for the layers";
         assert_eq!(room(2_000_000_000).describe(1_500_000), both);
         assert_eq!((room(2_000_000_000).left(), room(u64::MAX).left()), (1_000_000_000, 0));
     }

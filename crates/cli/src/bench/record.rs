@@ -8,7 +8,7 @@ use crate::output::remedied;
 use anyhow::{Context, Result};
 use fused_moe::config::LayerConfig;
 use serde_json::{Value, json};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -194,12 +194,25 @@ fn giga(rate: f64) -> Value {
 /// opened: who reads it would take that for the end.
 pub(crate) fn writable(path: &Path) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let tried = match fs::metadata(path) {
-        Ok(there) if there.is_file() || there.is_dir() => OpenOptions::new().append(true).open(path).map(|_| ()),
-        Ok(_) => Ok(()),
-        Err(_) => tempfile::tempfile_in(folder).map(|_| ()),
-    };
+    let tried = standing(path).and_then(|there| match there {
+        Some(there) if there.is_file() || there.is_dir() => OpenOptions::new().append(true).open(path).map(|_| ()),
+        Some(there) if there.permissions().readonly() => Err(io::ErrorKind::PermissionDenied.into()),
+        Some(_) => Ok(()),
+        None => tempfile::tempfile_in(folder).map(|_| ()),
+    });
     tried.map_err(|error| unwritable(path, &error))
+}
+
+/// What is at a path; none where there is nothing, not even a symbolic link.
+fn standing(path: &Path) -> io::Result<Option<Metadata>> {
+    match fs::metadata(path) {
+        Ok(there) => Ok(Some(there)),
+        Err(error) if fs::symlink_metadata(path).is_ok() => {
+            Err(io::Error::new(error.kind(), format!("the target of this symbolic link: {error}")))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Makes a folder of records, and errors before anything is measured where it cannot be written.
@@ -230,28 +243,26 @@ pub(crate) fn appendable(directory: &Path, device: &str, kind: &Kind) -> Result<
 
 /// A file that rows can be appended to and what has to be written before them; none where there is no file yet.
 fn opened(path: &Path, kind: &Kind) -> Result<Option<(File, String)>> {
-    match fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(unwritable(path, &error)),
-        Ok(there) if !there.is_file() => {
+    let failed = |error: io::Error| unwritable(path, &error);
+    match standing(path).map_err(failed)? {
+        None => return Ok(None),
+        Some(there) if !there.is_file() => {
             let message = format!("{}: cannot write: is no regular file", path.display());
             return Err(remedied(message, "move it away, or give another directory to --record"));
         }
-        Ok(_) => {}
+        Some(_) => {}
     }
-    let failed = |error: io::Error| unwritable(path, &error);
     let mut file = OpenOptions::new().read(true).append(true).open(path).map_err(failed)?;
     let mut start = Vec::new();
-    (&mut file).take(kind.header.len() as u64 + 1).read_to_end(&mut start).map_err(failed)?;
-    let header = format!("{}\n", kind.header);
+    (&mut file).take(kind.header.len() as u64 + 2).read_to_end(&mut start).map_err(failed)?;
     if start.is_empty() {
-        return Ok(Some((file, header)));
+        return Ok(Some((file, format!("{}\n", kind.header))));
     }
-    if start != header.as_bytes() {
+    if !matches!(start.strip_prefix(kind.header.as_bytes()), Some([] | [b'\n', ..] | [b'\r', b'\n'])) {
         let message = format!("{}: has other columns than this version of fmoe writes", path.display());
         return Err(remedied(message, "move the file away, or give another directory to --record"));
     }
-    // an earlier run may have been stopped within a row
+    // an earlier run may have been stopped within a line
     let mut last = [0];
     file.seek(SeekFrom::End(-1)).and_then(|_| file.read_exact(&mut last)).map_err(failed)?;
     Ok(Some((file, if last == *b"\n" { String::new() } else { "\n".to_owned() })))

@@ -140,7 +140,7 @@ fn footer<'a>(
         let [slowest, best] = [ceilings.slowest, ceilings.bandwidth].map(|rate| rounded(rate / 1e9));
         writeln!(
             out,
-            "         {WARN}read bandwidth from {slowest} to {best} GB/s in this run: other work was done here, or clocks changed: times and floors may be too long{WARN:#}"
+            "         {WARN}of the read bandwidths before and after, one is {best} GB/s and one {slowest}, as where other work is done or clocks change: times and floors may be too long{WARN:#}"
         )?;
     }
     let rows: usize = verified.clone().map(|verified| verified.rows).sum();

@@ -2,6 +2,8 @@
 
 use super::support::{Model, PROGRAM, fmoe, golden, input, raw};
 use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::process::Command;
 
 #[test]
@@ -237,15 +239,30 @@ fn checks_that_are_none() {
     let check = |arguments: &[&str]| fmoe(["check", "--backend", "cpu"]).args(arguments);
     check(&["--filter", "no such case"]).errs(["no such case", "names are stage/case/format"]);
     // those of the other suite, and of the larger ones
-    let gradients = "`fmoe check --filter \"down_backward\" --backward`";
-    check(&["--filter", "down_backward"]).errs(["no case has this in its name", gradients]);
-    check(&["--filter", "permute/Even", "--backward"]).errs(["`fmoe check --filter \"permute/Even\"`"]);
+    for (arguments, help) in [
+        (&["down_backward"][..], "with --backward"),
+        (&["down_backward", "--full"], "with --backward"),
+        (&["permute/Even", "--backward"], "without --backward"),
+        (&["permute/Even", "--backward", "--full"], "without --backward"),
+        (&["T=4099"], "with --full"),
+        (&["C=131 N=97"], "with --backward --full"),
+        (&["T=4099", "--backward"], "with --full, without --backward"),
+    ] {
+        let ran = check(&[&["--filter"], arguments].concat()).errs(["no case has this in its name"]);
+        assert!(ran.stderr.ends_with(&format!("\nhelp: there are such cases {help}\n")), "{ran}");
+    }
     fmoe(["check", "--golden", "/nonexistent"]).errs(["/nonexistent"]);
     // before a compiler is looked for
     let compile = |arguments: &[&str]| fmoe(["check"]).args(arguments).env("FMOE_NVRTC", "/nonexistent").fails(2);
-    for architecture in ["nonsense", "sm_", "sm_90b", "sm_75", "90", "sm_+90", "sm_9000", ""] {
+    for architecture in [
+        "nonsense", "sm_", "sm_a", "sm_90b", "sm_90af", "sm_75", "sm_80a", "sm_90f", "sm_140", "sm_999", "90",
+        "sm_+90", "sm_090", "sm_9000", "",
+    ] {
         let ran = compile(&[&format!("--compile-only={architecture}")]);
-        assert!(ran.stderr.contains("as in sm_80, sm_90a or sm_100a"), "{ran}");
+        assert!(ran.stderr.contains("as in sm_80, sm_90a or sm_100f"), "{ran}");
+    }
+    for architecture in ["sm_80", "sm_90", "sm_90a", "sm_100", "sm_100a", "sm_100f", "sm_121a"] {
+        fmoe(["check", "--compile-only", architecture]).env("FMOE_NVRTC", "/nonexistent").errs(["NVRTC"]);
     }
     for other in
         [&["--full"][..], &["--backward"], &["--json"], &["--filter", "x"], &["--backend", "cuda"], &["--adapter", "0"]]
@@ -269,10 +286,10 @@ fn benches_that_are_none() {
     // more than there is, though no more than can be counted
     let layer = shape("1000000000", "4000", "2").args(["--backend", "cpu"]);
     let ran =
-        layer.errs([": a layer takes 328 TB in bf16; of memory ", "B can be had, less 8.0 TB for the random weights"]);
+        layer.errs([": a layer takes 328 TB in bf16; ", "B of memory can be had, less 8.0 TB for the random weights"]);
     assert!(!ran.stderr.contains(" 0 B"), "{ran}");
     let backward = shape("16", "4", "2").args(["--backward", "--backend", "cpu", "--tokens", "99999999999999"]);
-    backward.errs(["--tokens 99999999999999", "B can be had, less ", "fewer tokens"]);
+    backward.errs(["--tokens 99999999999999", "B of memory can be had, less ", "fewer tokens"]);
     fmoe(["bench", "--backward", "--beside", "cpu"]).fails(2);
     fmoe(["bench", "--hidden", "16"]).fails(2);
     fmoe(["bench", "--from", "y"]).fails(2);
@@ -299,9 +316,21 @@ fn results_that_cannot_be_kept_are_not_measured() {
     }
     assert_eq!(fs::read_to_string(&file).unwrap(), "what was there");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    let refused = |path: &Path, why: &str| {
+        let ran = fmoe(shape.split(' ')).args(["--json", path.to_str().unwrap()]);
+        let ran = ran.errs([path.to_str().unwrap(), "cannot write", why]);
+        assert!(ran.stdout.is_empty(), "{ran}");
+    };
+    let link = folder.path().join("link");
+    symlink("/nonexistent/x.json", &link).unwrap();
+    refused(&link, "symbolic link");
+    // nobody reads it, and nobody may write it
+    let pipe = folder.path().join("pipe");
+    assert!(Command::new("mkfifo").args(["-m", "444"]).arg(&pipe).status().unwrap().success());
+    refused(&pipe, "permission denied");
 }
 
-/// Beside the day's file, nothing in the way of one is touched, and nothing is measured.
+/// What is in the way of the day's file is left as it is, and nothing is measured.
 #[test]
 fn records_that_cannot_be_appended_to_are_not_measured() {
     let folder = tempfile::tempdir().unwrap();
@@ -337,10 +366,14 @@ fn records_that_cannot_be_appended_to_are_not_measured() {
         refused("is no regular file");
         fs::remove_dir(&day).unwrap();
         for place in ["/dev/full", "/dev/stdin"] {
-            std::os::unix::fs::symlink(place, &day).unwrap();
+            symlink(place, &day).unwrap();
             refused("is no regular file");
             fs::remove_file(&day).unwrap();
         }
+        symlink("/nonexistent/day.csv", &day).unwrap();
+        let ran = bench().errs([day.to_str().unwrap(), "symbolic link"]);
+        assert!(ran.stdout.is_empty(), "{ran}");
+        fs::remove_file(&day).unwrap();
         // nobody reads it
         assert!(Command::new("mkfifo").arg(&day).status().unwrap().success());
         refused("is no regular file");
@@ -352,6 +385,15 @@ fn records_that_cannot_be_appended_to_are_not_measured() {
         fs::write(&day, "").unwrap();
         bench().succeeds();
         assert_eq!(fs::read_to_string(&day).unwrap().lines().next(), text.lines().next());
+        // a header that was cut short of its end, and lines that end as on Windows
+        let header = text.lines().next().unwrap();
+        fs::write(&day, header).unwrap();
+        bench().succeeds();
+        assert!(fs::read_to_string(&day).unwrap().starts_with(&format!("{header}\n20")));
+        let lines = text.replace('\n', "\r\n");
+        fs::write(&day, &lines).unwrap();
+        bench().succeeds();
+        assert!(fs::read_to_string(&day).unwrap().starts_with(&format!("{lines}20")));
         // what is in the way of the folder
         fs::remove_dir_all(&device).unwrap();
         fs::write(&device, "").unwrap();

@@ -160,6 +160,8 @@ fn devices_in_words_and_json() {
     let ran = fmoe(["devices", "--json"]).succeeds();
     let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     assert!(json["devices"].as_array().unwrap().iter().any(|device| device["name"] == "cpu"), "{json}");
+    let ran = fmoe(["devices", "--json", "--timing"]).fails(2);
+    assert!(ran.stderr.contains("cannot be used with"), "{ran}");
 }
 
 #[test]
@@ -274,9 +276,14 @@ fn bench_names_the_instruction_set() {
 fn one_is_no_plural() {
     let ran = fmoe(["run", "--tokens", "1", "--backend", "cpu"]).succeeds();
     assert!(ran.stdout.contains("3 slots;") && ran.stdout.contains(" of 8 experts unused"), "{ran}");
-    let shape = "bench --backward --hidden 64 --intermediate 32 --experts 8 --top-k 2 --backend cpu --tokens 1";
+    let model = Model::new().with("num_experts_per_tok", 1).write();
+    let ran = fmoe(["run", model.name(), "--tokens", "1", "--backend", "cpu"]).succeeds();
+    assert!(ran.stdout.contains(" 1 slot;") && ran.stdout.contains(" of 4 experts unused"), "{ran}");
+    let shape = "bench --hidden 64 --intermediate 32 --experts 8 --top-k 2 --backend cpu --tokens 1 --threads 1";
     let ran = fmoe(shape.split(' ')).succeeds();
-    assert!(ran.stdout.contains("weights  one layer of ") && ran.stdout.contains("checked: "), "{ran}");
+    assert!(ran.stdout.contains(", 1 thread\n") && ran.stdout.contains("checked: 1 row of "), "{ran}");
+    let ran = fmoe(shape.split(' ')).args(["--backward"]).succeeds();
+    assert!(ran.stdout.contains("weights  one layer of "), "{ran}");
     let ran = fmoe(["check", "--golden", &golden("")]).succeeds();
     assert!(ran.stdout.contains("\n1 folder, 0 failed"), "{ran}");
 }

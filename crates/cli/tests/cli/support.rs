@@ -26,8 +26,8 @@ pub(crate) struct Ran {
 
 pub(crate) fn fmoe<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Call {
     let mut command = Command::new(PROGRAM);
-    // a layer of Mesa's looks for a desktop, and writes to standard error where there is none
-    command.args(arguments).current_dir(std::env::temp_dir()).env("NODEVICE_SELECT", "1");
+    // a layer of Mesa's looks for a desktop, and writes to standard error where there is none; help is as wide as COLUMNS
+    command.args(arguments).current_dir(std::env::temp_dir()).env("NODEVICE_SELECT", "1").env("COLUMNS", "100");
     Call(command)
 }
 
