@@ -368,7 +368,7 @@ pub(super) fn cases() -> Vec<BackwardCase> {
     let layers = [
         ("plain", plain.clone(), false),
         ("whole pieces", whole(24, plain.activation), false),
-        ("whole pieces long", whole(1032, plain.activation), false),
+        ("whole pieces long", whole(520, plain.activation), false),
         ("whole pieces swish", whole(24, swish), false),
         ("whole pieces softcapped", whole(24, softcapped), false),
         ("whole pieces without gate", whole(24, up), false),

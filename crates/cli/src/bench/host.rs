@@ -114,7 +114,7 @@ impl Meter for Host {
 
     fn describe(&self, ceilings: &Ceilings) -> String {
         format!(
-            "{} GB/s read ({} of f32, best of {PASSES} passes before and as many after)",
+            "{} GB/s read ({} of f32, best of {PASSES} passes or more before and after)",
             rounded(ceilings.bandwidth / 1e9),
             bytes(ceilings.buffer as u64)
         )

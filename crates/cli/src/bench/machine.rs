@@ -37,7 +37,7 @@ impl Ceilings {
 
 /// The least part of the best measurement that the slowest one may be and pass for the same.
 const STEADY: f64 = 0.75;
-/// Passes of each measurement.
+/// Passes of each measurement, at least.
 pub(super) const PASSES: usize = 6;
 
 /// Measures both with the threads of a processor, the arithmetic with its instruction set and numbers of a format. The best
@@ -96,13 +96,16 @@ fn arithmetic(threads: usize, kernels: Kernels, dtype: DType) -> f64 {
     (threads * 2 * multiply_adds) as f64 / best.as_secs_f64()
 }
 
-/// The shortest of a few passes of `work` on so many threads; fewer where they take long.
+/// The shortest of some passes of `work` on so many threads: at least a few, but for those that take long, and so many that other
+/// work on the machine does not meet all of them.
 fn passes(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
+    const WHILE: Duration = Duration::from_millis(200);
     const ENOUGH: Duration = Duration::from_secs(2);
     let begin = Instant::now();
     let mut best = together(threads, &work);
-    for _ in 1..PASSES {
-        if begin.elapsed() > ENOUGH {
+    for pass in 1.. {
+        let elapsed = begin.elapsed();
+        if elapsed > ENOUGH || pass >= PASSES && elapsed > WHILE {
             break;
         }
         best = best.min(together(threads, &work));
