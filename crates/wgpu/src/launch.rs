@@ -158,10 +158,11 @@ impl<'a> Operand<'a> {
         self.tensor.offset.is_multiple_of(elements) && self.tensor.stride.is_multiple_of(elements)
     }
 
-    /// The same, to be read by 16 bytes; its binding ends with whole ones.
+    /// The same, to be read by 16 bytes; its binding ends with whole ones. What is shorter stays as it is: an operand without
+    /// elements may lie in a buffer of 4 bytes.
     pub(crate) fn widened(self) -> Self {
         let bytes = self.bytes.next_multiple_of(16).min(self.end - self.start);
-        Self { wide: true, bytes, ..self }
+        if bytes < 16 { self } else { Self { wide: true, bytes, ..self } }
     }
 
     /// The same, to be read by 16 bytes if rows begin at multiples of 16 bytes and the buffer has all that such reads touch.
